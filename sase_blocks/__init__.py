@@ -1,0 +1,38 @@
+"""sase-blocks: squeeze and excitation primitives, the SASE block, and timm models with them.
+
+``import sase_blocks`` registers the models: ``timm.create_model('resnet50_sase')``.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .blocks import (
+    SASE,
+    AttentionBlock,
+    ChannelAttention,
+    Genotype,
+    SpatialAttention,
+    compile_blocks,
+    create_block,
+    list_blocks,
+)
+from .convert import convert_paper_state_dict, load_checkpoint
+from .models import register_resnet
+
+try:
+    __version__ = version('sase-blocks')
+except PackageNotFoundError:  # imported from a source tree that is not installed
+    __version__ = '0+unknown'
+
+__all__ = [
+    'SASE',
+    'AttentionBlock',
+    'ChannelAttention',
+    'Genotype',
+    'SpatialAttention',
+    'compile_blocks',
+    'convert_paper_state_dict',
+    'create_block',
+    'list_blocks',
+    'load_checkpoint',
+    'register_resnet',
+]

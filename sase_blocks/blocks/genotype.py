@@ -1,0 +1,123 @@
+"""A genotype: the six choices that make a SASE block (arXiv 2411.08333), as a value that can be read, stored and drawn."""
+
+from __future__ import annotations
+
+import json
+import random as _random
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import ClassVar
+
+from ..ops import SETS, primitive_name
+
+
+@dataclass(frozen=True)
+class Genotype:
+    """Six named operations, one an edge of the block, in the paper's edge order.
+
+    Each argument takes a primitive's name or the paper's key and is stored as the name.
+
+    Args:
+        channel_squeeze: edge 0, x -> q, from ``ops.CHANNEL_SQUEEZE``.
+        channel_excite: edge 1, q -> c, the channel attention, from ``ops.CHANNEL_EXCITE``.
+        gate_excite: edge 2, q -> d, the gate on what edge 3 reads, from ``ops.CHANNEL_EXCITE``.
+        gated_squeeze: edge 3, d * x -> s, from ``ops.SPATIAL_SQUEEZE``.
+        spatial_squeeze: edge 4, x -> s, from ``ops.SPATIAL_SQUEEZE``.
+        spatial_excite: edge 5, s -> a, the spatial attention, from ``ops.SPATIAL_EXCITE``.
+
+    Raises:
+        ValueError: an unknown name; the text lists the valid ones and suggests the nearest.
+
+    >>> g = Genotype.parse('avg_max,mlp,affine,p_norm,avg,conv3x3_x2')
+    >>> g.gated_squeeze
+    'p_norm'
+    >>> Genotype.parse(g.to_json()) == Genotype.parse(str(g)) == g
+    True
+    """
+
+    channel_squeeze: str
+    channel_excite: str
+    gate_excite: str
+    gated_squeeze: str
+    spatial_squeeze: str
+    spatial_excite: str
+
+    SET_OF: ClassVar[dict[str, str]] = {  # edge -> the set it chooses from
+        'channel_squeeze': 'channel_squeeze',
+        'channel_excite': 'channel_excite',
+        'gate_excite': 'channel_excite',
+        'gated_squeeze': 'spatial_squeeze',
+        'spatial_squeeze': 'spatial_squeeze',
+        'spatial_excite': 'spatial_excite',
+    }
+
+    def __post_init__(self) -> None:
+        for edge, set_name in self.SET_OF.items():
+            try:
+                name = primitive_name(set_name, getattr(self, edge))
+            except ValueError as error:
+                raise ValueError(f'genotype, {edge}: {error}') from None
+            object.__setattr__(self, edge, name)
+
+    def __str__(self) -> str:
+        return ','.join(astuple(self))
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Genotype:
+        """From six names (or paper keys) in edge order. Raises ValueError for another number of them."""
+        if isinstance(names, str) or len(names) != len(cls.SET_OF):
+            raise ValueError(
+                f'a genotype has six choices ({", ".join(cls.SET_OF)}), got {1 if isinstance(names, str) else len(names)}: {names!r}'
+            )
+        return cls(*names)
+
+    @classmethod
+    def from_paper(cls, names: Sequence[str]) -> Genotype:
+        """From six of the authors' keys in edge order, for example ``['GAP+GMP', '2conv_1x1', ...]``."""
+        return cls.of(names)
+
+    @classmethod
+    def parse(cls, text: str) -> Genotype:
+        """From the text form (six names or paper keys with commas between) or from JSON.
+
+        Raises:
+            ValueError: not six names, an unknown name, or JSON that is not an object of the six edges.
+        """
+        if text.lstrip().startswith(('{', '[')):
+            return cls.from_json(text)
+        return cls.of([name.strip() for name in text.split(',')])
+
+    def to_json(self) -> str:
+        """A JSON object, one key an edge."""
+        return json.dumps(self.to_dict())
+
+    def to_dict(self) -> dict[str, str]:
+        """Edge -> name, in edge order."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_json(cls, text: str) -> Genotype:
+        """From ``to_json``'s text, or from a JSON list of six names. Raises ValueError for anything else."""
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f'not a genotype: {text!r} is no valid JSON ({error})') from None
+        if isinstance(value, list):
+            return cls.of(value)
+        if not isinstance(value, dict) or set(value) != set(cls.SET_OF):
+            raise ValueError(f'a genotype in JSON is an object with the keys {", ".join(cls.SET_OF)}, got {text}')
+        return cls(**value)
+
+    def to_paper(self) -> tuple[str, ...]:
+        """The authors' six keys in edge order."""
+        return tuple(str(SETS[s][getattr(self, edge)].paper_key) for edge, s in self.SET_OF.items())
+
+    @classmethod
+    def random(cls, seed: int | None = None) -> Genotype:
+        """One of the 117,649 genotypes, uniformly; the same one for the same seed."""
+        rng = _random.Random(seed)
+        return cls(*(rng.choice(list(SETS[s])) for s in cls.SET_OF.values()))
+
+
+# The block found by the paper's second-order search on CIFAR-10, seed 2.
+SASE_GENOTYPE = Genotype.from_paper(['GAP+GMP', '2conv_1x1', 'affine', 'p-norm', 'GAP', '2conv_3x3'])

@@ -1,0 +1,165 @@
+"""Checkpoint files: written atomically, read without running anything that is in them.
+
+A checkpoint is written under a temporary name beside its target and renamed onto it, so that a killed process or a
+full disk leaves the last good file as it was. Reading allows tensors and plain Python values only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+
+
+def save_checkpoint(state: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Write ``state`` to ``path`` so that the file is at every moment either the old one or the whole new one.
+
+    The temporary is ``path`` + '.tmp'. One that a killed process left behind is harmless; the next save of the same
+    path overwrites it. One process at a time may write a path.
+
+    Args:
+        state: tensors and plain Python values, since ``read_checkpoint`` accepts nothing else.
+        path: the file; its folder must exist.
+
+    Raises:
+        OSError: the file could not be written (full disk, no permission). What stood at ``path`` is still there.
+    """
+    target = Path(path)
+    temporary = target.with_name(target.name + '.tmp')
+    try:
+        with temporary.open('wb') as file:
+            writer = _Writer(file)
+            torch.save(dict(state), cast(IO[bytes], writer))
+            if writer.error is not None:
+                raise writer.error
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        kept = 'the last good one is still there' if target.is_file() else 'nothing was left behind'
+        raise OSError(f'could not write the checkpoint {target} ({_first_line(error)}); {kept}') from error
+    _fsync_folder(target.parent)
+    return target
+
+
+class _Writer:
+    """A file for torch.save whose first failed write is kept and raised afterwards.
+
+    An exception inside torch's zip writer aborts the process, and given a path it hides the system's reason.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        pass
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut, where the system can (not on Windows, not on every network)."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read_checkpoint(path: str | os.PathLike[str], map_location: torch.device | str = 'cpu') -> dict[str, Any]:
+    """Read a file of ``save_checkpoint``, of ``torch.save`` or, if its name ends so, of safetensors.
+
+    Nothing in the file is run: only tensors, plain Python values and numpy numbers (which training scripts tend to
+    store as the best accuracy) are accepted.
+
+    Args:
+        path: the file.
+        map_location: where the tensors go.
+
+    Returns:
+        The dict in the file: a checkpoint or a bare state dict.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or no checkpoint, holds something that would have to be run, or no dict.
+        OSError: the file is there and cannot be read.
+    """
+    source = Path(path)
+    if not source.exists():
+        raise FileNotFoundError(f'there is no checkpoint {source}')
+    if source.is_dir():
+        raise ValueError(f'{source} is a folder, expected a checkpoint file')
+    if source.suffix == '.safetensors':
+        return _read_safetensors(source, map_location)
+    with source.open('rb'):  # a missing permission is told as such, not as a broken file
+        pass
+    try:
+        with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about pickle protocols, of no use to the reader of the error below
+            state = torch.load(source, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's text recommends weights_only=False; ours must not.
+        named = re.search(r'GLOBAL ([\w.]+)', str(error))
+        found = f'it holds {named.group(1)}' if named else 'it is damaged or holds something else'
+        raise ValueError(
+            f'refused to load {source}: {found}, and only tensors and plain values are safe to load; nothing in it '
+            f'was run. If you trust its author, ask for the state dict alone.'
+        ) from error
+    except Exception as error:  # a damaged file fails as RuntimeError, EOFError, KeyError, UnicodeDecodeError, ...
+        raise ValueError(_damaged(source, error)) from error
+    if not isinstance(state, dict):
+        raise ValueError(f'{source} holds a {type(state).__name__}, expected a dict with a state dict')
+    return state
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].split('. ')[0] if lines else type(error).__name__
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return (
+        f'{path} is truncated, damaged or no checkpoint ({path.stat().st_size} bytes; {type(error).__name__}: '
+        f'{_first_line(error)}); copy or download it again'
+    )
+
+
+def _read_safetensors(path: Path, device: torch.device | str) -> dict[str, Any]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(f'reading {path} needs the package safetensors: pip install safetensors') from error
+    try:
+        tensors: dict[str, Any] = load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(_damaged(path, error)) from error
+    return tensors
+
+
+def _numpy_scalars() -> list[Any]:
+    """What the unpickler must know to build a numpy number, under the module names of numpy 1 and 2; nothing more."""
+    import numpy as np
+
+    scalar = np.float64(0).__reduce__()[0]  # its import path depends on numpy's version
+    numbers = [type(np.dtype(code)) for code in '?bBhHiIlLqQefd']
+    return [(scalar, 'numpy.core.multiarray.scalar'), (scalar, 'numpy._core.multiarray.scalar'), np.dtype, *numbers]

@@ -1,0 +1,230 @@
+"""State dicts from elsewhere: the SASE authors' checkpoints and plain ResNet weights, into models of this library.
+
+The authors' keys say which edge a tensor belongs to (``_ops.E...``) and what it is, so they map onto ours one to one
+for any genotype: ``layer1.0.attention._ops.5.0.weight`` is ``layer1.0.se.spatial_excite.convs.0.weight``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .blocks import BLOCK_TYPES, Genotype
+from .checkpoint import read_checkpoint
+
+StateDict = dict[str, Tensor]
+
+_PAPER_KEY = re.compile(r'^(?P<prefix>(?:.*?\.)??)(?P<rest>_ops\.(?P<edge>[0-5])\..+|mixer\.[01]\..+)$')
+_EDGES = tuple(Genotype.SET_OF)
+
+# What follows `_ops.E.` in the authors' keys -> ours, whatever the operation; a 1x1 mixer's two weights become 1-d.
+_OPERATION = [
+    (re.compile(r'^(?:mixer\.)?mixer\.0\.weight$'), 'weight'),
+    (re.compile(r'^(?:instanceNorm|layerNorm)\.(weight|bias)$'), r'\1'),
+    (re.compile(r'^row_bn_for_(?:channel|spatial)\.(.+)$'), r'norm.\1'),
+    (re.compile(r'^row_conv_group_for_(?:channel|spatial)\.weight$'), 'row_conv.weight'),
+    (re.compile(r'^fc_adapt_channels_for_(?:channel|spatial)\.weight$'), 'fc.weight'),
+    (re.compile(r'^conv1D(?:_1)?\.0\.weight$'), 'convs.0.weight'),
+    (re.compile(r'^conv1D_2\.0\.weight$'), 'convs.1.weight'),
+    (re.compile(r'^conv1D_3\.0\.weight$'), 'convs.2.weight'),
+    (re.compile(r'^alpha$'), 'weight'),
+    (re.compile(r'^beta$'), 'bias'),
+]
+# Plain sequences are numbered, so what a number means depends on the edge.
+_SEQUENCE = {
+    'channel_excite': {'0.weight': 'fc1.weight', '2.weight': 'fc2.weight'},
+    'spatial_excite': {'0.weight': 'convs.0.weight', '1.weight': 'convs.1.weight', '2.weight': 'convs.1.weight'},
+}
+
+
+def _operation_key(edge: str, rest: str) -> str | None:
+    sequence = _SEQUENCE.get(Genotype.SET_OF[edge], {})
+    if rest in sequence:
+        return sequence[rest]
+    for pattern, ours in _OPERATION:
+        if pattern.match(rest):
+            return pattern.sub(ours, rest)
+    return None
+
+
+def _flat(key: str, value: Tensor) -> Tensor:
+    """The authors' mixers are (1, 2, 1, 1), their channel affines (C, 1, 1), their spatial ones (1, H, W)."""
+    if key.endswith('mixer.0.weight'):
+        return value.reshape(-1)
+    if key.endswith(('.alpha', '.beta')):
+        return value.reshape(value.shape[1:] if value.shape[0] == 1 and value[0].numel() > 1 else -1)
+    return value
+
+
+def is_paper_state_dict(state_dict: Mapping[str, Any]) -> bool:
+    """Whether any key is one of the authors' attention keys."""
+    return any('_ops.' in key and _PAPER_KEY.match(key) for key in state_dict)
+
+
+def convert_paper_state_dict(state_dict: Mapping[str, Any]) -> StateDict:
+    """The authors' state dict in this library's names.
+
+    Args:
+        state_dict: of their ImageNet ResNets, of a detector (``backbone.`` in front; the rest of the detector is left
+            out), with or without ``module.``, or of a single block (keys ``_ops.E...`` and ``mixer...``), for any
+            genotype. The file's outer dict with the key ``state_dict`` is taken too.
+
+    Returns:
+        A state dict for ``resnet50_sase``/``resnet101_sase`` (or with the genotype of the file), or for an
+        ``AttentionBlock``. A detector's has no classifier: load it with ``num_classes=0``.
+
+    Raises:
+        ValueError: no attention key of the authors in it, or one that is not known.
+    """
+    state = unwrap_state_dict(state_dict)
+    if any(key.startswith('backbone.') for key in state):
+        state = {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')}
+    if not is_paper_state_dict(state):
+        near = ', '.join(list(state)[:3])
+        raise ValueError(f"not a SASE authors' checkpoint: no key like 'layer1.0.attention._ops.0...'; first keys: {near}")
+    out: StateDict = {}
+    for key, value in state.items():
+        match = _PAPER_KEY.match(key)
+        if match is None:
+            out[key] = value
+            continue
+        prefix = re.sub(r'attention\.$', 'se.', match['prefix'])
+        rest = match['rest']
+        if match['edge'] is None:
+            ours: str | None = re.sub(r'^mixer\.1\.', 'norm.', 'mix_weight' if rest == 'mixer.0.weight' else rest)
+        else:
+            edge = _EDGES[int(match['edge'])]
+            name = _operation_key(edge, rest.split('.', 2)[2])
+            ours = None if name is None else f'{edge}.{name}'
+        if ours is None:
+            raise ValueError(f"unknown key {key!r} in a SASE authors' checkpoint: no operation of theirs has it")
+        out[prefix + ours] = _flat(key, value)
+    return out
+
+
+def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict inside a checkpoint: under ``state_dict`` or ``model`` where there is one, without ``module.``.
+
+    Raises:
+        ValueError: nothing in it is a state dict of tensors.
+    """
+    state: Any = checkpoint
+    for name in ('state_dict', 'model', 'model_state_dict'):
+        if isinstance(state.get(name), Mapping):
+            state = state[name]
+            break
+    if not state or not all(isinstance(v, Tensor) for v in state.values()):
+        found = ', '.join(f'{k}: {type(v).__name__}' for k, v in list(state.items())[:4]) or 'nothing'
+        raise ValueError(f'expected a state dict of tensors (or a dict with one under state_dict or model), got {found}')
+    for prefix in ('module.', '_orig_mod.'):
+        if all(k.startswith(prefix) for k in state):
+            state = {k[len(prefix) :]: v for k, v in state.items()}
+    return dict(state)
+
+
+def _attention_keys(model: nn.Module) -> list[str]:
+    prefixes = tuple(f'{name}.' if name else '' for name, m in model.named_modules() if isinstance(m, BLOCK_TYPES))
+    return [key for key in model.state_dict() if key.startswith(prefixes)] if prefixes else []
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
+    """What timm calls before it loads a file: the authors' keys become ours, a file without attention is filled up.
+
+    It is filled from the model's present values, and only when it holds no attention key at all: a file that has
+    some of them is damaged, and loading it fails with the missing keys named.
+    """
+    state = unwrap_state_dict(state_dict)
+    if is_paper_state_dict(state):
+        state = convert_paper_state_dict(state)
+    attention = _attention_keys(model)
+    if not any(key in state for key in attention):
+        own = model.state_dict()
+        state.update({key: own[key] for key in attention})
+    return state
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What ``load_checkpoint`` did: state-dict keys that were loaded, kept from the model, and left out of the file."""
+
+    source: str
+    loaded: list[str] = field(repr=False)
+    added: list[str] = field(repr=False)  # attention the file did not have: the model keeps its own values
+    kept_head: list[str] = field(repr=False)  # the model's own classifier, with keep_head=True
+
+    def __str__(self) -> str:
+        lines = [f'{self.source}: {len(self.loaded)} tensors loaded']
+        for what, keys in (
+            ('added attention, kept at its initial values', self.added),
+            ("classifier, kept the model's own", self.kept_head),
+        ):
+            if keys:
+                more = f', ... ({len(keys) - 3} more)' if len(keys) > 3 else ''
+                lines.append(f'  {what}: {len(keys)} tensors: {", ".join(keys[:3])}{more}')
+        return '\n'.join(lines)
+
+
+def load_checkpoint(
+    model: nn.Module, source: str | Path | Mapping[str, Any], *, keep_head: bool = False
+) -> LoadReport:
+    """Load weights into ``model``, in place and all or nothing: a file of ours, the authors', or a plain ResNet's.
+
+    Args:
+        model: any model; one with blocks of this library takes the authors' files and plain ones too.
+        source: a file (``.pt``, ``.pth``, ``.safetensors``; read without running any code in it) or a state dict.
+        keep_head: leave the model's own classifier where the file has none, or one for other classes.
+
+    Returns:
+        A report; printed, it says what was loaded and what was added.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a truncated or hostile file, keys missing (a damaged checkpoint, or another model's), keys that
+            the model does not have, or other shapes; the first of them are named and the model is unchanged.
+    """
+    if isinstance(source, Mapping):
+        label, raw = 'state dict', source
+    else:
+        label, raw = str(source), read_checkpoint(source)
+    before = unwrap_state_dict(raw)
+    state = checkpoint_filter_fn(before, model)
+    own = model.state_dict()
+    attention = set(_attention_keys(model))
+    was_plain = not (attention & set(before)) and not is_paper_state_dict(before)
+    kept: list[str] = []
+    if keep_head:
+        classifier = getattr(model, 'default_cfg', None) or {}
+        heads = classifier.get('classifier') or 'fc'
+        prefixes = tuple(f'{h}.' for h in ([heads] if isinstance(heads, str) else heads))
+        for key in own:
+            if key.startswith(prefixes) and (key not in state or state[key].shape != own[key].shape):
+                kept.append(key)
+                state[key] = own[key]
+        state = {k: v for k, v in state.items() if k in own or not k.startswith(prefixes)}
+
+    problems = []
+    missing = [k for k in own if k not in state]
+    unexpected = [k for k in state if k not in own]
+    shapes = [
+        f'{k} is {tuple(state[k].shape)} in the file and {tuple(own[k].shape)} in the model'
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    for what, items in (('missing', missing), ('not in the model', unexpected), ('of another shape', shapes)):
+        if items:
+            more = f', ... ({len(items) - 5} more)' if len(items) > 5 else ''
+            problems.append(f'{len(items)} keys {what}: {", ".join(items[:5])}{more}')
+    if problems:
+        hint = ''
+        if any(k.startswith(('fc.', 'head.', 'classifier.')) for k in missing + unexpected + shapes):
+            hint = '; keep_head=True keeps the classifier of the model'
+        raise ValueError(f'{label} does not fit {type(model).__name__}, which is unchanged: {"; ".join(problems)}{hint}')
+    model.load_state_dict(state)
+    added = sorted(attention) if was_plain else []
+    loaded = [k for k in own if k not in set(added) and k not in set(kept)]
+    return LoadReport(label, loaded, added, kept)

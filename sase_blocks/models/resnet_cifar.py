@@ -1,0 +1,242 @@
+"""The small ResNet for 32 x 32 images (arXiv 1512.03385, section 4.2), with timm's blocks and its attention slot.
+
+A 3x3 stem of 16 channels without pooling, then three stages of 16, 32 and 64 channels. Three basic blocks a stage
+make ResNet-20, the network of the SASE search; as there, a shortcut that changes width is a 1x1 projection with
+batch norm, where the ResNet paper pads with zeros.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import create_classifier, get_act_layer, get_norm_layer
+from timm.models import build_model_with_cfg, checkpoint_seq, register_model
+from timm.models._features import feature_take_indices
+from timm.models.resnet import BasicBlock, make_blocks
+from torch import Tensor, nn
+
+from ..blocks import Genotype
+from ..convert import checkpoint_filter_fn
+from .slots import block_builder, fill_slots, refuse_block_attention
+
+__all__ = ['CifarResNet']
+
+STAGES = ('layer1', 'layer2', 'layer3')
+ALL_STAGES = (1, 2, 3)
+
+
+class CifarResNet(nn.Module):
+    """ResNet for small images, with timm's interface.
+
+    Shape: (B, in_chans, H, W) -> (B, num_classes); features at H, H/2 and H/4.
+
+    Args:
+        layers: basic blocks in each of the three stages.
+        num_classes: 0 for no classifier.
+        in_chans: input channels.
+        channels: width of the three stages; the first is the stem's too.
+        global_pool, drop_rate, drop_path_rate, act_layer, norm_layer, zero_init_last, block_args: as timm's ResNet.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[int, int, int] = (3, 3, 3),
+        num_classes: int = 10,
+        in_chans: int = 3,
+        channels: tuple[int, int, int] = (16, 32, 64),
+        global_pool: str = 'avg',
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        act_layer: Any = nn.ReLU,
+        norm_layer: Any = nn.BatchNorm2d,
+        zero_init_last: bool = True,
+        block_args: dict[str, Any] | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+        act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        self.conv1 = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False, **dd)
+        self.bn1 = norm_layer(channels[0], **dd)
+        self.act1 = act_layer(inplace=True)
+        stages, info = make_blocks(
+            (BasicBlock,) * len(STAGES),
+            channels,
+            layers,
+            channels[0],
+            drop_path_rate=drop_path_rate,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            **(block_args or {}),
+            **dd,
+        )
+        for name, stage in stages:
+            self.add_module(name, stage)
+        # make_blocks counts from ResNet's stem, which has already reduced by 4.
+        self.feature_info = [{'num_chs': channels[0], 'reduction': 1, 'module': 'act1'}]
+        self.feature_info += [{**entry, 'reduction': entry['reduction'] // 4} for entry in info]
+
+        self.num_features = channels[-1]
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.init_weights(zero_init_last)
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """He initialisation of all convolutions; the last batch norm of each block starts at zero unless told not to."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+        if zero_init_last:
+            for module in self.modules():
+                if hasattr(module, 'zero_init_last'):
+                    module.zero_init_last()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Parameter groups for layer-wise learning rates."""
+        return {'stem': r'^conv1|bn1', 'blocks': r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)'}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self, name_only: bool = False) -> Any:
+        """The classifier, or its name."""
+        return 'fc' if name_only else self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier for ``num_classes`` (0: none), with the present pooling unless another is given."""
+        weight = self.conv1.weight
+        self.num_classes = num_classes
+        self.global_pool, self.fc = create_classifier(
+            self.num_features,
+            num_classes,
+            pool_type=self.global_pool.pool_type if global_pool is None else global_pool,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Features of the stem and the stages as timm's models give them: (last, list), or the list alone."""
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        x = self.act1(self.bn1(self.conv1(x)))
+        intermediates = [x] if 0 in take else []
+        for i, name in enumerate(STAGES[:last] if stop_early else STAGES, start=1):
+            stage = getattr(self, name)
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing and not torch.jit.is_scripting() else stage(x)
+            if i in take:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages that the chosen features do not need; returns the kept indices."""
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        for name in STAGES[last:]:
+            setattr(self, name, nn.Sequential())
+        if last < len(STAGES):
+            self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
+        if prune_head or last < len(STAGES):
+            self.reset_classifier(0, '')
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, channels[-1], H/4, W/4)."""
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.act1(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq([self.layer1, self.layer2, self.layer3], x, flatten=True)
+        x = self.layer1(x)
+        x = self.layer2(x)
+        return self.layer3(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pooling, dropout and, unless ``pre_logits``, the classifier."""
+        x = self.global_pool(x)
+        if self.drop_rate:
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+default_cfgs: dict[str, dict[str, Any]] = {
+    'resnet20_cifar': {
+        'url': '',
+        'num_classes': 10,
+        'input_size': (3, 32, 32),
+        'pool_size': (8, 8),
+        'crop_pct': 1.0,
+        'interpolation': 'bilinear',
+        'mean': (0.4914, 0.4822, 0.4465),
+        'std': (0.2470, 0.2435, 0.2616),
+        'first_conv': 'conv1',
+        'classifier': 'fc',
+        'license': 'mit',
+    },
+}
+
+
+def _cifar_resnet(genotype: Any, attn_stages: Any, img_size: int | tuple[int, int], **kwargs: Any) -> CifarResNet:
+    if genotype is not None:
+        refuse_block_attention(kwargs)
+    model = CifarResNet(**kwargs)
+    build = block_builder(genotype)
+    fill_slots(model, build, attn_stages, img_size, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
+    return model
+
+
+@register_model
+def resnet20_cifar(
+    pretrained: bool = False,
+    genotype: str | Genotype | None = None,
+    attn_stages: tuple[int, ...] = ALL_STAGES,
+    img_size: int | tuple[int, int] = 32,
+    **kwargs: Any,
+) -> CifarResNet:
+    """ResNet-20 for small images, plain or with attention after the second batch norm of every basic block.
+
+    Args:
+        pretrained: there are no published weights; False.
+        genotype: a block's name, a genotype's text or JSON, or None for no attention.
+        attn_stages: the stages that get the block, from 1 to 3; all by default.
+        img_size: the image size that per-position parameters are laid out for, 32 by default.
+        **kwargs: arguments of ``CifarResNet``.
+    """
+    return build_model_with_cfg(
+        partial(_cifar_resnet, genotype, attn_stages, img_size),
+        'resnet20_cifar',
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={'out_indices': (0, 1, 2, 3)},
+        **kwargs,
+    )

@@ -1,0 +1,65 @@
+"""The attention slot of timm's residual blocks: what goes where, from plain strings and numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from ..blocks import Genotype, resolve_block
+from ..ops.primitive import check_feat_size
+
+BlockBuilder = Callable[..., nn.Module]
+
+
+def block_builder(genotype: str | Genotype | None) -> BlockBuilder | None:
+    """The callable of channels behind an entry point's ``genotype=``; None and 'none' mean no attention.
+
+    Raises:
+        ValueError: an unknown block name or a bad genotype, with the valid ones.
+    """
+    return None if genotype is None or genotype == 'none' else resolve_block(genotype)
+
+
+def check_stages(stages: Any, depth: int) -> tuple[int, ...]:
+    """``attn_stages`` as sorted distinct stage numbers from 1 to ``depth``. Raises ValueError with the value."""
+    values = [stages] if isinstance(stages, int) else list(stages) if isinstance(stages, Iterable) else [stages]
+    if any(isinstance(s, bool) or not isinstance(s, int) or not 1 <= s <= depth for s in values):
+        raise ValueError(f'attn_stages takes stage numbers from 1 to {depth}, got {stages!r}')
+    return tuple(sorted(set(values)))
+
+
+def fill_slots(
+    model: nn.Module,
+    build: BlockBuilder | None,
+    stages: Any,
+    img_size: int | tuple[int, int],
+    **factory_kwargs: Any,
+) -> None:
+    """Put ``build(channels, feat_size=...)`` into ``block.se`` of every residual block of the given stages.
+
+    The slot is filled after timm has initialised the network, which re-draws every Conv2d it finds. ``img_size`` and
+    the stage's reduction give the feature size that per-position parameters are laid out for.
+    """
+    info: Any = model.feature_info
+    chosen = check_stages(stages, len(info) - 1)
+    if build is None:
+        return
+    height, width = check_feat_size(img_size, 'img_size')
+    for stage in chosen:
+        reduction = info[stage]['reduction']
+        feat_size = (math.ceil(height / reduction), math.ceil(width / reduction))
+        blocks: Any = model.get_submodule(f'layer{stage}')
+        for block in blocks:
+            block.se = build(info[stage]['num_chs'], feat_size=feat_size, **factory_kwargs)
+
+
+def refuse_block_attention(kwargs: dict[str, Any]) -> None:
+    """``block_args=dict(attn_layer=...)`` and our slots would be two answers to one question: raise ValueError."""
+    if 'attn_layer' in (kwargs.get('block_args') or {}):
+        raise ValueError(
+            "block_args['attn_layer'] is set, but this entry point fills the attention slot itself: give genotype=... "
+            "here, or use timm's plain resnet50 with attn_layer"
+        )

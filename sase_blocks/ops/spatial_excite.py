@@ -1,0 +1,131 @@
+"""Spatial excitations: (B, 1, H, W) -> (B, 1, H, W), from squeezed statistics to an attention over positions.
+
+The seven of SASE (arXiv 2411.08333, the spatial excitation set), in its order; all end in a sigmoid and have no
+biases but the affine one. What differs: weights in front of a ReLU start with a non-negative sum, overflow inside a
+stack of fp16 convolutions saturates, and the per-position parameters are interpolated for a map of another size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .primitive import Primitive, check_features, finite_relu, turn_positive_
+from .spatial_squeeze import resize_map
+
+torch.fx.wrap('resize_map')  # wrapping is by the module in which a function is called
+
+
+def spatial_affine(s: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """sigmoid(weight * s + bias), per position. s: (B, 1, H, W); weight, bias: broadcastable to it."""
+    return torch.sigmoid(weight * s + bias)
+
+
+class SpatialExcite(Primitive):
+    """Base of the spatial excitations. Shape: (B, 1, H, W) -> (B, 1, H, W), any H and W.
+
+    Raises in ``forward``: ValueError for another rank or for more than one channel, TypeError for a non-floating input.
+    """
+
+    gated: ClassVar[bool] = True  # whether the output is already in (0, 1)
+
+    def forward(self, s: Tensor) -> Tensor:
+        check_features(s, 1)
+        return self.excite(s)
+
+
+class SpatialConv(SpatialExcite):
+    """One or two convolutions of one channel, same padding, a sigmoid at the end; no biases."""
+
+    kernel_sizes: ClassVar[tuple[tuple[int, int], ...]] = ((3, 3),)
+    relu_between: ClassVar[bool] = False
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        self.with_relu = self.relu_between  # TorchScript sees attributes of the instance only
+        self.convs = nn.ModuleList(
+            nn.Conv2d(1, 1, (kh, kw), padding=(kh // 2, kw // 2), bias=False, device=device, dtype=dtype)
+            for kh, kw in self.kernel_sizes
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for conv in self.convs:
+            conv.reset_parameters()
+            if self.relu_between:
+                turn_positive_(conv.weight)
+
+    def excite(self, s: Tensor) -> Tensor:
+        for i, conv in enumerate(self.convs):
+            if i > 0 and self.with_relu:
+                s = finite_relu(s)
+            s = conv(s)
+        return torch.sigmoid(s)
+
+
+class SpatialConv3Separable(SpatialConv):
+    """A 1 x 3 convolution, then a 3 x 1 ('conv_3x1_1x3')."""
+
+    paper_key = 'conv_3x1_1x3'
+    kernel_sizes = ((1, 3), (3, 1))
+
+
+class SpatialConv5Separable(SpatialConv):
+    """A 1 x 5 convolution, then a 5 x 1 ('conv_5x1_1x5')."""
+
+    paper_key = 'conv_5x1_1x5'
+    kernel_sizes = ((1, 5), (5, 1))
+
+
+class SpatialConv3(SpatialConv):
+    """One 3 x 3 convolution ('conv_3x3')."""
+
+    paper_key = 'conv_3x3'
+    kernel_sizes = ((3, 3),)
+
+
+class SpatialConv5(SpatialConv):
+    """One 5 x 5 convolution ('conv_5x5')."""
+
+    paper_key = 'conv_5x5'
+    kernel_sizes = ((5, 5),)
+
+
+class SpatialConv7(SpatialConv):
+    """One 7 x 7 convolution ('conv_7x7'), as in CBAM."""
+
+    paper_key = 'conv_7x7'
+    kernel_sizes = ((7, 7),)
+
+
+class SpatialConv3Double(SpatialConv):
+    """Two 3 x 3 convolutions with a ReLU between ('2conv_3x3')."""
+
+    paper_key = '2conv_3x3'
+    kernel_sizes = ((3, 3), (3, 3))
+    relu_between = True
+
+
+class SpatialAffine(SpatialExcite):
+    """sigmoid(weight * s + bias) per position, started at 1 and 0 ('affine').
+
+    Needs ``feat_size``; the H x W parameters are interpolated for a map of another size.
+    """
+
+    paper_key = 'affine'
+    needs_feat_size = True
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        self.weight = nn.Parameter(torch.empty(self.feat_size, device=device, dtype=dtype))  # type: ignore[arg-type]
+        self.bias = nn.Parameter(torch.empty(self.feat_size, device=device, dtype=dtype))  # type: ignore[arg-type]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def excite(self, s: Tensor) -> Tensor:
+        return spatial_affine(s, resize_map(self.weight, s), resize_map(self.bias, s))

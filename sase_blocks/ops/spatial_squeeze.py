@@ -1,0 +1,216 @@
+"""Spatial squeezes: (B, C, H, W) -> (B, 1, H, W), one number a position, taken over C.
+
+The seven of SASE (arXiv 2411.08333, the spatial squeeze set), in its order, with the same repairs as the channel
+squeezes (see there). Each takes an optional ``gate`` (B, C, 1, 1) and then squeezes ``gate * x``; the p-norm does so
+without forming the product, which spares a compiled backward pass a traversal of x.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .normalization import BatchNorm2d
+from .primitive import Primitive, check_features, mix, narrow, safe_sqrt, widen
+
+
+def spatial_avg(x: Tensor) -> Tensor:
+    """Mean over C. (B, C, H, W) -> (B, 1, H, W)."""
+    return x.mean(1, keepdim=True)
+
+
+@torch.fx.wrap
+def resize_map(map: Tensor, x: Tensor) -> Tensor:
+    """A per-position parameter (H, W) as (1, 1, H', W') for the size of ``x``, bilinear where it differs."""
+    if map.shape[0] == x.shape[2] and map.shape[1] == x.shape[3]:
+        return map[None, None]
+    return F.interpolate(map[None, None], size=(x.shape[2], x.shape[3]), mode='bilinear', align_corners=False)
+
+
+@torch.fx.wrap
+def spatial_l2_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """L2 norm over C of the map layer-normalised over (H, W) channel by channel. weight, bias: (1, 1, H, W)."""
+    wide = widen(x)
+    var, avg = torch.var_mean(wide, dim=(2, 3), correction=0, keepdim=True)
+    normed = (wide - avg) * torch.rsqrt(var + eps) * widen(weight) + widen(bias)
+    return narrow(safe_sqrt(normed.square().sum(1, keepdim=True)), x)
+
+
+@torch.fx.wrap
+def spatial_p_norm(x: Tensor, gate: Tensor | None = None) -> Tensor:
+    """4-norm over C of x, or of gate * x as (sum gate^4 x^4)^(1/4). gate: (B, C, 1, 1)."""
+    # bf16 has the range for a fourth power, so only its sum needs fp32; fp16 needs fp32 throughout.
+    square = x.float().square() if x.dtype == torch.float16 else x.square()
+    fourth = square * square
+    if gate is not None:
+        gate2 = widen(gate).square()
+        fourth = fourth * (gate2 * gate2)
+    total = widen(fourth).sum(1, keepdim=True)
+    return narrow(safe_sqrt(safe_sqrt(total)), x)
+
+
+@torch.fx.wrap
+def spatial_avg_max(x: Tensor, weight: Tensor) -> Tensor:
+    """ReLU of the weighted mean and maximum over C. weight: (2,)."""
+    avg, top = x.mean(1, keepdim=True), x.amax(1, keepdim=True)
+    return narrow(torch.relu(mix(widen(avg), widen(top), widen(weight))), x)
+
+
+@torch.fx.wrap
+def spatial_avg_std(x: Tensor, weight: Tensor) -> Tensor:
+    """ReLU of the weighted mean and unbiased standard deviation over C (0 for one channel). weight: (2,)."""
+    n = x.shape[1]
+    var, avg = torch.var_mean(widen(x), dim=(1,), correction=0, keepdim=True)
+    return narrow(torch.relu(mix(avg, safe_sqrt(var * n / max(n - 1, 1)), widen(weight))), x)
+
+
+@torch.fx.wrap
+def spatial_avg_skew(x: Tensor, weight: Tensor) -> Tensor:
+    """ReLU of the weighted mean and third central moment over C. weight: (2,)."""
+    wide = widen(x)
+    avg = wide.mean(1, keepdim=True)
+    centred = wide - avg
+    skew = (centred * centred * centred).mean(1, keepdim=True)
+    return narrow(torch.relu(mix(avg, skew, widen(weight))), x)
+
+
+@torch.fx.wrap
+def spatial_covariance(x: Tensor, grid: int) -> Tensor:
+    """Covariance, over the channels, of the positions of x pooled to grid x grid.
+
+    (B, C, H, W) -> (B, grid^2, grid^2), in fp32 for half inputs, divided by grid^2 - 1 as the authors do.
+    """
+    z = F.adaptive_avg_pool2d(widen(x), grid).flatten(2)  # (B, C, P)
+    z = z - z.mean(1, keepdim=True)
+    return z.transpose(1, 2) @ z / (grid * grid - 1)
+
+
+@torch.fx.wrap
+def pool_to(s: Tensor, x: Tensor) -> Tensor:
+    """``s`` (B, 1, h, w) average-pooled adaptively to the H and W of ``x``, in the dtype of ``x``."""
+    return F.adaptive_avg_pool2d(s, (x.shape[2], x.shape[3])).to(x.dtype)
+
+
+class SpatialSqueeze(Primitive):
+    """Base of the spatial squeezes. Shape: x (B, C, H, W), gate (B, C, 1, 1) or None -> (B, 1, H, W), any H and W.
+
+    Raises in ``forward``: ValueError for another rank, TypeError for a non-floating input.
+    """
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        check_features(x, 0)
+        if gate is not None:
+            x = gate * x
+        return self.squeeze(x)
+
+
+class SpatialAvg(SpatialSqueeze):
+    """Mean over the channels ('GAP')."""
+
+    paper_key = 'GAP'
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        return spatial_avg(x)
+
+
+class SpatialL2Norm(SpatialSqueeze):
+    """L2 norm over C of the layer-normalised map ('L2-norm'), affine per position.
+
+    Needs ``feat_size``; the H x W parameters are interpolated for a map of another size.
+    """
+
+    paper_key = 'L2-norm'
+    needs_feat_size = True
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        self.weight = nn.Parameter(torch.empty(self.feat_size, device=device, dtype=dtype))  # type: ignore[arg-type]
+        self.bias = nn.Parameter(torch.empty(self.feat_size, device=device, dtype=dtype))  # type: ignore[arg-type]
+        self.eps = 1e-5
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        return spatial_l2_norm(x, resize_map(self.weight, x), resize_map(self.bias, x), self.eps)
+
+
+class SpatialPNorm(SpatialSqueeze):
+    """4-norm over the channels ('p-norm')."""
+
+    paper_key = 'p-norm'
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        check_features(x, 0)
+        return spatial_p_norm(x, gate)
+
+
+class MixedSpatialSqueeze(SpatialSqueeze):
+    """Base of the squeezes that mix two statistics by two weights, the same for all positions."""
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        self.weight = nn.Parameter(torch.empty(2, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 0.5)
+
+
+class SpatialAvgMax(MixedSpatialSqueeze):
+    """Mean and maximum over C, mixed, then ReLU ('GAP+GMP')."""
+
+    paper_key = 'GAP+GMP'
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        return spatial_avg_max(x, self.weight)
+
+
+class SpatialAvgStd(MixedSpatialSqueeze):
+    """Mean and unbiased standard deviation over C, mixed, then ReLU ('GAP+std')."""
+
+    paper_key = 'GAP+std'
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        return spatial_avg_std(x, self.weight)
+
+
+class SpatialAvgSkew(MixedSpatialSqueeze):
+    """Mean and third central moment over C, mixed, then ReLU ('SkewPooling')."""
+
+    paper_key = 'SkewPooling'
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        return spatial_avg_skew(x, self.weight)
+
+
+class SpatialSecondOrder(SpatialSqueeze):
+    """Covariance of an 8 x 8 grid of positions, batch norm, row convolution, ReLU, 1x1 ('2nd-order pooling').
+
+    Each of the 64 rows of the covariance becomes one number; the 64 numbers are an 8 x 8 map, pooled to H x W.
+    """
+
+    paper_key = '2nd-order pooling'
+    grid = 8
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        p = self.grid * self.grid
+        self.norm = BatchNorm2d(p, device=device, dtype=dtype)
+        self.row_conv = nn.Conv2d(p, p, (p, 1), groups=p, bias=False, device=device, dtype=dtype)
+        self.fc = nn.Conv2d(p, p, 1, bias=False, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        self.norm.reset_parameters()
+        self.row_conv.reset_parameters()
+        self.fc.reset_parameters()
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        rows = spatial_covariance(x, self.grid).unsqueeze(3)  # (B, 64, 64, 1): row, column
+        s = self.fc(torch.relu(self.row_conv(self.norm(rows))))  # (B, 64, 1, 1)
+        return pool_to(s.reshape(-1, 1, self.grid, self.grid), x)
