@@ -27,7 +27,7 @@ _OPERATION = [
     (re.compile(r'^(?:mixer\.)?mixer\.0\.weight$'), 'weight'),
     (re.compile(r'^(?:instanceNorm|layerNorm)\.(weight|bias)$'), r'\1'),
     (re.compile(r'^row_bn_for_(?:channel|spatial)\.(.+)$'), r'norm.\1'),
-    (re.compile(r'^row_conv_group_for_(?:channel|spatial)\.weight$'), 'row_conv.weight'),
+    (re.compile(r'^row_conv_group_for_(?:channel|spatial)\.weight$'), 'row_weight'),
     (re.compile(r'^fc_adapt_channels_for_(?:channel|spatial)\.weight$'), 'fc.weight'),
     (re.compile(r'^conv1D(?:_1)?\.0\.weight$'), 'convs.0.weight'),
     (re.compile(r'^conv1D_2\.0\.weight$'), 'convs.1.weight'),
@@ -53,9 +53,11 @@ def _operation_key(edge: str, rest: str) -> str | None:
 
 
 def _flat(key: str, value: Tensor) -> Tensor:
-    """The authors' mixers are (1, 2, 1, 1), their channel affines (C, 1, 1), their spatial ones (1, H, W)."""
+    """The authors' mixers are (1, 2, 1, 1), row kernels (N, 1, N, 1), channel affines (C, 1, 1), spatial (1, H, W)."""
     if key.endswith('mixer.0.weight'):
         return value.reshape(-1)
+    if '.row_conv_group_for_' in key:
+        return value.reshape(value.shape[0], -1)
     if key.endswith(('.alpha', '.beta')):
         return value.reshape(value.shape[1:] if value.shape[0] == 1 and value[0].numel() > 1 else -1)
     return value
@@ -86,7 +88,9 @@ def convert_paper_state_dict(state_dict: Mapping[str, Any]) -> StateDict:
         state = {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')}
     if not is_paper_state_dict(state):
         near = ', '.join(list(state)[:3])
-        raise ValueError(f"not a SASE authors' checkpoint: no key like 'layer1.0.attention._ops.0...'; first keys: {near}")
+        raise ValueError(
+            f"not a SASE authors' checkpoint: no key like 'layer1.0.attention._ops.0...'; first keys: {near}"
+        )
     out: StateDict = {}
     for key, value in state.items():
         match = _PAPER_KEY.match(key)
@@ -120,7 +124,7 @@ def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             break
     if not state or not all(isinstance(v, Tensor) for v in state.values()):
         found = ', '.join(f'{k}: {type(v).__name__}' for k, v in list(state.items())[:4]) or 'nothing'
-        raise ValueError(f'expected a state dict of tensors (or a dict with one under state_dict or model), got {found}')
+        raise ValueError(f'expected a state dict of tensors, or a dict with one under state_dict or model, got {found}')
     for prefix in ('module.', '_orig_mod.'):
         if all(k.startswith(prefix) for k in state):
             state = {k[len(prefix) :]: v for k, v in state.items()}
@@ -169,9 +173,7 @@ class LoadReport:
         return '\n'.join(lines)
 
 
-def load_checkpoint(
-    model: nn.Module, source: str | Path | Mapping[str, Any], *, keep_head: bool = False
-) -> LoadReport:
+def load_checkpoint(model: nn.Module, source: str | Path | Mapping[str, Any], *, keep_head: bool = False) -> LoadReport:
     """Load weights into ``model``, in place and all or nothing: a file of ours, the authors', or a plain ResNet's.
 
     Args:
@@ -223,7 +225,9 @@ def load_checkpoint(
         hint = ''
         if any(k.startswith(('fc.', 'head.', 'classifier.')) for k in missing + unexpected + shapes):
             hint = '; keep_head=True keeps the classifier of the model'
-        raise ValueError(f'{label} does not fit {type(model).__name__}, which is unchanged: {"; ".join(problems)}{hint}')
+        raise ValueError(
+            f'{label} does not fit {type(model).__name__}, which is unchanged: {"; ".join(problems)}{hint}'
+        )
     model.load_state_dict(state)
     added = sorted(attention) if was_plain else []
     loaded = [k for k in own if k not in set(added) and k not in set(kept)]

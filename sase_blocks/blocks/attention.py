@@ -14,15 +14,14 @@ What differs from the authors' code: y is written as one product, the p-norm tak
 dependent passes over x. The authors' state dicts map onto this module one to one (``convert.py``).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import CHANNEL_EXCITE, CHANNEL_SQUEEZE, SPATIAL_EXCITE, SPATIAL_SQUEEZE, BatchNorm2d
-from ..ops.primitive import check_channels, check_feat_size, check_features, mix
+from sase_blocks.ops import CHANNEL_EXCITE, CHANNEL_SQUEEZE, SPATIAL_EXCITE, SPATIAL_SQUEEZE, BatchNorm2d
+from sase_blocks.ops.primitive import check_channels, check_feat_size, check_features, mix
+
 from .genotype import SASE_GENOTYPE, Genotype
 
 torch.fx.wrap('check_features')

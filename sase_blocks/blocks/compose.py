@@ -4,14 +4,12 @@
 ECA (arXiv 1910.03151) at k = 3; the rest of the 49 + 49 pairs have no name.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import CHANNEL_EXCITE, CHANNEL_SQUEEZE, SPATIAL_EXCITE, SPATIAL_SQUEEZE, primitive_name
+from sase_blocks.ops import CHANNEL_EXCITE, CHANNEL_SQUEEZE, SPATIAL_EXCITE, SPATIAL_SQUEEZE, primitive_name
 
 
 class ChannelAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""A genotype: the six choices that make a SASE block (arXiv 2411.08333), as a value that can be read, stored and drawn."""
+"""A genotype: the six choices that make a SASE block (arXiv 2411.08333), as a value to read, store and compare."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import ClassVar
 
-from ..ops import SETS, primitive_name
+from sase_blocks.ops import SETS, primitive_name
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,8 @@ class Genotype:
     def of(cls, names: Sequence[str]) -> Genotype:
         """From six names (or paper keys) in edge order. Raises ValueError for another number of them."""
         if isinstance(names, str) or len(names) != len(cls.SET_OF):
-            raise ValueError(
-                f'a genotype has six choices ({", ".join(cls.SET_OF)}), got {1 if isinstance(names, str) else len(names)}: {names!r}'
-            )
+            count = 1 if isinstance(names, str) else len(names)
+            raise ValueError(f'a genotype has six choices ({", ".join(cls.SET_OF)}), got {count}: {names!r}')
         return cls(*names)
 
     @classmethod

@@ -75,4 +75,3 @@ def resolve_block(block: str | Genotype) -> Callable[..., nn.Module]:
     if not isinstance(block, Genotype):
         raise TypeError(f'expected a block name, a Genotype or its text, got {block!r}')
     return partial(AttentionBlock, genotype=block)
-

@@ -24,8 +24,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, is_model, register_model
 from timm.models.resnet import Bottleneck, ResNet
 
-from ..blocks import BLOCKS, ChannelAttention, Genotype, SpatialAttention
-from ..convert import checkpoint_filter_fn
+from sase_blocks.blocks import BLOCKS, ChannelAttention, Genotype, SpatialAttention
+from sase_blocks.convert import checkpoint_filter_fn
+
 from .slots import BlockBuilder, block_builder, fill_slots, refuse_block_attention
 
 __all__ = ['register_resnet']

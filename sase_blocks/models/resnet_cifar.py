@@ -5,8 +5,6 @@ make ResNet-20, the network of the SASE search; as there, a shortcut that change
 batch norm, where the ResNet paper pads with zeros.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
@@ -18,8 +16,9 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, make_blocks
 from torch import Tensor, nn
 
-from ..blocks import Genotype
-from ..convert import checkpoint_filter_fn
+from sase_blocks.blocks import Genotype
+from sase_blocks.convert import checkpoint_filter_fn
+
 from .slots import block_builder, fill_slots, refuse_block_attention
 
 __all__ = ['CifarResNet']
@@ -93,7 +92,7 @@ class CifarResNet(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """He initialisation of all convolutions; the last batch norm of each block starts at zero unless told not to."""
+        """He initialisation of all convolutions; the last batch norm of a block starts at zero unless told not to."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..blocks import Genotype, resolve_block
-from ..ops.primitive import check_feat_size
+from sase_blocks.blocks import Genotype, resolve_block
+from sase_blocks.ops.primitive import check_feat_size
 
 BlockBuilder = Callable[..., nn.Module]
 

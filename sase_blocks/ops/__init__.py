@@ -10,8 +10,6 @@
 The operations and their order are those of SASE (arXiv 2411.08333); ``cls.paper_key`` is the authors' name for each.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping
 

@@ -6,14 +6,15 @@ ReLU start with a non-negative sum, so that no branch is born dead, and overflow
 saturates.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .primitive import Primitive, check_features, finite_relu, turn_positive_
+from .primitive import Primitive, check_features, saturate, turn_positive_
+
+torch.fx.wrap('saturate')
+torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
 
 
 def channel_affine(q: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class ChannelConv(ChannelExcite):
         z = q.flatten(1).unsqueeze(1)  # b c 1 1 -> b 1 c
         for i, conv in enumerate(self.convs):
             if i > 0:
-                z = finite_relu(z)
+                z = saturate(torch.relu(z))
             z = conv(z)
         return torch.sigmoid(z).transpose(1, 2).unsqueeze(3)
 

@@ -6,8 +6,7 @@ bf16 inputs, group counts below 2 are allowed, any image size is taken, and the 
 (theirs are drawn with a random sign, which kills the ReLU behind them in about half of the draws).
 """
 
-from __future__ import annotations
-
+import math
 from typing import Any
 
 import torch
@@ -15,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .normalization import BatchNorm2d
-from .primitive import Primitive, check_features, mix, narrow, safe_sqrt, widen
+from .primitive import Primitive, check_features, contract_rows, mix, narrow, safe_sqrt, scaled_gram, widen
+
+torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
 
 
 def channel_avg(x: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def channel_covariance(x: Tensor, groups: int) -> Tensor:
     else:
         z = F.adaptive_avg_pool1d(flat.transpose(1, 2), groups).transpose(1, 2)
     z = z - z.mean(2, keepdim=True)
-    return z @ z.transpose(1, 2) / max(groups - 1, 1)
+    return scaled_gram(z) / max(groups - 1, 1)
 
 
 class ChannelSqueeze(Primitive):
@@ -187,14 +188,15 @@ class ChannelSecondOrder(ChannelSqueeze):
         self.groups = max(1, channels // 4)
         g = self.groups
         self.norm = BatchNorm2d(g, device=device, dtype=dtype)
-        self.row_conv = nn.Conv2d(g, g, (g, 1), groups=g, bias=False, device=device, dtype=dtype)
+        self.row_weight = nn.Parameter(torch.empty(g, g, device=device, dtype=dtype))
         self.fc = nn.Conv2d(g, channels, 1, bias=False, device=device, dtype=dtype)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         self.norm.reset_parameters()
-        self.row_conv.reset_parameters()
+        nn.init.kaiming_uniform_(self.row_weight, a=math.sqrt(5))  # as torch's convolutions
         self.fc.reset_parameters()
 
     def squeeze(self, x: Tensor) -> Tensor:
         rows = channel_covariance(x, self.groups).unsqueeze(3)  # (B, g, g, 1): row, column
-        return self.fc(torch.relu(self.row_conv(self.norm(rows)))).to(x.dtype)
+        return self.fc(torch.relu(contract_rows(self.norm(rows).squeeze(3), self.row_weight))).to(x.dtype)

@@ -1,13 +1,11 @@
 """Batch norm for statistics maps: torch's, except where torch has nothing to normalise by or would overflow."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from .primitive import narrow
+from .primitive import narrow, widen
 
 
 @torch.fx.wrap
@@ -21,10 +19,21 @@ def batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """``F.batch_norm`` in the dtype of ``weight``; a single value per channel is normalised by the running statistics."""
-    x = narrow(x, weight)
-    use_batch = training and x.numel() > x.shape[1]
-    return F.batch_norm(x, running_mean, running_var, weight, bias, use_batch, momentum, eps)
+    """``F.batch_norm`` in fp32 (or fp64) whatever the parameters' dtype, the result in the dtype of ``weight``.
+
+    A covariance of large activations does not fit fp16, its normalised form does. A single value per channel, which
+    has no variance, is normalised by the running statistics.
+    """
+    x, w, b = widen(x), widen(weight), widen(bias)
+    mean, var = widen(running_mean), widen(running_var)
+    if training and x.numel() > x.shape[1]:
+        y = F.batch_norm(x, mean, var, w, b, True, momentum, eps)
+        if running_mean.dtype != mean.dtype:  # half parameters: the statistics were updated in copies
+            running_mean.copy_(mean)
+            running_var.copy_(narrow(var, running_var))
+    else:
+        y = F.batch_norm(x, mean, var, w, b, False, momentum, eps)
+    return narrow(y, weight)
 
 
 @register_notrace_module  # timm's FX tools keep it whole, as they keep torch's, so that train() and eval() still work
@@ -32,7 +41,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d`` that also takes one value per channel (batch 1 on a 1 x 1 map) in training mode.
 
     torch raises there, since the batch's variance is undefined; here that batch is normalised as in eval mode and
-    leaves the running statistics alone. The input is brought to the parameters' dtype: fp32 under autocast.
+    leaves the running statistics alone. The arithmetic is in fp32 for fp16 and bf16.
     """
 
     def forward(self, input: Tensor) -> Tensor:

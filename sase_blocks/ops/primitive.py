@@ -4,8 +4,6 @@ A primitive is built as ``Op(channels, feat_size=None, *, device=None, dtype=Non
 belongs to, so that a set is a plain dict and a genotype is six names.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch
@@ -92,16 +90,18 @@ def widen(x: Tensor) -> Tensor:
     return x
 
 
+def saturate(y: Tensor) -> Tensor:
+    """In fp16, inf becomes the dtype's largest number: a convolution after it would turn inf - inf into NaN."""
+    if y.dtype == torch.float16:
+        return y.clamp(-65504.0, 65504.0)
+    return y
+
+
 def narrow(y: Tensor, like: Tensor) -> Tensor:
-    """``y`` in the dtype of ``like``. What exceeds fp16 becomes its largest number, not inf, which would become NaN."""
+    """``y`` in the dtype of ``like``; what exceeds fp16 saturates."""
     if like.dtype == torch.float16:
         return y.clamp(-65504.0, 65504.0).to(like.dtype)
     return y.to(like.dtype)
-
-
-def finite_relu(z: Tensor) -> Tensor:
-    """ReLU whose overflow in fp16 is the dtype's largest number, so that a convolution after it gives no inf - inf."""
-    return torch.nan_to_num(torch.relu(z), nan=float('nan'))
 
 
 def safe_sqrt(y: Tensor) -> Tensor:
@@ -112,6 +112,25 @@ def safe_sqrt(y: Tensor) -> Tensor:
 def mix(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     """Two maps into one, as a 2-to-1 1x1 convolution without bias does. ``weight``: (2,)."""
     return weight[0] * a + weight[1] * b
+
+
+def scaled_gram(z: Tensor) -> Tensor:
+    """z @ z^T for (B, N, P), through values of at most 1: autocast would run the product in fp16 and overflow.
+
+    The scale is a constant for the gradient, which is exact: the product does not depend on it.
+    """
+    n = z.shape[2]
+    scale = z.detach().abs().amax((1, 2), keepdim=True).clamp_min(1e-15)
+    unit = z / scale
+    return (unit @ (unit / n).transpose(1, 2)) * (scale * scale * n)
+
+
+def contract_rows(rows: Tensor, weight: Tensor) -> Tensor:
+    """Each row of (B, N, N) with a kernel of its own: sum_j weight[i, j] rows[b, i, j]. -> (B, N, 1, 1).
+
+    The authors' grouped (N, 1) convolution, as the product it is: a grouped convolution of this shape is slow.
+    """
+    return (rows * weight).sum(2)[:, :, None, None]
 
 
 @torch.no_grad()

@@ -5,17 +5,17 @@ biases but the affine one. What differs: weights in front of a ReLU start with a
 stack of fp16 convolutions saturates, and the per-position parameters are interpolated for a map of another size.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .primitive import Primitive, check_features, finite_relu, turn_positive_
+from .primitive import Primitive, check_features, saturate, turn_positive_
 from .spatial_squeeze import resize_map
 
-torch.fx.wrap('resize_map')  # wrapping is by the module in which a function is called
+torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
+torch.fx.wrap('resize_map')
+torch.fx.wrap('saturate')
 
 
 def spatial_affine(s: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -59,8 +59,8 @@ class SpatialConv(SpatialExcite):
 
     def excite(self, s: Tensor) -> Tensor:
         for i, conv in enumerate(self.convs):
-            if i > 0 and self.with_relu:
-                s = finite_relu(s)
+            if i > 0:
+                s = saturate(torch.relu(s) if self.with_relu else s)
             s = conv(s)
         return torch.sigmoid(s)
 

@@ -5,8 +5,7 @@ squeezes (see there). Each takes an optional ``gate`` (B, C, 1, 1) and then sque
 without forming the product, which spares a compiled backward pass a traversal of x.
 """
 
-from __future__ import annotations
-
+import math
 from typing import Any
 
 import torch
@@ -14,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .normalization import BatchNorm2d
-from .primitive import Primitive, check_features, mix, narrow, safe_sqrt, widen
+from .primitive import Primitive, check_features, contract_rows, mix, narrow, safe_sqrt, scaled_gram, widen
+
+torch.fx.wrap('narrow')
+torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
 
 
 def spatial_avg(x: Tensor) -> Tensor:
@@ -23,10 +25,19 @@ def spatial_avg(x: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
+def apply_gate(x: Tensor, gate: Tensor | None) -> Tensor:
+    """gate * x, or x itself without a gate. The product is fp32 in fp16, where an ungated excitation overflows it."""
+    if gate is None:
+        return x
+    return gate.float() * x.float() if x.dtype == torch.float16 else gate * x
+
+
+@torch.fx.wrap
 def resize_map(map: Tensor, x: Tensor) -> Tensor:
-    """A per-position parameter (H, W) as (1, 1, H', W') for the size of ``x``, bilinear where it differs."""
-    if map.shape[0] == x.shape[2] and map.shape[1] == x.shape[3]:
-        return map[None, None]
+    """A per-position parameter (H, W) as (1, 1, H', W') for the size of ``x``, bilinear where it differs.
+
+    At the same size it is exact; a branch for that case would pin an exported network to the size it was traced at.
+    """
     return F.interpolate(map[None, None], size=(x.shape[2], x.shape[3]), mode='bilinear', align_corners=False)
 
 
@@ -83,9 +94,9 @@ def spatial_covariance(x: Tensor, grid: int) -> Tensor:
 
     (B, C, H, W) -> (B, grid^2, grid^2), in fp32 for half inputs, divided by grid^2 - 1 as the authors do.
     """
-    z = F.adaptive_avg_pool2d(widen(x), grid).flatten(2)  # (B, C, P)
-    z = z - z.mean(1, keepdim=True)
-    return z.transpose(1, 2) @ z / (grid * grid - 1)
+    z = F.adaptive_avg_pool2d(widen(x), grid).flatten(2).transpose(1, 2)  # (B, P, C)
+    z = z - z.mean(2, keepdim=True)
+    return scaled_gram(z) / (grid * grid - 1)
 
 
 @torch.fx.wrap
@@ -102,9 +113,7 @@ class SpatialSqueeze(Primitive):
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         check_features(x, 0)
-        if gate is not None:
-            x = gate * x
-        return self.squeeze(x)
+        return narrow(self.squeeze(apply_gate(x, gate)), x)
 
 
 class SpatialAvg(SpatialSqueeze):
@@ -196,21 +205,22 @@ class SpatialSecondOrder(SpatialSqueeze):
     """
 
     paper_key = '2nd-order pooling'
-    grid = 8
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
+        self.grid = 8
         p = self.grid * self.grid
         self.norm = BatchNorm2d(p, device=device, dtype=dtype)
-        self.row_conv = nn.Conv2d(p, p, (p, 1), groups=p, bias=False, device=device, dtype=dtype)
+        self.row_weight = nn.Parameter(torch.empty(p, p, device=device, dtype=dtype))
         self.fc = nn.Conv2d(p, p, 1, bias=False, device=device, dtype=dtype)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         self.norm.reset_parameters()
-        self.row_conv.reset_parameters()
+        nn.init.kaiming_uniform_(self.row_weight, a=math.sqrt(5))  # as torch's convolutions
         self.fc.reset_parameters()
 
     def squeeze(self, x: Tensor) -> Tensor:
         rows = spatial_covariance(x, self.grid).unsqueeze(3)  # (B, 64, 64, 1): row, column
-        s = self.fc(torch.relu(self.row_conv(self.norm(rows))))  # (B, 64, 1, 1)
+        s = self.fc(torch.relu(contract_rows(self.norm(rows).squeeze(3), self.row_weight)))  # (B, 64, 1, 1)
         return pool_to(s.reshape(-1, 1, self.grid, self.grid), x)
