@@ -1,0 +1,199 @@
+"""Checkpoints from elsewhere: the authors' ResNets and detectors, plain ResNets, damaged and foreign files."""
+
+import json
+import pickle
+import zlib
+
+import numpy as np
+import pytest
+import timm
+import torch
+from golden_data import GOLDEN, load, section
+
+import sase_blocks
+from sase_blocks import AttentionBlock, Genotype, convert_paper_state_dict, load_checkpoint
+
+
+def fill(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The golden data's rule: a tensor from its key and shape."""
+    r = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
+    last = key.rsplit('.', 1)[-1]
+    if last == 'num_batches_tracked':
+        return torch.tensor(0)
+    if last in ('running_mean', 'bias', 'beta'):
+        r = 0.1 * r
+    elif last == 'running_var':
+        r = np.exp(0.1 * r)
+    elif last == 'alpha' or len(shape) == 1:
+        r = (1 + 0.1 * r) * (0.2 if key.endswith('bn3.weight') else 1)
+    else:
+        r = r * np.sqrt((0.1 if 'attention._ops' in key else 2) / np.prod(shape[1:]))
+    return torch.from_numpy(np.asarray(r))
+
+
+def paper_state(depth: int) -> dict[str, torch.Tensor]:
+    shapes = json.loads((GOLDEN / 'sase_resnet_state_shapes.json').read_text())[f'resnet{depth}']
+    return {key: fill(key, tuple(shape)) for key, shape in shapes.items()}
+
+
+@pytest.fixture(scope='module')
+def paper50() -> dict[str, torch.Tensor]:
+    return paper_state(50)
+
+
+@pytest.mark.parametrize('depth', [50, 101])
+def test_authors_logits(depth):
+    model = timm.create_model(f'resnet{depth}_sase', num_classes=10).double().eval()
+    report = load_checkpoint(model, {'epoch': 3, 'state_dict': paper_state(depth), 'best_acc_top1': 1.0})
+    assert report.added == []
+    x = torch.from_numpy(np.random.default_rng(zlib.crc32(f'resnet{depth}/x'.encode())).standard_normal((2, 3, 224, 224)))
+    golden = load('sase_resnet_logits.npz')
+    key = next(k for k in golden if f'resnet{depth}' in k)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), golden[key], rtol=0, atol=1e-9)
+
+
+WRAPPINGS = {
+    'bare': lambda s: s,
+    'module.': lambda s: {f'module.{k}': v for k, v in s.items()},
+    'state_dict': lambda s: {'state_dict': s, 'epoch': 1},
+    'state_dict of module.': lambda s: {'state_dict': {f'module.{k}': v for k, v in s.items()}},
+}
+
+
+@pytest.mark.parametrize('wrap', WRAPPINGS.values(), ids=WRAPPINGS)
+def test_wrappings_of_an_imagenet_file(wrap, paper50):
+    expected = timm.create_model('resnet50_sase', num_classes=10).state_dict()
+    converted = convert_paper_state_dict(wrap(paper50))
+    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in expected.items()}
+
+
+@pytest.mark.parametrize('outer', ['', 'module.'])
+def test_a_detectors_backbone(outer, paper50):
+    detector = {f'{outer}backbone.{k}': v for k, v in paper50.items() if not k.startswith('fc.')}
+    detector[f'{outer}neck.lateral_convs.0.conv.weight'] = torch.zeros(1)
+    model = timm.create_model('resnet50_sase', num_classes=0)
+    report = load_checkpoint(model, {'state_dict': detector, 'meta': {}})
+    assert report.added == []
+    assert torch.equal(model.conv1.weight, paper50['conv1.weight'].float())
+    features = timm.create_model('resnet50_sase', features_only=True)
+    missing, unexpected = features.load_state_dict(convert_paper_state_dict({'state_dict': detector}), strict=False)
+    assert missing == []
+    assert unexpected == []
+
+
+@pytest.mark.parametrize('name', ['found', *(f'random{i}' for i in range(6))])
+def test_a_single_blocks_state_dict(name):
+    data = section('sase_blocks.npz', f'{name}/')
+    block = AttentionBlock(32, Genotype.from_paper(data['genotype']), feat_size=(7, 6))
+    load_checkpoint(block, {k.removeprefix('state/'): v for k, v in data.items() if k.startswith('state/')})
+    key = '_ops.5.0.weight' if 'state/_ops.5.0.weight' in data else None
+    if key:
+        torch.testing.assert_close(block.spatial_excite.convs[0].weight.double(), data[f'state/{key}'], rtol=1e-6, atol=0)
+
+
+def test_a_plain_resnet_keeps_the_attentions_initial_values():
+    plain = timm.create_model('resnet50', num_classes=10)
+    model = timm.create_model('resnet50_sase', num_classes=10)
+    before = {k: v.clone() for k, v in model.state_dict().items() if '.se.' in k}
+    report = load_checkpoint(model, plain.state_dict())
+    assert set(report.added) == set(before)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+    assert torch.equal(model.layer4[0].conv2.weight, plain.layer4[0].conv2.weight)
+    text = str(report)
+    assert 'added attention' in text
+    assert str(len(before)) in text
+    assert '.se.' in text
+
+
+def test_timm_loads_plain_and_authors_files_by_itself(tmp_path, paper50):
+    """timm's own pretrained path, strict: the filter fills in the attention of a plain file only."""
+    for state, fits in [
+        (timm.create_model('resnet50', num_classes=10).state_dict(), True),
+        (paper50, True),
+        ({k: v for k, v in paper50.items() if 'layer3.2.attention._ops.1' not in k}, False),
+    ]:
+        torch.save(state, tmp_path / 'w.pth')
+        overlay = {'file': str(tmp_path / 'w.pth'), 'num_classes': 10}
+        build = lambda o=overlay: timm.create_model(  # noqa: E731
+            'resnet50_sase', pretrained=True, num_classes=10, pretrained_cfg_overlay=o
+        )
+        if fits:
+            assert torch.equal(build().conv1.weight, state['conv1.weight'].float())
+        else:
+            with pytest.raises(RuntimeError, match=r'layer3\.2\.se\.channel_excite\.fc1'):
+                build()
+
+
+def without(part):
+    return lambda s: {k: v for k, v in s.items() if part not in k}
+
+
+DAMAGED = {
+    'attention keys missing': (without('layer2.1.attention._ops.2'), r'2 keys missing: layer2\.1\.se\.gate_excite\.weight'),
+    'backbone keys missing': (without('layer2.1.conv2'), r'1 keys missing: layer2\.1\.conv2\.weight'),
+    'unknown attention key': (lambda s: {**s, 'layer1.0.attention._ops.0.zzz': s['fc.bias']}, r'unknown key .*_ops\.0\.zzz'),
+    'a key too many': (lambda s: {**s, 'extra.weight': s['fc.bias']}, r'not in the model: extra\.weight'),
+    'another shape': (lambda s: {**s, 'fc.weight': s['fc.weight'][:3]}, r'fc\.weight is \(3, 2048\).*keep_head=True'),
+    'no tensors': (lambda s: {'epoch': 3}, r'state dict of tensors.*epoch: int'),
+    'empty': (lambda s: {}, r'got nothing'),
+}
+
+
+@pytest.mark.parametrize(('damage', 'text'), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_checkpoint_is_refused_and_the_model_unchanged(damage, text, paper50):
+    model = timm.create_model('resnet50_sase', num_classes=10)
+    before = model.conv1.weight.clone()
+    with pytest.raises(ValueError, match=text):
+        load_checkpoint(model, damage(paper50))
+    assert torch.equal(model.conv1.weight, before)
+
+
+def test_another_models_checkpoint_is_refused():
+    model = timm.create_model('resnet50_sase', num_classes=10)
+    with pytest.raises(ValueError, match='keys missing'):
+        load_checkpoint(model, timm.create_model('resnet18', num_classes=10).state_dict())
+    with pytest.raises(ValueError, match="not a SASE authors' checkpoint"):
+        convert_paper_state_dict(timm.create_model('resnet18').state_dict())
+
+
+@pytest.mark.parametrize('classes', [7, 0])
+def test_keep_head(classes, paper50):
+    model = timm.create_model('resnet50_sase', num_classes=classes)
+    with pytest.raises(ValueError, match='keep_head=True'):
+        load_checkpoint(model, paper50)
+    report = load_checkpoint(model, paper50, keep_head=True)
+    assert report.kept_head == (['fc.weight', 'fc.bias'] if classes else [])
+    assert torch.equal(model.layer4[0].conv2.weight, paper50['layer4.0.conv2.weight'].float())
+
+
+class Hostile:
+    def __reduce__(self):
+        return (exec, ('raise SystemExit("code of the file ran")',))
+
+
+@pytest.mark.parametrize('kind', ['missing', 'truncated', 'hostile', 'hostile pickle'])
+def test_files_that_are_no_checkpoints(kind, tmp_path):
+    path = tmp_path / 'w.pth'
+    model = timm.create_model('resnet20_cifar')
+    if kind == 'truncated':
+        torch.save(model.state_dict(), path)
+        path.write_bytes(path.read_bytes()[:-5000])
+    elif kind == 'hostile':
+        torch.save({'state_dict': Hostile()}, path)
+    elif kind == 'hostile pickle':
+        path.write_bytes(pickle.dumps({'state_dict': Hostile()}))
+    with pytest.raises(FileNotFoundError if kind == 'missing' else ValueError, match=r'w\.pth'):
+        load_checkpoint(model, path)
+
+
+def test_a_round_trip_through_a_file(tmp_path):
+    model, other = (timm.create_model('resnet20_cifar', genotype='sase') for _ in range(2))
+    torch.save({'model': model.state_dict()}, tmp_path / 'w.pt')
+    report = load_checkpoint(other, tmp_path / 'w.pt')
+    assert len(report.loaded) == len(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_public_names():
+    assert sase_blocks.load_checkpoint is load_checkpoint
