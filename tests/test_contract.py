@@ -223,7 +223,7 @@ def test_fx_and_script_of_it(row):
 
 @every_row
 def test_compile_fullgraph_dynamic(row):
-    """Captured whole for sizes that change, without a graph a size. (With inductor and gradients: test_compiling.py.)"""
+    """Captured whole, and not once for every size. (With inductor and gradients: test_compiling.py.)"""
     torch._dynamo.reset()
     counter = CompileCounter()
     module = row.make().train()

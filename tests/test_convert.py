@@ -10,7 +10,6 @@ import timm
 import torch
 from golden_data import GOLDEN, load, section
 
-import sase_blocks
 from sase_blocks import AttentionBlock, Genotype, convert_paper_state_dict, load_checkpoint
 
 
@@ -46,7 +45,9 @@ def test_authors_logits(depth):
     model = timm.create_model(f'resnet{depth}_sase', num_classes=10).double().eval()
     report = load_checkpoint(model, {'epoch': 3, 'state_dict': paper_state(depth), 'best_acc_top1': 1.0})
     assert report.added == []
-    x = torch.from_numpy(np.random.default_rng(zlib.crc32(f'resnet{depth}/x'.encode())).standard_normal((2, 3, 224, 224)))
+    x = torch.from_numpy(
+        np.random.default_rng(zlib.crc32(f'resnet{depth}/x'.encode())).standard_normal((2, 3, 224, 224))
+    )
     golden = load('sase_resnet_logits.npz')
     key = next(k for k in golden if f'resnet{depth}' in k)
     with torch.no_grad():
@@ -89,7 +90,9 @@ def test_a_single_blocks_state_dict(name):
     load_checkpoint(block, {k.removeprefix('state/'): v for k, v in data.items() if k.startswith('state/')})
     key = '_ops.5.0.weight' if 'state/_ops.5.0.weight' in data else None
     if key:
-        torch.testing.assert_close(block.spatial_excite.convs[0].weight.double(), data[f'state/{key}'], rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            block.spatial_excite.convs[0].weight.double(), data[f'state/{key}'], rtol=1e-6, atol=0
+        )
 
 
 def test_a_plain_resnet_keeps_the_attentions_initial_values():
@@ -130,9 +133,15 @@ def without(part):
 
 
 DAMAGED = {
-    'attention keys missing': (without('layer2.1.attention._ops.2'), r'2 keys missing: layer2\.1\.se\.gate_excite\.weight'),
+    'attention keys missing': (
+        without('layer2.1.attention._ops.2'),
+        r'2 keys missing: layer2\.1\.se\.gate_excite\.weight',
+    ),
     'backbone keys missing': (without('layer2.1.conv2'), r'1 keys missing: layer2\.1\.conv2\.weight'),
-    'unknown attention key': (lambda s: {**s, 'layer1.0.attention._ops.0.zzz': s['fc.bias']}, r'unknown key .*_ops\.0\.zzz'),
+    'unknown attention key': (
+        lambda s: {**s, 'layer1.0.attention._ops.0.zzz': s['fc.bias']},
+        r'unknown key .*_ops\.0\.zzz',
+    ),
     'a key too many': (lambda s: {**s, 'extra.weight': s['fc.bias']}, r'not in the model: extra\.weight'),
     'another shape': (lambda s: {**s, 'fc.weight': s['fc.weight'][:3]}, r'fc\.weight is \(3, 2048\).*keep_head=True'),
     'no tensors': (lambda s: {'epoch': 3}, r'state dict of tensors.*epoch: int'),
@@ -193,7 +202,3 @@ def test_a_round_trip_through_a_file(tmp_path):
     report = load_checkpoint(other, tmp_path / 'w.pt')
     assert len(report.loaded) == len(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
-
-
-def test_public_names():
-    assert sase_blocks.load_checkpoint is load_checkpoint

@@ -46,7 +46,9 @@ def test_block_equals_the_authors(name):
     expected = convert_paper_state_dict(pick('grad/'))
     assert {k for k, p in block.named_parameters() if p.grad is not None} == set(expected)
     for key, grad in expected.items():
-        torch.testing.assert_close(block.get_parameter(key).grad, grad, rtol=0, atol=1e-9, msg=lambda m, k=key: f'{k}: {m}')
+        torch.testing.assert_close(
+            block.get_parameter(key).grad, grad, rtol=0, atol=1e-9, msg=lambda m, k=key: f'{k}: {m}'
+        )
 
 
 def test_every_paper_key_is_golden():

@@ -79,10 +79,9 @@ class CifarResNet(nn.Module):
             **(block_args or {}),
             **dd,
         )
-        for name, stage in stages:
-            self.add_module(name, stage)
+        (_, self.layer1), (_, self.layer2), (_, self.layer3) = stages
         # make_blocks counts from ResNet's stem, which has already reduced by 4.
-        self.feature_info = [{'num_chs': channels[0], 'reduction': 1, 'module': 'act1'}]
+        self.feature_info: list[dict[str, Any]] = [{'num_chs': channels[0], 'reduction': 1, 'module': 'act1'}]
         self.feature_info += [{**entry, 'reduction': entry['reduction'] // 4} for entry in info]
 
         self.num_features = channels[-1]
@@ -99,7 +98,7 @@ class CifarResNet(nn.Module):
         if zero_init_last:
             for module in self.modules():
                 if hasattr(module, 'zero_init_last'):
-                    module.zero_init_last()
+                    module.zero_init_last()  # type: ignore[operator]
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:

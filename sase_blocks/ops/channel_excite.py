@@ -6,6 +6,7 @@ ReLU start with a non-negative sum, so that no branch is born dead, and overflow
 saturates.
 """
 
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +35,10 @@ class ChannelExcite(Primitive):
         check_features(q, self.channels)
         return self.excite(q)
 
+    @abstractmethod
+    def excite(self, q: Tensor) -> Tensor:
+        """The attention for a checked q."""
+
 
 class ChannelConv(ChannelExcite):
     """One or more 1-d convolutions along C, ReLU between them, a sigmoid at the end; no biases. As in ECA for one."""
@@ -49,6 +54,7 @@ class ChannelConv(ChannelExcite):
 
     def reset_parameters(self) -> None:
         for conv in self.convs:
+            assert isinstance(conv, nn.Conv1d)
             conv.reset_parameters()
             if len(self.convs) > 1:
                 turn_positive_(conv.weight)

@@ -7,6 +7,7 @@ bf16 inputs, group counts below 2 are allowed, any image size is taken, and the 
 """
 
 import math
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -92,6 +93,10 @@ class ChannelSqueeze(Primitive):
     def forward(self, x: Tensor) -> Tensor:
         check_features(x, 0)
         return self.squeeze(x)
+
+    @abstractmethod
+    def squeeze(self, x: Tensor) -> Tensor:
+        """The statistic of a checked x."""
 
 
 class ChannelAvg(ChannelSqueeze):

@@ -46,14 +46,14 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training:
-            self.num_batches_tracked.add_(1)
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         return batch_norm(
             input,
-            self.running_mean,
-            self.running_var,
+            self.running_mean,  # type: ignore[arg-type]
+            self.running_var,  # type: ignore[arg-type]
             self.weight,
             self.bias,
             self.training,
-            self.momentum,
+            self.momentum,  # type: ignore[arg-type]
             self.eps,
         )

@@ -5,6 +5,7 @@ biases but the affine one. What differs: weights in front of a ReLU start with a
 stack of fp16 convolutions saturates, and the per-position parameters are interpolated for a map of another size.
 """
 
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +36,10 @@ class SpatialExcite(Primitive):
         check_features(s, 1)
         return self.excite(s)
 
+    @abstractmethod
+    def excite(self, s: Tensor) -> Tensor:
+        """The attention for a checked s."""
+
 
 class SpatialConv(SpatialExcite):
     """One or two convolutions of one channel, same padding, a sigmoid at the end; no biases."""
@@ -53,6 +58,7 @@ class SpatialConv(SpatialExcite):
 
     def reset_parameters(self) -> None:
         for conv in self.convs:
+            assert isinstance(conv, nn.Conv2d)
             conv.reset_parameters()
             if self.relu_between:
                 turn_positive_(conv.weight)

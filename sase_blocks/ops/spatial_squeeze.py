@@ -6,6 +6,7 @@ without forming the product, which spares a compiled backward pass a traversal o
 """
 
 import math
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -115,6 +116,10 @@ class SpatialSqueeze(Primitive):
         check_features(x, 0)
         return narrow(self.squeeze(apply_gate(x, gate)), x)
 
+    @abstractmethod
+    def squeeze(self, x: Tensor) -> Tensor:
+        """The statistic of a checked and gated x."""
+
 
 class SpatialAvg(SpatialSqueeze):
     """Mean over the channels ('GAP')."""
@@ -157,6 +162,9 @@ class SpatialPNorm(SpatialSqueeze):
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         check_features(x, 0)
         return spatial_p_norm(x, gate)
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        return spatial_p_norm(x)
 
 
 class MixedSpatialSqueeze(SpatialSqueeze):

@@ -1,0 +1,47 @@
+"""The Python in the README, the docs and the docstrings runs as it stands."""
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+DOCTESTS = ['sase_blocks.blocks.attention', 'sase_blocks.blocks.genotype', 'sase_blocks.blocks.named']
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_python_of_a_page_runs_from_top_to_bottom(page):
+    snippets = re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)
+    namespace: dict = {}
+    for snippet in snippets:
+        exec(compile(snippet, page.name, 'exec'), namespace)
+    assert snippets or page.name == 'training.md'
+
+
+@pytest.mark.parametrize('name', DOCTESTS)
+def test_docstrings(name):
+    module = importlib.import_module(name)
+    import torch
+
+    result = doctest.testmod(module, extraglobs={'torch': torch})
+    assert result.failed == 0
+    assert result.attempted > 0
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_links_of_a_page_lead_somewhere(page):
+    for target in re.findall(r'\]\((?!https?://)([^)#]+)\)', page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_tables_of_primitives_are_complete():
+    from sase_blocks.ops import SETS
+
+    text = (ROOT / 'docs' / 'primitives.md').read_text()
+    for set_name, table in SETS.items():
+        part = text.split(f'## `{set_name.upper()}`')[1].split('\n## ')[0]
+        rows = re.findall(r'^\| `(\w+)` \| (\S.*?) \|', part, re.MULTILINE)
+        assert rows == [(name, cls.paper_key) for name, cls in table.items()], set_name

@@ -1,0 +1,205 @@
+"""The timm entries: what is registered, what the arguments do, how they start. timm's own tests: `make test-timm`."""
+
+import ast
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+import sase_blocks
+from sase_blocks import AttentionBlock, ChannelAttention, Genotype, SpatialAttention, list_blocks, register_resnet
+
+OURS = [f'resnet{d}_{n}' for d in (50, 101) for n in (*list_blocks(), 'channel', 'spatial')] + ['resnet20_cifar']
+GENOTYPE = 'second_order,conv3,affine,l2_norm,avg_std,affine'
+
+
+def blocks(model):
+    return [m for m in model.modules() if isinstance(m, (AttentionBlock, ChannelAttention, SpatialAttention))]
+
+
+def params(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_registered_without_weights():
+    assert set(OURS) <= set(timm.list_models())
+    assert not set(OURS) & set(timm.list_models(pretrained=True))
+
+
+@pytest.mark.parametrize(('name', 'expected'), [('resnet50_sase', 28_102_568), ('resnet101_sase', 49_358_144)])
+def test_parameters_of_the_paper(name, expected):
+    model = timm.create_model(name, device='meta')
+    assert params(model) == expected
+    assert len(blocks(model)) == (16 if '50' in name else 33)
+
+
+def test_resnet20_cifar_is_the_papers_network():
+    """0.27 M: stem, 9 basic blocks, two 1x1 projections with batch norm, the classifier."""
+    plain = timm.create_model('resnet20_cifar')
+    widths = [(16, 16), (16, 32), (32, 64)]
+    expected = 3 * 16 * 9 + 2 * 16 + 64 * 10 + 10
+    for i, (cin, c) in enumerate(widths):
+        expected += cin * c * 9 + c * c * 9 * 5 + 6 * 2 * c + (cin * c + 2 * c if i else 0)
+    assert params(plain) == expected == 272_474
+    assert not blocks(plain)
+    assert plain(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert len(blocks(timm.create_model('resnet20_cifar', genotype='sase'))) == 9
+    features = timm.create_model('resnet20_cifar', features_only=True)
+    assert [(f.shape[1], f.shape[2]) for f in features(torch.randn(1, 3, 32, 32))] == [
+        (16, 32),
+        (16, 32),
+        (32, 16),
+        (64, 8),
+    ]
+
+
+ARGUMENTS = [
+    ('resnet50_sase', {'genotype': 'se'}, 16, ChannelAttention),
+    ('resnet50_sase', {'genotype': 'none'}, 0, None),
+    ('resnet50_sase', {'genotype': GENOTYPE, 'img_size': 64}, 16, AttentionBlock),
+    ('resnet50_sase', {'genotype': Genotype.random(1).to_json()}, 16, AttentionBlock),
+    ('resnet50_sase', {'attn_stages': (3, 4)}, 9, AttentionBlock),
+    ('resnet50_sase', {'attn_stages': [2]}, 4, AttentionBlock),
+    ('resnet50_sase', {'attn_stages': ()}, 0, None),
+    ('resnet50_channel', {'squeeze': 'avg_std', 'excite': 'conv5'}, 16, ChannelAttention),
+    ('resnet50_channel', {'squeeze': 'GAP+std', 'excite': 'conv1D_5'}, 16, ChannelAttention),
+    ('resnet101_spatial', {'squeeze': 'l2_norm', 'excite': 'affine'}, 33, SpatialAttention),
+    ('resnet20_cifar', {'genotype': GENOTYPE, 'attn_stages': (3,)}, 3, AttentionBlock),
+]
+
+
+@pytest.mark.parametrize(('name', 'kwargs', 'count', 'kind'), ARGUMENTS, ids=str)
+def test_arguments(name, kwargs, count, kind):
+    model = timm.create_model(name, device='meta', **kwargs)
+    assert len(blocks(model)) == count
+    assert kind is None or all(isinstance(b, kind) for b in blocks(model))
+    json.dumps(kwargs)  # plain enough to be written into a configuration
+
+
+@pytest.mark.parametrize(
+    ('name', 'img_size', 'stride', 'sizes'),
+    [
+        ('resnet50_sase', 224, 32, [56, 28, 14, 7]),
+        ('resnet50_sase', (100, 64), 32, [(25, 16), (13, 8), (7, 4), (4, 2)]),
+        ('resnet50_sase', 224, 8, [56, 28, 28, 28]),
+        ('resnet20_cifar', 32, None, [32, 16, 8]),
+    ],
+)
+def test_feature_sizes_of_per_position_parameters(name, img_size, stride, sizes):
+    kwargs = {} if stride is None else {'output_stride': stride}
+    model = timm.create_model(name, genotype=GENOTYPE, img_size=img_size, device='meta', **kwargs)
+    for i, size in enumerate(sizes, start=1):
+        block = getattr(model, f'layer{i}')[0].se
+        assert block.feat_size == (size if isinstance(size, tuple) else (size, size))
+
+
+WRONG = [
+    ('resnet50_sase', {'genotype': 'sasee'}, ValueError, 'unknown attention block'),
+    ('resnet50_sase', {'genotype': 'avg,mlp'}, ValueError, 'six choices'),
+    ('resnet50_sase', {'attn_stages': (0, 1)}, ValueError, r'from 1 to 4, got \(0, 1\)'),
+    ('resnet50_sase', {'attn_stages': (5,)}, ValueError, r'from 1 to 4'),
+    ('resnet50_sase', {'attn_stages': 'all'}, ValueError, r"from 1 to 4, got 'all'"),
+    ('resnet20_cifar', {'genotype': 'sase', 'attn_stages': (4,)}, ValueError, r'from 1 to 3'),
+    ('resnet50_sase', {'img_size': 0}, ValueError, 'img_size'),
+    ('resnet50_sase', {'block_args': {'attn_layer': 'se'}}, ValueError, 'attn_layer'),
+    ('resnet50_sase', {'no_such_argument': 1}, TypeError, 'no_such_argument'),
+    ('resnet50_channel', {'squeeze': 'gap'}, ValueError, "'gap' is not a channel squeeze"),
+    ('resnet50_spatial', {'excite': 'mlp'}, ValueError, "'mlp' is not a spatial excite"),
+    ('resnet50_sase', {'pretrained': True}, RuntimeError, 'No pretrained weights'),
+]
+
+
+@pytest.mark.parametrize(('name', 'kwargs', 'error', 'text'), WRONG, ids=str)
+def test_wrong_arguments(name, kwargs, error, text):
+    with pytest.raises(error, match=text):
+        timm.create_model(name, **kwargs)
+
+
+def test_register_resnet():
+    register_resnet('resnet50_of_this_test', GENOTYPE, attn_stages=(4,))
+    model = timm.create_model('resnet50_of_this_test', num_classes=7, device='meta')
+    assert [str(b.genotype) for b in blocks(model)] == [GENOTYPE] * 3
+    assert len(blocks(timm.create_model('resnet50_of_this_test', attn_stages=(1, 4), device='meta'))) == 6
+    for args, kwargs, text in [
+        (('resnet50_of_this_test', 'sase'), {}, 'already has'),
+        (('resnet50', 'sase'), {}, 'already has'),
+        (('my-net', 'sase'), {}, 'identifier'),
+        (('resnet34_mine', 'sase'), {'depth': 34}, '50, 101'),
+        (('resnet50_other', 'sasee'), {}, 'unknown attention block'),
+        (('resnet50_other', 'none'), {}, 'plain ResNet'),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            register_resnet(*args, **kwargs)
+
+
+def one_step(model, size):
+    torch.manual_seed(0)
+    model.train()(torch.randn(4, 3, size, size)).square().sum().backward()
+    return {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    'genotype', ['sase', 'se', 'cbam_like', GENOTYPE, 'p_norm,conv3_x3,mlp,p_norm,second_order,conv3x3']
+)
+def test_no_gradient_is_non_finite_at_step_0(genotype):
+    """timm starts the last batch norm of a block at zero, so the attention's first input is exactly zero."""
+    grads = one_step(timm.create_model('resnet50_sase', genotype=genotype, img_size=64, num_classes=10), 64)
+    assert [n for n, g in grads.items() if g is None or not g.isfinite().all()] == []
+
+
+@pytest.mark.parametrize('half', [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_step_0(half):
+    model = timm.create_model('resnet20_cifar', genotype='sase')
+    with torch.autocast('cpu', dtype=half):
+        loss = model(torch.randn(4, 3, 32, 32)).float().square().mean()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_timms_initialisation_leaves_ours_alone():
+    """Both through our entry points and as attn_layer= of any timm ResNet; mixers start at 1/2, ReLUs are fed."""
+    block_args = {'attn_layer': sase_blocks.SASE}
+    for model in (
+        timm.create_model('resnet50_sase'),
+        timm.create_model('resnet26', block_args=block_args),
+        timm.create_model('resnet20_cifar', block_args=block_args),
+    ):
+        assert len(blocks(model)) >= 8
+        for block in blocks(model):
+            assert torch.equal(block.mix_weight, torch.full((2,), 0.5))
+            assert (block.channel_excite.fc1.weight.sum((1, 2, 3)) >= 0).all()
+            first = block.spatial_excite.convs[0].weight
+            assert first.sum() >= 0
+            assert first.abs().max() <= 1 / 3  # torch's own bound; timm's normal of deviation 0.47 exceeds it
+
+
+def test_it_trains():
+    """One batch is learned by heart, from timm's zero-initialised start."""
+    torch.manual_seed(0)
+    model = timm.create_model('resnet20_cifar', genotype='sase')
+    x, y = torch.randn(10, 3, 16, 16), torch.arange(10)
+    optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(16):
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 < 1.5 < losses[0]
+
+
+def test_import_is_light():
+    """What `import sase_blocks` loads beyond timm: the package itself, nothing of the extras."""
+    code = (
+        'import sys, timm\n'
+        'before = set(sys.modules)\n'
+        'import sase_blocks\n'
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    heavy = {'matplotlib', 'accelerate', 'sklearn', 'tensorboard', 'onnx', 'tqdm', 'transformers', 'pandas', 'einops'}
+    assert not heavy & set(ast.literal_eval(out)), out

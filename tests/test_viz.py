@@ -1,0 +1,220 @@
+"""Captured gates are the gates that act on the features, the network stays as it was, and pictures show the numbers."""
+
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+import timm
+import torch
+from matplotlib.colors import to_hex
+from torch import nn
+
+from sase_blocks import SASE, AttentionBlock, ChannelAttention, SpatialAttention, compile_blocks, create_block
+from sase_blocks.viz import capture_gates, network_color, plot_attention_maps, plot_learning_curves
+
+GENOTYPE = 'avg,conv3,affine,avg,avg,conv7x7'
+
+
+def network(*blocks):
+    """Convolutions from 3 to 8 channels, each block after one; blocks are named '1', '3', ..."""
+    torch.manual_seed(0)
+    layers = []
+    for block in blocks:
+        layers += [nn.Conv2d(8 if layers else 3, 8, 3, padding=1), block]
+    return nn.Sequential(*layers, nn.BatchNorm2d(8))
+
+
+def images(count=2, channels=3, height=8, width=8):
+    return torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ('make', 'expected'),
+    [
+        (lambda: network(SASE(8)), {'1': (True, True)}),
+        (lambda: network(AttentionBlock(8, GENOTYPE), SASE(8)), {'1': (True, True), '3': (True, True)}),
+        (lambda: network(ChannelAttention(8)), {'1': (True, False)}),
+        (lambda: network(SpatialAttention(8)), {'1': (False, True)}),
+        (lambda: network(create_block('cbam_like', 8)), {'1.0': (True, False), '1.1': (False, True)}),
+        (lambda: SASE(3), {'': (True, True)}),
+        (
+            lambda: timm.create_model('resnet20_cifar', genotype='se', attn_stages=(3,)),
+            {f'layer3.{i}.se': (True, False) for i in range(3)},
+        ),
+    ],
+)
+def test_capture_finds_the_gates(make, expected):
+    gates = capture_gates(make(), images())
+    assert {name: (c is not None, a is not None) for name, (c, a) in gates.items()} == expected
+    assert list(gates) == list(expected)
+    for c, a in gates.values():
+        assert c is None or (c.shape[0] == 2 and c.shape[2:] == (1, 1) and not c.requires_grad)
+        assert a is None or (a.shape[:2] == (2, 1) and a.shape[2] == a.shape[3] and not a.requires_grad)
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_captured_gates_are_those_that_act(compiled):
+    model = network(SASE(8), SASE(8)).eval()
+    outputs = {}
+    for name in ('1', '3'):
+        model.get_submodule(name).register_forward_hook(lambda m, x, y, name=name: outputs.update({name: (x[0], y)}))
+    if compiled:
+        compile_blocks(model, backend='eager')
+    gates = capture_gates(model, images())
+    for name, (x, y) in outputs.items():
+        c, a = gates[name]
+        torch.testing.assert_close(x * (1 + (c + a) / 2), y)
+
+
+@pytest.mark.parametrize('batch', [images(), images(channels=4)], ids=['good', 'refused by the network'])
+def test_capture_leaves_the_network_as_it_was(batch):
+    model = network(SASE(8)).train()
+    model[0].eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if batch.shape[1] == 3:
+        capture_gates(model, batch)
+    else:
+        with pytest.raises(RuntimeError):
+            capture_gates(model, batch)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_hooks_with_kwargs for module in model.modules())
+    assert torch.is_grad_enabled()
+
+
+class Unused(nn.Module):
+    """Holds a block that its forward does not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = SASE(3)
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize('function', [capture_gates, plot_attention_maps])
+@pytest.mark.parametrize(
+    ('model', 'batch', 'error', 'text'),
+    [
+        (nn.Conv2d(3, 8, 3), images(), ValueError, r'\(Conv2d\) holds no attention module.*resnet50_sase'),
+        (Unused(), images(), ValueError, 'ran none of them'),
+        (SASE(3), images()[0], ValueError, r'\(B, C, H, W\), got \(3, 8, 8\)'),
+        (SASE(3), np.zeros((2, 3, 8, 8)), TypeError, 'torch.Tensor.*got ndarray'),
+    ],
+)
+def test_refused(function, model, batch, error, text):
+    with pytest.raises(error, match=text):
+        function(model, batch)
+
+
+@pytest.mark.parametrize(
+    ('model', 'arguments', 'text'),
+    [
+        (network(ChannelAttention(8)), {}, 'has a spatial gate to draw'),
+        (network(SASE(8)), {'blocks': ['2']}, r"got \['2'\]; there are \['1'\]"),
+        (network(SASE(8)), {'blocks': []}, r'got \[\]; there are'),
+        (network(SASE(8)), {'titles': ['one']}, 'got 1 for 2 images'),
+    ],
+)
+def test_maps_refused(model, arguments, text):
+    with pytest.raises(ValueError, match=text):
+        plot_attention_maps(model, images(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ('model', 'batch', 'arguments', 'blocks'),
+    [
+        (network(SASE(8), SASE(8)), images(3), {}, ['3']),  # the last at a resolution
+        (network(SASE(8), SASE(8)), images(1), {'blocks': ['1', '3'], 'titles': ['a']}, ['1', '3']),
+        (network(SpatialAttention(8)), images(2, height=6, width=12), {}, ['1']),
+        (SASE(1), images(2, channels=1), {}, ['']),
+        (
+            timm.create_model('resnet20_cifar', genotype='sase', in_chans=4),
+            images(2, channels=4, height=32, width=32),
+            {},
+            ['layer1.2.se', 'layer2.2.se', 'layer3.2.se'],
+        ),
+    ],
+)
+def test_maps_show_the_gates(model, batch, arguments, blocks):
+    figure = plot_attention_maps(model, batch, **arguments)
+    gates = capture_gates(model, batch)
+    grid = figure.axes[: (1 + len(blocks)) * len(batch)]  # then come the colour bars
+    rows = [grid[start : start + len(batch)] for start in range(0, len(grid), len(batch))]
+    for column, axis in enumerate(rows[0]):
+        (picture,) = axis.images
+        shape = batch.shape[2:] + ((3,) if batch.shape[1] == 3 else ())
+        assert picture.get_array().shape == shape
+        assert (picture.get_array().min(), picture.get_array().max()) == (0, 1)
+        assert axis.get_title() == arguments.get('titles', [''] * len(batch))[column]
+    for name, row in zip(blocks, rows[1:], strict=True):
+        a = gates[name][1]
+        assert name in row[0].get_ylabel()
+        for column, axis in enumerate(row):
+            np.testing.assert_array_equal(axis.images[1].get_array(), a[column, 0].numpy())
+            margin = 0.05 if a.min() == a.max() else 0  # a network at its start
+            assert axis.images[1].get_clim() == pytest.approx((float(a.min()) - margin, float(a.max()) + margin))
+    assert len(figure.axes) == len(grid) + len(blocks)
+    width, height = figure.canvas.get_width_height()
+    pixels = drawn(figure)
+    assert pixels.shape[:2] == (height, width)
+    assert pixels[..., :3].std() > 30
+
+
+def drawn(figure):
+    """The figure as an array of pixels (H, W, 4)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+def test_learning_curves():
+    # Rows as `train` logs them, and as the demo does: not each has an accuracy.
+    history = {
+        'sase': [{'epoch': e, 'train_loss': 2.0 / e, 'acc1': 90.0 + e, 'lr': 0.1} for e in (1, 2, 3)],
+        'none': [{'epoch': 0.5, 'train_loss': 3.0}, {'epoch': 1.0, 'train_loss': 1.0, 'acc1': 70.0}],
+        'mine': [{'epoch': 1, 'train_loss': 1.0, 'acc1': 80.0}],
+        'other': [{'epoch': 1, 'train_loss': 1.0, 'acc1': 80.0}],
+    }
+    before = dict(matplotlib.rcParams)
+    figure = plot_learning_curves(history)
+    assert dict(matplotlib.rcParams) == before
+    loss, accuracy = figure.axes
+    assert [text.get_text() for text in figure.legends[0].texts] == ['sase', 'no attention', 'mine', 'other']
+    lines = dict(zip(history, accuracy.lines, strict=True))
+    assert lines['sase'].get_xydata().tolist() == [[1, 91], [2, 92], [3, 93]]
+    assert lines['none'].get_xydata().tolist() == [[1, 70]]
+    assert loss.lines[2].get_xydata().tolist() == [[0.5, 3], [1, 1]]
+    colors = {name: to_hex(line.get_color()) for name, line in lines.items()}
+    assert colors['sase'] == network_color('sase')
+    assert len(set(colors.values())) == 4
+    assert (to_hex(loss.lines[0].get_color()), to_hex(loss.lines[2].get_color())) == (colors['sase'], colors['none'])
+    assert drawn(figure)[..., :3].std() > 10
+
+
+@pytest.mark.parametrize(
+    ('history', 'text'),
+    [
+        ({}, 'history is empty'),
+        ({'sase': []}, r"history\['sase'\] must hold rows with 'epoch' and 'train_loss'"),
+        ({'sase': [{'epoch': 1, 'train_loss': 1.0}]}, r"history\['sase'\] must hold rows with 'epoch' and 'acc1'"),
+        ({'sase': [{'train_loss': 1.0, 'acc1': 50.0}]}, r"history\['sase'\] must hold rows with 'epoch'"),
+    ],
+)
+def test_learning_curves_refused(history, text):
+    with pytest.raises(ValueError, match=text):
+        plot_learning_curves(history)
+
+
+@pytest.mark.parametrize(
+    'draw', [lambda: plot_attention_maps(SASE(3), images()), lambda: plot_learning_curves({'sase': []})]
+)
+def test_matplotlib_missing(draw, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    with pytest.raises(ImportError, match=r'pip install "sase-blocks\[viz\]"'):
+        draw()
