@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from einops import EinopsError, rearrange
 from torch import Tensor, nn
 
 from .blocks import BLOCK_TYPES, Genotype
@@ -22,45 +23,44 @@ StateDict = dict[str, Tensor]
 _PAPER_KEY = re.compile(r'^(?P<prefix>(?:.*?\.)??)(?P<rest>_ops\.(?P<edge>[0-5])\..+|mixer\.[01]\..+)$')
 _EDGES = tuple(Genotype.SET_OF)
 
-# What follows `_ops.E.` in the authors' keys -> ours, whatever the operation; a 1x1 mixer's two weights become 1-d.
+# What follows `_ops.E.` in the authors' keys: ours, whatever the operation, and the change of shape.
 _OPERATION = [
-    (re.compile(r'^(?:mixer\.)?mixer\.0\.weight$'), 'weight'),
-    (re.compile(r'^(?:instanceNorm|layerNorm)\.(weight|bias)$'), r'\1'),
-    (re.compile(r'^row_bn_for_(?:channel|spatial)\.(.+)$'), r'norm.\1'),
-    (re.compile(r'^row_conv_group_for_(?:channel|spatial)\.weight$'), 'row_weight'),
-    (re.compile(r'^fc_adapt_channels_for_(?:channel|spatial)\.weight$'), 'fc.weight'),
-    (re.compile(r'^conv1D(?:_1)?\.0\.weight$'), 'convs.0.weight'),
-    (re.compile(r'^conv1D_2\.0\.weight$'), 'convs.1.weight'),
-    (re.compile(r'^conv1D_3\.0\.weight$'), 'convs.2.weight'),
-    (re.compile(r'^alpha$'), 'weight'),
-    (re.compile(r'^beta$'), 'bias'),
+    (re.compile(r'(?:mixer\.)?mixer\.0\.weight'), 'weight', '1 two 1 1 -> two'),
+    (re.compile(r'(?:instanceNorm|layerNorm)\.(weight|bias)'), r'\1', None),
+    (re.compile(r'row_bn_for_(?:channel|spatial)\.(.+)'), r'norm.\1', None),
+    (re.compile(r'row_conv_group_for_(?:channel|spatial)\.weight'), 'row_weight', 'row 1 column 1 -> row column'),
+    (re.compile(r'fc_adapt_channels_for_(?:channel|spatial)\.weight'), 'fc.weight', None),
+    (re.compile(r'conv1D(?:_1)?\.0\.weight'), 'convs.0.weight', None),
+    (re.compile(r'conv1D_2\.0\.weight'), 'convs.1.weight', None),
+    (re.compile(r'conv1D_3\.0\.weight'), 'convs.2.weight', None),
 ]
-# Plain sequences are numbered, so what a number means depends on the edge.
-_SEQUENCE = {
-    'channel_excite': {'0.weight': 'fc1.weight', '2.weight': 'fc2.weight'},
-    'spatial_excite': {'0.weight': 'convs.0.weight', '1.weight': 'convs.1.weight', '2.weight': 'convs.1.weight'},
+# What a name means here depends on the set that the edge chooses from.
+_OF_SET: dict[str, dict[str, tuple[str, str | None]]] = {
+    'channel_excite': {
+        '0.weight': ('fc1.weight', None),
+        '2.weight': ('fc2.weight', None),
+        'alpha': ('weight', 'c 1 1 -> c'),
+        'beta': ('bias', 'c 1 1 -> c'),
+    },
+    'spatial_excite': {
+        '0.weight': ('convs.0.weight', None),
+        '1.weight': ('convs.1.weight', None),
+        '2.weight': ('convs.1.weight', None),
+        'alpha': ('weight', '1 h w -> h w'),
+        'beta': ('bias', '1 h w -> h w'),
+    },
 }
 
 
-def _operation_key(edge: str, rest: str) -> str | None:
-    sequence = _SEQUENCE.get(Genotype.SET_OF[edge], {})
-    if rest in sequence:
-        return sequence[rest]
-    for pattern, ours in _OPERATION:
-        if pattern.match(rest):
-            return pattern.sub(ours, rest)
+def _operation_key(edge: str, rest: str) -> tuple[str, str | None] | None:
+    """Our name for an operation's tensor and the einops pattern of its shape; None for a name that is not theirs."""
+    of_set = _OF_SET.get(Genotype.SET_OF[edge], {})
+    if rest in of_set:
+        return of_set[rest]
+    for pattern, ours, shape in _OPERATION:
+        if pattern.fullmatch(rest):
+            return pattern.sub(ours, rest), shape
     return None
-
-
-def _flat(key: str, value: Tensor) -> Tensor:
-    """The authors' mixers are (1, 2, 1, 1), row kernels (N, 1, N, 1), channel affines (C, 1, 1), spatial (1, H, W)."""
-    if key.endswith('mixer.0.weight'):
-        return value.reshape(-1)
-    if '.row_conv_group_for_' in key:
-        return value.reshape(value.shape[0], -1)
-    if key.endswith(('.alpha', '.beta')):
-        return value.reshape(value.shape[1:] if value.shape[0] == 1 and value[0].numel() > 1 else -1)
-    return value
 
 
 def is_paper_state_dict(state_dict: Mapping[str, Any]) -> bool:
@@ -99,15 +99,22 @@ def convert_paper_state_dict(state_dict: Mapping[str, Any]) -> StateDict:
             continue
         prefix = re.sub(r'attention\.$', 'se.', match['prefix'])
         rest = match['rest']
-        if match['edge'] is None:
-            ours: str | None = re.sub(r'^mixer\.1\.', 'norm.', 'mix_weight' if rest == 'mixer.0.weight' else rest)
-        else:
+        found: tuple[str, str | None] | None
+        if match['edge'] is not None:
             edge = _EDGES[int(match['edge'])]
-            name = _operation_key(edge, rest.split('.', 2)[2])
-            ours = None if name is None else f'{edge}.{name}'
-        if ours is None:
+            found = _operation_key(edge, rest.split('.', 2)[2])
+            found = None if found is None else (f'{edge}.{found[0]}', found[1])
+        elif rest == 'mixer.0.weight':
+            found = ('mix_weight', '1 two 1 1 -> two')
+        else:
+            found = (rest.replace('mixer.1.', 'norm.'), None)
+        if found is None:
             raise ValueError(f"unknown key {key!r} in a SASE authors' checkpoint: no operation of theirs has it")
-        out[prefix + ours] = _flat(key, value)
+        name, shape = found
+        try:
+            out[prefix + name] = value if shape is None else rearrange(value, shape)
+        except EinopsError:
+            raise ValueError(f'{key!r} has shape {tuple(value.shape)}, expected {shape.split(" -> ")[0]}') from None  # type: ignore[union-attr]
     return out
 
 

@@ -142,6 +142,10 @@ DAMAGED = {
         lambda s: {**s, 'layer1.0.attention._ops.0.zzz': s['fc.bias']},
         r'unknown key .*_ops\.0\.zzz',
     ),
+    'attention of another shape': (
+        lambda s: {**s, 'layer1.0.attention.mixer.0.weight': torch.zeros(2)},
+        r"layer1\.0\.attention\.mixer\.0\.weight' has shape \(2,\), expected 1 two 1 1",
+    ),
     'a key too many': (lambda s: {**s, 'extra.weight': s['fc.bias']}, r'not in the model: extra\.weight'),
     'another shape': (lambda s: {**s, 'fc.weight': s['fc.weight'][:3]}, r'fc\.weight is \(3, 2048\).*keep_head=True'),
     'no tensors': (lambda s: {'epoch': 3}, r'state dict of tensors.*epoch: int'),
