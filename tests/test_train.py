@@ -1,0 +1,392 @@
+"""Training: resumed, parallel and uninterrupted runs end with the same weights, and wrong settings end at once."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from test_data import make_images, truncate
+from torch.utils.data import DataLoader
+
+from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
+from sase_blocks.data import TransformedSamples
+from sase_blocks.train import TrainConfig, build_model, evaluate, train
+
+ROOT = Path(__file__).parents[1]
+STEPS = 3  # an epoch of SMALL: 14 images and batches of 4, so two images are dropped
+SMALL = {
+    'model': 'resnet20_cifar',
+    'model_args': {'genotype': 'sase', 'attn_stages': [3], 'drop_rate': 0.2},
+    'img_size': 12,
+    'epochs': 3,
+    'batch_size': 4,
+    'workers': 0,
+    'cpu': True,
+    'tensorboard': False,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Maps this small only lose by more threads, and lose minutes on a machine that is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory):
+    return str(make_images(tmp_path_factory.mktemp('images'), train=7, val=3, classes=('cat', 'dog')))
+
+
+@pytest.fixture
+def config(images, tmp_path):
+    return TrainConfig(data=images, out=str(tmp_path / 'run'), **SMALL)
+
+
+@pytest.fixture(scope='session')
+def processes():
+    """Processes that start from one with everything imported: importing it takes many times as long as a test."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['sase_blocks.train', 'accelerate', 'torch.utils.tensorboard'])
+    return context
+
+
+def run(processes, config, disturb=None):
+    """``train(config)`` in a process of its own; returns its exit code."""
+    process = processes.Process(target=_run, args=(config, disturb))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _run(config, disturb):
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method('fork', force=True)  # or loading processes would import everything anew
+    if disturb is not None:
+        disturb()
+    try:
+        train(config)
+    except Exception as error:  # what this process prints goes to wherever the first one was started
+        Path(f'{config.out}.error').write_text(str(error))
+        sys.exit(1)
+
+
+def kill_in_epoch():
+    """SIGKILL in the middle of the second epoch."""
+    from timm.scheduler import CosineLRScheduler
+
+    real = CosineLRScheduler.step_update
+
+    def step_update(self, step):
+        if step == STEPS + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, step)
+
+    CosineLRScheduler.step_update = step_update
+
+
+def kill_in_write():
+    """SIGKILL in the middle of writing last.pt at the end of the second epoch."""
+    from sase_blocks import checkpoint
+
+    real, files = checkpoint._Writer.write, []
+
+    def write(self, data):
+        if Path(self.file.name).name == 'last.pt.tmp' and self.file not in files:
+            files.append(self.file)
+        if len(files) == 2 and self.file.tell() > 100_000:
+            self.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, data)
+
+    checkpoint._Writer.write = write
+
+
+def full_disk():
+    """No file may grow beyond 1 MB once the first epoch is saved."""
+    import resource
+
+    from sase_blocks import train as module
+
+    real = module.save_checkpoint
+
+    def save(state, path):
+        if state['epoch'] == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+        return real(state, path)
+
+    module.save_checkpoint = save
+
+
+def assert_same(a, b, path=''):
+    """Equal to the bit, all the way down."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f'{path}.{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f'{path}.{i}')
+    else:
+        assert a == b, path
+
+
+def assert_same_run(a, b):
+    """Two runs left the same checkpoints (but for the settings that may differ) and the same metrics."""
+    for name in ('last.pt', 'best.pt'):
+        left, right = ({k: v for k, v in read_checkpoint(Path(c.out, name)).items() if k != 'config'} for c in (a, b))
+        assert_same(left, right, name)
+    rows = []
+    for c in (a, b):
+        lines = [json.loads(line) for line in Path(c.out, 'metrics.jsonl').read_text().splitlines()]
+        rows.append([{k: v for k, v in line.items() if k != 'images_per_second'} for line in lines])
+    assert [row['epoch'] for row in rows[0]] == [1, 2, 3]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ('disturb', 'settings'),
+    [
+        (kill_in_epoch, {'clip_grad': 5.0}),
+        (kill_in_write, {'opt': 'adamw', 'lr': 1e-3, 'ema_decay': 0.9, 'mixed_precision': 'bf16'}),
+    ],
+)
+def test_killed_run_resumes_to_the_same_weights(processes, config, tmp_path, disturb, settings):
+    whole = replace(config, out=str(tmp_path / 'whole'), **settings)
+    killed = replace(config, out=str(tmp_path / 'killed'), resume=True, **settings)
+    assert run(processes, whole) == 0
+    assert run(processes, killed, disturb) == -signal.SIGKILL
+    assert read_checkpoint(Path(killed.out, 'last.pt'))['epoch'] == 1
+    assert Path(killed.out, 'last.pt.tmp').exists() == (disturb is kill_in_write)
+    # The number of loading processes may change, and nothing else does.
+    assert run(processes, replace(killed, workers=1)) == 0
+    assert_same_run(whole, killed)
+    assert sorted(os.listdir(killed.out)) == ['best.pt', 'last.pt', 'metrics.jsonl']
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(processes, config):
+    assert run(processes, config, full_disk) == 1
+    assert re.search(r'could not write .*last\.pt.*the last good one is still', Path(f'{config.out}.error').read_text())
+    assert read_checkpoint(Path(config.out, 'last.pt'))['epoch'] == 1
+    assert not list(Path(config.out).glob('*.tmp'))
+
+
+def test_two_processes_equal_one(images, tmp_path):
+    """torchrun with gloo against one process with the same global batch; the model has no batch norm."""
+    common = f'--data {images} --model test_efficientnet_ln --img-size 32 --epochs 2 --batch-size 4 --lr 0.05'.split()
+    common += ['--clip-grad', '1', '--workers', '0', '--cpu', '--no-tensorboard']
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    launch += ['-m', 'sase_blocks', 'train', *common, '--out', str(tmp_path / 'two')]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo'}
+    two = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert two.returncode == 0, two.stderr
+    assert '2 process(es)' in two.stdout
+    assert two.stdout.count('finished') == 1
+    one = train(
+        TrainConfig(
+            data=images,
+            model='test_efficientnet_ln',
+            img_size=32,
+            epochs=2,
+            batch_size=4,
+            lr=0.05,
+            workers=0,
+            cpu=True,
+            tensorboard=False,
+            clip_grad=1.0,
+            out=str(tmp_path / 'one'),
+        )
+    )
+    left, right = (read_checkpoint(tmp_path / name / 'last.pt') for name in ('one', 'two'))
+    start = build_model('test_efficientnet_ln', 2).state_dict()
+    moved = max((left['state_dict'][k] - start[k]).abs().max().item() for k in start)
+    assert moved > 1e-3, 'the comparison needs weights that moved'
+    torch.testing.assert_close(left['state_dict'], right['state_dict'], atol=1e-6, rtol=0)
+    for key in ('val_loss', 'acc1', 'train_loss'):
+        theirs = json.loads((tmp_path / 'two/metrics.jsonl').read_text().splitlines()[-1])[key]
+        assert one['history'][-1][key] == pytest.approx(theirs, abs=1e-5)
+
+
+def test_result_metrics_and_log(config, tmp_path, capsys, monkeypatch):
+    seen, real = [], TransformedSamples.__getitem__
+    monkeypatch.setattr(TransformedSamples, '__getitem__', lambda self, key: seen.append(key) or real(self, key))
+    result = train(replace(config, tensorboard=True))
+    images = 4 * STEPS  # of an epoch, which are followed by 6 of the validation
+    epochs = [seen[start : start + images] for start in range(0, len(seen), images + 6)]
+    assert [{epoch for epoch, _ in keys} for keys in epochs] == [{0}, {1}, {2}]
+    assert len({tuple(position for _, position in keys) for keys in epochs}) == 3, 'each epoch in an order of its own'
+    rows = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
+    assert result['history'] == rows
+    assert [row['step'] for row in rows] == [STEPS, 2 * STEPS, 3 * STEPS]
+    assert rows[0]['lr'] > rows[1]['lr'] > rows[2]['lr'] > 0
+    best = max(rows, key=lambda row: row['acc1'])
+    assert (result['best_acc1'], result['best_epoch']) == (best['acc1'], best['epoch'])
+    assert list((tmp_path / 'run/tensorboard').glob('events*'))
+    out = capsys.readouterr().out
+    assert '14 training and 6 validation images of 2 classes, as 3 x 12 x 12' in out
+    assert 'epoch 3/3: training loss' in out
+    # The checkpoint is one of timm's, too.
+    model = timm.create_model(
+        'resnet20_cifar', num_classes=2, genotype='sase', attn_stages=[3], checkpoint_path=result['checkpoint']
+    )
+    assert_same(dict(model.state_dict()), dict(read_checkpoint(result['checkpoint'])['state_dict']))
+
+
+def test_weights_from_a_checkpoint_and_a_finished_run(config, tmp_path, capsys):
+    first = train(replace(config, epochs=1))
+    again = train(replace(config, epochs=1, resume=True))  # nothing is left to do
+    assert again['history'] == first['history']
+    train(replace(config, epochs=1, lr=1e-9, out=str(tmp_path / 'second'), checkpoint=first['checkpoint']))
+    assert 'tensors loaded' in capsys.readouterr().out
+    weights = [read_checkpoint(tmp_path / name / 'last.pt')['state_dict']['fc.weight'] for name in ('run', 'second')]
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
+
+
+def test_skip_broken_leaves_images_out(config, tmp_path, capsys):
+    root = make_images(tmp_path / 'spoiled', train=7, val=3, classes=('cat', 'dog'))
+    truncate(root / 'train/dog/1.png')
+    truncate(root / 'val/cat/0.png')
+    with pytest.raises(ValueError, match=r'broken image .*dog.1\.png.*\(and 1 more\).*--skip-broken'):
+        train(replace(config, data=str(root)))
+    train(replace(config, data=str(root), skip_broken=True, epochs=1))
+    out = capsys.readouterr().out
+    assert 'warning: 2 broken images left out' in out
+    assert '13 training and 5 validation images' in out
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_broken_image_met_in_training(config, tmp_path, workers):
+    """Without the check before, the same error, also out of a loading process."""
+    root = make_images(tmp_path / 'spoiled', train=7, val=3, classes=('cat', 'dog'))
+    truncate(root / 'val/dog/1.png')
+    with pytest.raises(ValueError, match=r'^broken image .*dog.1\.png') as caught:
+        train(replace(config, data=str(root), check=False, workers=workers))
+    assert 'Traceback' not in str(caught.value)
+
+
+@pytest.mark.filterwarnings('ignore')  # a diverging run may warn
+def test_diverged_loss_stops_with_step_and_checkpoint(config):
+    with pytest.raises(FloatingPointError, match=r'the loss is (nan|inf) at step \d+; no checkpoint was written yet'):
+        train(replace(config, lr=1e30, warmup=0.0))
+    train(replace(config, epochs=2))
+    saved = read_checkpoint(Path(config.out, 'last.pt'))
+    saved['state_dict']['fc.weight'][:] = float('nan')
+    saved['epoch'] = 1
+    save_checkpoint(saved, Path(config.out, 'last.pt'))
+    with pytest.raises(FloatingPointError, match=rf'the loss is nan at step {STEPS + 1}; the last good .*last\.pt'):
+        train(replace(config, epochs=2, resume=True))
+
+
+def test_evaluate_counts_every_image_once(images):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    accelerator = Accelerator(cpu=True)
+    model = build_model('resnet20_cifar', 10)
+    inputs, labels = torch.randn(7, 3, 12, 12), torch.arange(7)
+    loader = accelerator.prepare(DataLoader(list(zip(inputs, labels, strict=True)), batch_size=4))
+    scores = evaluate(model, loader, accelerator)
+    with torch.no_grad():
+        logits = model(inputs)
+    top = logits.topk(5).indices
+    assert scores['val_loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert scores['acc1'] == pytest.approx(100 * (top[:, 0] == labels).double().mean().item())
+    assert scores['acc5'] == pytest.approx(100 * (top == labels[:, None]).any(1).double().mean().item())
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_compile_needs_one_of_our_blocks(config):
+    with pytest.raises(ValueError, match='holds no attention block'):
+        train(replace(config, model='test_efficientnet_ln', model_args={}, img_size=32, compile=True))
+
+
+@pytest.mark.parametrize(
+    ('setting', 'says'),
+    [
+        ({'epochs': 0}, 'epochs must be at least 1, got 0'),
+        ({'batch_size': 0}, 'batch_size must be at least 1'),
+        ({'lr': 0.0}, 'lr must be above 0'),
+        ({'lr': float('nan')}, 'lr must be above 0, got nan'),
+        ({'warmup': 1.0}, 'warmup must be at least 0 and below 1'),
+        ({'workers': -1}, 'workers must be at least 0'),
+        ({'seed': -1}, 'seed must be at least 0'),
+        ({'img_size': 0}, 'img_size must be at least 1'),
+        ({'hflip': 2.0}, 'hflip must be a probability'),
+        ({'clip_grad': 0.0}, 'clip_grad must be above 0'),
+        ({'ema_decay': 1.0}, 'ema_decay must be between 0 and 1'),
+        ({'opt': 'sdg'}, "opt must be one of .*'sgd'.*got 'sdg'"),
+        ({'mixed_precision': 'fp8'}, 'mixed_precision must be one of'),
+        ({'check': False, 'skip_broken': True}, 'skip_broken must be used with the check'),
+        ({'batch_size': 100}, '14 training images are fewer than one batch of 100'),
+        ({'model': 'resnet50_sasse', 'model_args': {}}, "no model 'resnet50_sasse'; did you mean resnet50_sase"),
+        ({'model_args': {'gennotype': 'sase'}}, 'resnet20_cifar cannot be built with .*gennotype'),
+        ({'model_args': {'genotype': 'avg,mlp,affine,avg,avg'}}, 'a genotype has six choices'),
+        ({'data': '/nowhere/at/all'}, 'there is no data folder'),
+        ({'checkpoint': '/nowhere.pt'}, r'there is no checkpoint .*nowhere\.pt'),
+        ({'auto_augment': 'rand-m9'}, 'larger than 64 px'),
+    ],
+)
+def test_wrong_setting_is_refused_before_any_work(config, setting, says):
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        train(replace(config, **setting))
+    assert not list(Path(config.out).glob('*'))
+
+
+@pytest.mark.parametrize(
+    ('setting', 'says'),
+    [
+        ({}, 'holds a run already: --resume continues it'),
+        ({'resume': True, 'lr': 0.5, 'seed': 3}, r'other settings: lr was 0\.1 and is 0\.5; seed was 0 and is 3'),
+        ({'resume': True, 'epochs': 9}, 'other settings: epochs was 1 and is 9'),
+    ],
+)
+def test_run_with_other_settings_is_not_resumed(config, setting, says):
+    first = replace(config, epochs=1)
+    train(first)
+    kept = Path(config.out, 'last.pt').read_bytes()
+    with pytest.raises(ValueError, match=says):
+        train(replace(first, **setting))
+    assert Path(config.out, 'last.pt').read_bytes() == kept
+
+
+def test_run_on_other_data_or_of_something_else_is_not_resumed(config, tmp_path):
+    first = replace(config, epochs=1)
+    train(first)
+    other = make_images(tmp_path / 'other', train=8, val=3, classes=('cat', 'dog'))
+    with pytest.raises(ValueError, match=r'trained on other data: 14 training .* this is 16 training'):
+        train(replace(first, data=str(other), resume=True))
+    save_checkpoint({'state_dict': {}}, Path(config.out, 'last.pt'))
+    with pytest.raises(ValueError, match='is not a checkpoint of'):
+        train(replace(first, resume=True))
+    Path(config.out, 'last.pt').write_bytes(b'broken')
+    with pytest.raises(ValueError, match='truncated, damaged or no checkpoint'):
+        train(replace(first, resume=True))
+
+
+def test_output_folder_that_cannot_be_written(config, tmp_path):
+    (tmp_path / 'file').write_text('in the way')
+    with pytest.raises(OSError, match=r'the output folder .*file.run cannot be written'):
+        train(replace(config, out=str(tmp_path / 'file' / 'run')))
+
+
+@pytest.mark.parametrize('missing', ['accelerate', 'torch.utils.tensorboard'])
+def test_missing_extra_is_named(config, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.raises(ImportError, match=r'pip install "sase-blocks\[train\]"'))
+        train(replace(config, tensorboard=True))
