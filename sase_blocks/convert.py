@@ -29,7 +29,7 @@ _OPERATION = [
     (re.compile(r'(?:instanceNorm|layerNorm)\.(weight|bias)'), r'\1', None),
     (re.compile(r'row_bn_for_(?:channel|spatial)\.(.+)'), r'norm.\1', None),
     (re.compile(r'row_conv_group_for_(?:channel|spatial)\.weight'), 'row_weight', 'row 1 column 1 -> row column'),
-    (re.compile(r'fc_adapt_channels_for_(?:channel|spatial)\.weight'), 'fc.weight', None),
+    (re.compile(r'fc_adapt_channels_for_(?:channel|spatial)\.weight'), 'fc.weight', 'o i 1 1 -> o i'),
     (re.compile(r'conv1D(?:_1)?\.0\.weight'), 'convs.0.weight', None),
     (re.compile(r'conv1D_2\.0\.weight'), 'convs.1.weight', None),
     (re.compile(r'conv1D_3\.0\.weight'), 'convs.2.weight', None),
@@ -37,8 +37,8 @@ _OPERATION = [
 # What a name means here depends on the set that the edge chooses from.
 _OF_SET: dict[str, dict[str, tuple[str, str | None]]] = {
     'channel_excite': {
-        '0.weight': ('fc1.weight', None),
-        '2.weight': ('fc2.weight', None),
+        '0.weight': ('fc1.weight', 'o i 1 1 -> o i'),
+        '2.weight': ('fc2.weight', 'o i 1 1 -> o i'),
         'alpha': ('weight', 'c 1 1 -> c'),
         'beta': ('bias', 'c 1 1 -> c'),
     },

@@ -84,8 +84,10 @@ class ChannelMLP(ChannelExcite):
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
         hidden = max(1, channels // 16)
-        self.fc1 = nn.Conv2d(channels, hidden, 1, bias=False, device=device, dtype=dtype)
-        self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False, device=device, dtype=dtype)
+        # Linear, not 1x1 convolutions: the same numbers, and a wide convolution in the graph makes a compiler copy x
+        # into channels_last first, which is two more traversals of it.
+        self.fc1 = nn.Linear(channels, hidden, bias=False, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, channels, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -94,7 +96,7 @@ class ChannelMLP(ChannelExcite):
         self.fc2.reset_parameters()
 
     def excite(self, q: Tensor) -> Tensor:
-        return self.fc2(torch.relu(self.fc1(q)))
+        return self.fc2(torch.relu(self.fc1(q.flatten(1))))[:, :, None, None]
 
 
 class ChannelConv3(ChannelConv):

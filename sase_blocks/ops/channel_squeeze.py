@@ -194,7 +194,7 @@ class ChannelSecondOrder(ChannelSqueeze):
         g = self.groups
         self.norm = BatchNorm2d(g, device=device, dtype=dtype)
         self.row_weight = nn.Parameter(torch.empty(g, g, device=device, dtype=dtype))
-        self.fc = nn.Conv2d(g, channels, 1, bias=False, device=device, dtype=dtype)
+        self.fc = nn.Linear(g, channels, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -204,4 +204,5 @@ class ChannelSecondOrder(ChannelSqueeze):
 
     def squeeze(self, x: Tensor) -> Tensor:
         rows = channel_covariance(x, self.groups).unsqueeze(3)  # (B, g, g, 1): row, column
-        return self.fc(torch.relu(contract_rows(self.norm(rows).squeeze(3), self.row_weight))).to(x.dtype)
+        q = self.fc(torch.relu(contract_rows(self.norm(rows).squeeze(3), self.row_weight)))  # (B, C)
+        return q.to(x.dtype)[:, :, None, None]

@@ -126,11 +126,11 @@ def scaled_gram(z: Tensor) -> Tensor:
 
 
 def contract_rows(rows: Tensor, weight: Tensor) -> Tensor:
-    """Each row of (B, N, N) with a kernel of its own: sum_j weight[i, j] rows[b, i, j]. -> (B, N, 1, 1).
+    """Each row of (B, N, N) with a kernel of its own: sum_j weight[i, j] rows[b, i, j]. -> (B, N).
 
     The authors' grouped (N, 1) convolution, as the product it is: a grouped convolution of this shape is slow.
     """
-    return (rows * weight).sum(2)[:, :, None, None]
+    return (rows * weight).sum(2)
 
 
 @torch.no_grad()

@@ -220,7 +220,7 @@ class SpatialSecondOrder(SpatialSqueeze):
         p = self.grid * self.grid
         self.norm = BatchNorm2d(p, device=device, dtype=dtype)
         self.row_weight = nn.Parameter(torch.empty(p, p, device=device, dtype=dtype))
-        self.fc = nn.Conv2d(p, p, 1, bias=False, device=device, dtype=dtype)
+        self.fc = nn.Linear(p, p, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -230,5 +230,5 @@ class SpatialSecondOrder(SpatialSqueeze):
 
     def squeeze(self, x: Tensor) -> Tensor:
         rows = spatial_covariance(x, self.grid).unsqueeze(3)  # (B, 64, 64, 1): row, column
-        s = self.fc(torch.relu(contract_rows(self.norm(rows).squeeze(3), self.row_weight)))  # (B, 64, 1, 1)
+        s = self.fc(torch.relu(contract_rows(self.norm(rows).squeeze(3), self.row_weight)))  # (B, 64)
         return pool_to(s.reshape(-1, 1, self.grid, self.grid), x)

@@ -1,0 +1,65 @@
+# One environment, .venv, with everything; each target makes it when it is missing and then runs. The stamp inside it is
+# newer than pyproject.toml once the installation has succeeded, so a second run installs nothing.
+#   make demo            make test PYTEST_ARGS='-k genotype -x'            make PYTHON=python3.12 demo
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Few processes, for a machine of many cores would otherwise start one each; see tests/conftest.py for their threads.
+PYTEST_ARGS ?= -n auto --maxprocesses 4
+MODELS ?=
+BENCH_ARGS ?= --quick
+DEMO_ARGS ?= --out demo_out
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-timm lint format bench build install clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## make .venv and install the package with every extra (the other targets do it themselves)
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "No '$(PYTHON)' here. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "sase-blocks needs Python 3.10 or newer, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1)." \
+			"Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Installing into $(VENV): some minutes the first time, PyTorch for Linux is large"
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## train four small networks on real digits, about 3 minutes on 2 cores; writes demo_out/
+	$(BIN)/sase-blocks demo $(DEMO_ARGS)
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: $(STAMP)  ## run the tests marked slow
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-timm: $(STAMP)  ## run timm's own model tests for ours: make test-timm MODELS='resnet50_sase resnet20_cifar'
+	$(BIN)/python tests/timm_upstream.py $(MODELS)
+
+lint: $(STAMP)  ## run ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff repair and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## time the blocks against one copy of their input: make bench BENCH_ARGS='--help'
+	$(BIN)/python benchmarks/blocks.py $(BENCH_ARGS)
+
+build: $(STAMP)  ## build the wheel and the source distribution into dist/
+	rm -rf dist
+	$(BIN)/python -m build
+
+clean:  ## remove what the targets made, the environment too
+	rm -rf $(VENV) .timm-tests dist build demo_out .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,152 @@
+"""Count what compiled attention blocks read and write on a GPU, without one.
+
+inductor plans its kernels from shapes alone. This script lets it plan for a Hopper GPU (nothing is generated or run)
+and adds up the bytes that the planned kernels read and write, in traversals: one read or one write of x. It uses
+interfaces of inductor that are not public, so it needs torch 2.11 or newer and may need a change for a newer one.
+
+    python benchmarks/traffic.py                        # at the four ResNet-50 shapes, bf16
+    python benchmarks/traffic.py sase se --dtype float32 --shapes 256x56x56
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+from torch import nn
+
+SHAPES = ('256x56x56', '512x28x28', '1024x14x14', '2048x7x7')
+
+
+class _Hopper:
+    """The properties of an H200 that inductor asks for."""
+
+    name = 'NVIDIA H200'
+    major, minor = 9, 0
+    multi_processor_count = 132
+    max_threads_per_multi_processor = 2048
+    regs_per_multiprocessor = 65536
+    shared_memory_per_block = 49152
+    shared_memory_per_block_optin = 232448
+    L2_cache_size = 50 * 2**20
+    total_memory = 140 * 2**30
+    warp_size = 32
+    gcnArchName = uuid = ''
+
+
+@contextlib.contextmanager
+def _as_if_there_were_a_gpu() -> Iterator[None]:
+    replaced: dict[str, Callable[..., object]] = {
+        'torch.cuda.is_available': lambda: True,
+        'torch.cuda.device_count': lambda: 1,
+        'torch.cuda.current_device': lambda: 0,
+        'torch.cuda.get_device_capability': lambda *_: (9, 0),
+        'torch.cuda.get_device_properties': lambda *_: _Hopper(),
+        'torch.cuda._get_device_properties': lambda *_: _Hopper(),
+        'torch._C._cuda_init': lambda: None,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, fake in replaced.items():
+            stack.enter_context(mock.patch(name, fake, create=True))
+        yield
+
+
+def _planned_bytes(graph: torch.fx.GraphModule, inputs: list[object]) -> int:
+    """Bytes that inductor's kernels for ``graph`` would read and write on the GPU."""
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    graph = copy.deepcopy(graph)
+    with FakeTensorMode() as fake, _as_if_there_were_a_gpu():
+
+        def moved(value: object) -> object:
+            if isinstance(value, torch.Tensor):
+                return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device='cuda')
+            return torch.device('cuda', 0) if isinstance(value, torch.device) else value
+
+        for node in graph.graph.nodes:
+            node.kwargs = {key: moved(value) for key, value in node.kwargs.items()}
+            if 'val' in node.meta:
+                node.meta['val'] = moved(node.meta['val'])
+        example = [moved(value) for value in inputs]
+        lowering = GraphLowering(graph, example_inputs=example)
+        handlers = V.set_graph_handler(lowering), V.set_fake_mode(fake), V.set_debug_handler(DebugContext())
+        with handlers[0], handlers[1], handlers[2]:
+            lowering.run(*example)
+            lowering._update_scheduler()
+            return int(lowering.count_bytes()[0])
+
+
+def traversals(block: nn.Module, x: torch.Tensor) -> tuple[float, float, float]:
+    """Of a compiled training step: traversals of x forward, backward, and sizes of x kept between them."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    counted: list[int] = []
+    kept: list[int] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
+        if counted:  # the backward graph: what it takes from the forward (parameters too), without the gradient of y
+            nodes = [n for n in graph.graph.nodes if n.op == 'placeholder' and not n.name.startswith('tangents')]
+            tensors = [n.meta['val'] for n in nodes if isinstance(n.meta.get('val'), torch.Tensor)]
+            kept.append(sum(t.numel() * t.element_size() for t in tensors))
+        counted.append(_planned_bytes(graph, inputs))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=compiler,
+        bw_compiler=compiler,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    torch._dynamo.reset()
+    y = torch.compile(block.train(), backend=backend, fullgraph=True, dynamic=False)(x)
+    y.backward(torch.ones_like(y))
+    size = x.numel() * x.element_size()
+    forward, backward = counted
+    return forward / size, backward / size, kept[0] / size
+
+
+def builders() -> dict[str, Callable[..., nn.Module]]:
+    """Blocks by name: ours, then timm's as timm_NAME."""
+    from timm.layers import get_attn
+
+    found: dict[str, Callable[..., nn.Module]] = {
+        f'timm_{name}': get_attn(name) for name in ('se', 'eca', 'cbam', 'gc')
+    }
+    with contextlib.suppress(ImportError):
+        found = {**importlib.import_module('sase_blocks.blocks').BLOCKS, **found}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('blocks', nargs='*', help='ours by name, timm_se and so on (default: all of them)')
+    parser.add_argument('--shapes', nargs='+', default=SHAPES, metavar='CxHxW')
+    parser.add_argument('--dtype', choices=['bfloat16', 'float32'], default='bfloat16')
+    parser.add_argument('--batch', type=int, default=8)
+    args = parser.parse_args()
+    known = builders()
+    unknown = [name for name in args.blocks if name not in known]
+    if unknown:
+        parser.error(f'unknown block {unknown[0]!r}; there are {", ".join(known)}')
+    print(f'torch {torch.__version__}, planned for {_Hopper.name}, batch {args.batch}, {args.dtype}, training')
+    print(f'{"block":<12}{"shape":<13}{"forward":>9}{"backward":>10}{"kept":>8}   (traversals of x; sizes of x)')
+    for shape in args.shapes:
+        c, h, w = (int(n) for n in shape.split('x'))
+        x = torch.randn(args.batch, c, h, w, dtype=getattr(torch, args.dtype), requires_grad=True)
+        for name in args.blocks or known:
+            forward, backward, kept = traversals(known[name](c).to(x.dtype), x)
+            print(f'{name:<12}{shape:<13}{forward:>9.2f}{backward:>10.2f}{kept:>8.2f}')
+
+
+if __name__ == '__main__':
+    main()

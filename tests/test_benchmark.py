@@ -1,0 +1,168 @@
+"""benchmarks/blocks.py: its table and JSON on a tiny shape, known counts, and its refusals. No times."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+SCRIPT = Path(__file__).parent.parent / 'benchmarks' / 'blocks.py'
+
+
+@pytest.fixture(scope='module')
+def bench():
+    """The script as a module; its main sets torch to one thread, which is undone here."""
+    threads = torch.get_num_threads()
+    spec = importlib.util.spec_from_file_location('benchmark_blocks', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # a dataclass looks its module up there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+    torch.set_num_threads(threads)
+
+
+TINY = ['--shapes', '8x6x5', '--batch', '2', '--rounds', '4', '--device', 'cpu']
+
+
+def test_table_and_json(bench, tmp_path, capsys):
+    names = ['sase', 'timm/se', 'channel_squeeze/avg', 'spatial_excite/conv3x3', 'spatial/avg,conv3x3']
+    options = ['--mode', 'eager', '--dtype', 'fp32', 'bf16', '--layout', 'nchw', 'channels_last']
+    arguments = [*TINY, *options, '--blocks', *names, '--no-figure', '--out', str(tmp_path / 'new' / 'bench')]
+    assert bench.main(arguments) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / 'new' / 'bench.json').read_text())
+    settings = {(row['dtype'], row['layout']) for row in result['rows']}
+    assert settings == {(dtype, layout) for dtype in ('fp32', 'bf16') for layout in ('nchw', 'channels_last')}
+    assert [row['block'] for row in result['rows'][:6]] == ['clone, again', *names]
+    assert len(result['rows']) == 24
+    for row in result['rows']:
+        assert row['failure'] is None
+        assert row['shape'] == '8x6x5'
+        assert row['forward_clones'] == pytest.approx(row['forward_ms'] / row['clone_ms'])
+        if row['block'] != 'clone, again':
+            assert row['forward_backward_ms'] > 0
+            assert math.isfinite(row['spread'])
+    assert result['seed'] == 0
+    assert result['versions']['torch'] == torch.__version__.partition('+')[0]
+    assert result['command'].startswith('python benchmarks/blocks.py --shapes 8x6x5')
+    assert result['left_out'] == []
+    for name in names:
+        assert printed.count(f'\n{name} ') == 4
+    assert '2 x 8x6x5 bf16 channels_last' in printed
+    assert not (tmp_path / 'new' / 'bench.png').exists()
+
+
+def test_figure(bench, tmp_path):
+    arguments = [*TINY, '--mode', 'eager', '--blocks', 'timm/se', 'timm/eca', '--out', str(tmp_path / 'bench')]
+    assert bench.main(arguments) == 0
+    assert (tmp_path / 'bench.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.slow
+def test_compiled_counts_traversals(bench, tmp_path):
+    arguments = [*TINY, '--mode', 'compiled', '--blocks', 'sase', '--no-figure', '--out', str(tmp_path / 'bench')]
+    assert bench.main(arguments) == 0
+    row = json.loads((tmp_path / 'bench.json').read_text())['rows'][1]
+    assert row['mode'] == 'compiled'
+    assert row['error_against_eager'] < 1e-5
+    assert row['forward_traversals_counted'] > 2
+    assert row['kept_for_backward_x'] >= 1
+
+
+def test_time_limit_leaves_out_and_says_so(bench, tmp_path, capsys):
+    arguments = [*TINY, '--minutes', '0', '--blocks', 'timm/eca', '--out', str(tmp_path / 'bench')]
+    assert bench.main(arguments) == 0
+    assert json.loads((tmp_path / 'bench.json').read_text())['left_out'] == ['2 x 8 x 6 x 5 fp32 nchw']
+    assert 'left out after 0 minutes' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('function', 'traversals'),
+    [
+        (lambda x: x.clone(), 2),
+        (lambda x: x * 2 + 1, 4),
+        (lambda x: x.detach().transpose(1, 2).unsqueeze(0)[..., :2].flatten(0, 1), 0),
+        (lambda x: x.transpose(1, 2).flatten(2), 2),
+        (lambda x: x.relu_(), 2),
+        (lambda x: x + x[:1].expand_as(x), 2 + 1 / 4),
+    ],
+    ids=['clone', 'two operations', 'views alone', 'a reshape that copies', 'in place', 'expanded'],
+)
+def test_bytes_of_eager_operators(bench, function, traversals):
+    x = torch.randn(4, 8, 6, 5)
+    with bench.CountBytes() as count:
+        function(x)
+    assert count.bytes == traversals * x.numel() * 4
+
+
+class Cube(nn.Module):
+    """x^3 by two products: keeps x, and its square."""
+
+    def forward(self, x):
+        return x * x * x
+
+
+def test_kept_bytes(bench):
+    x = torch.randn(4, 8, 6, 5, requires_grad=True)
+    linear = nn.Linear(5, 5, bias=False)
+    parameters = {linear.weight.untyped_storage().data_ptr()}
+    assert bench.kept_bytes(lambda: Cube()(x), set()) == 2 * x.numel() * 4
+    assert bench.kept_bytes(lambda: linear(x), parameters) == x.numel() * 4
+
+
+def test_modules_for_train_and_eval_share_parameters(bench):
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    copy = bench.clone_module(module).eval()
+    assert module.training
+    assert module[1].training
+    assert [id(p) for p in copy.parameters()] == [id(p) for p in module.parameters()]
+    assert copy[1].running_mean is module[1].running_mean
+
+
+class Broken(nn.Module):
+    def forward(self, x):
+        raise RuntimeError('no kernel for this\nsecond line')
+
+
+def test_a_block_that_fails_costs_only_its_own_row(bench, tmp_path, capsys, monkeypatch):
+    chosen = [bench.Candidate('broken', lambda channels, feat_size: Broken()), *bench.candidates(['timm/se'])]
+    monkeypatch.setattr(bench, 'candidates', lambda names: chosen)
+    assert bench.main([*TINY, '--mode', 'eager', '--no-figure', '--out', str(tmp_path / 'bench')]) == 1
+    rows = json.loads((tmp_path / 'bench.json').read_text())['rows']
+    assert [row['failure'] for row in rows] == [None, 'RuntimeError: no kernel for this', None]
+    assert 'failed: RuntimeError: no kernel for this' in capsys.readouterr().out
+
+
+def test_without_sase_blocks_it_times_timm(bench, tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *rest: None if name == 'sase_blocks' else find(name))
+    assert bench.main([*TINY, '--mode', 'eager', '--no-figure', '--out', str(tmp_path / 'bench')]) == 0
+    output = capsys.readouterr()
+    assert 'sase_blocks is not installed' in output.err
+    names = [row['block'] for row in json.loads((tmp_path / 'bench.json').read_text())['rows']]
+    assert names == ['clone, again', 'timm/se', 'timm/eca', 'timm/cbam', 'timm/gc']
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--blocks', 'sasse'], "unknown block 'sasse'"),
+        (['--blocks', 'avg,mlp,affine'], 'got 3'),
+        (['--blocks', 'channel/avg,mpl'], 'mpl'),
+        (['--shapes', '64x14'], "'64x14' is no shape"),
+        (['--shapes', '64x0x14'], 'size below 1'),
+        (['--batch', '0'], 'at least 1'),
+        (['--rounds', '0'], 'at least 1'),
+        (['--dtype', 'int8'], 'int8'),
+    ],
+)
+def test_refusals(bench, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(['--device', 'cpu', *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,123 @@
+"""The house rules that CONTRIBUTING.md states: who may import whom, what is loaded late, a complete map."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / 'sase_blocks'
+
+# From the ground up: a room imports only rooms that come before it here. A room is a file or a folder of the package,
+# and `__init__` is what `import sase_blocks` runs.
+ROOMS = (
+    'checkpoint', 'ops', 'blocks', 'convert', 'models', '__init__', 'data', 'viz', 'train', 'demo', 'cli', '__main__',
+)  # fmt: skip
+
+# What every installation has, by the name it is imported by: the three dependencies and what these bring along (tqdm
+# with huggingface_hub, which timm requires).
+REQUIRED = {'torch', 'einops', 'timm', 'torchvision', 'numpy', 'PIL', 'safetensors', 'tqdm', 'sase_blocks'}
+
+# Nobody knows what is in them, so everything ends there.
+DRAWERS = {'utils', 'util', 'helpers', 'helper', 'common', 'misc'}
+
+
+def room(path: Path) -> str:
+    """The room that a file of the package is in."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+
+
+def imports(source: str, path: Path) -> Iterator[tuple[str, bool, int]]:
+    """Absolute name, whether it is imported together with the file, and the line, of all that a file imports."""
+
+    def visit(node: ast.AST, early: bool) -> Iterator[tuple[str, bool, int]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, early, child.lineno) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                here = ['sase_blocks', *path.relative_to(PACKAGE).parts[:-1]]
+                base = here[: len(here) - child.level + 1] if child.level else []
+                module = '.'.join([*base, *([child.module] if child.module else [])])
+                yield from ((f'{module}.{alias.name}', early, child.lineno) for alias in child.names)
+            else:
+                typing_only = isinstance(child, ast.If) and 'TYPE_CHECKING' in ast.unparse(child.test)
+                function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+                yield from visit(child, early and not function and not typing_only)
+
+    yield from visit(ast.parse(source), True)
+
+
+def imported_room(name: str) -> str | None:
+    """The room that an absolute name is in; None for another package's."""
+    parts = name.split('.')
+    if parts[0] != 'sase_blocks':
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else '__init__'
+
+
+def faults(source: str, path: Path) -> list[str]:
+    """What one file breaks of the rules."""
+    found = []
+    if path.stem in DRAWERS:
+        found.append(f'{path.name}: a drawer; name the file after the one thing that is in it')
+    for name, early, line in imports(source, path):
+        above = imported_room(name)
+        if above is not None and ROOMS.index(above) > ROOMS.index(room(path)):
+            found.append(f'{path.name}:{line}: {room(path)} imports {above}, which is above it')
+        top = name.split('.')[0]
+        if above is None and early and top not in REQUIRED and top not in sys.stdlib_module_names:
+            found.append(
+                f'{path.name}:{line}: {top} is optional and must be imported inside the function that needs it'
+            )
+    return found
+
+
+@pytest.mark.parametrize('path', sorted(PACKAGE.rglob('*.py')), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_file_keeps_the_rules(path):
+    assert room(path) in ROOMS, f'{room(path)} is no room yet: give it a place in ROOMS and in CONTRIBUTING.md'
+    assert faults(path.read_text(encoding='utf-8'), path) == []
+
+
+@pytest.mark.parametrize(
+    ('file', 'source', 'expected'),
+    [
+        ('ops/avg.py', 'from sase_blocks.blocks import SASE', 'ops imports blocks'),
+        ('ops/avg.py', 'from ..blocks import SASE', 'ops imports blocks'),
+        ('ops/avg.py', 'from .. import models', 'ops imports models'),
+        ('ops/avg.py', 'import sase_blocks.models.resnet', 'ops imports models'),
+        ('ops/avg.py', 'from sase_blocks import SASE', 'ops imports __init__'),
+        ('blocks/sase.py', 'def f():\n    from ..train import train', 'blocks imports train'),
+        ('models/resnet.py', 'if True:\n    from ..cli import main', 'models imports cli'),
+        ('viz.py', 'import matplotlib.pyplot as plt', 'matplotlib is optional'),
+        ('train.py', 'from accelerate import Accelerator', 'accelerate is optional'),
+        ('train.py', 'try:\n    import tensorboard\nexcept ImportError:\n    pass', 'tensorboard is optional'),
+        ('ops/utils.py', '', 'a drawer'),
+        ('cli.py', 'from .train import train', None),
+        ('ops/avg.py', 'from .primitive import Primitive', None),
+        ('viz.py', 'def plot():\n    import matplotlib', None),
+        ('viz.py', 'if TYPE_CHECKING:\n    from matplotlib.axes import Axes', None),
+    ],
+)
+def test_the_rules_catch(file, source, expected):
+    found = faults(source, PACKAGE / file)
+    assert found == [] if expected is None else len(found) == 1 and expected in found[0]
+
+
+def test_the_map_names_every_room():
+    text = (PACKAGE.parent / 'CONTRIBUTING.md').read_text(encoding='utf-8')
+    missing = [name for name in ROOMS if not name.startswith('__') and f'`{name}' not in text]
+    assert missing == []
+
+
+def test_import_stays_light():
+    late = ('matplotlib', 'accelerate', 'sklearn', 'tensorboard', 'onnx', 'torch._dynamo', 'torch._inductor')
+    code = (
+        'import sys, timm\n'
+        'before = set(sys.modules)\n'
+        'import sase_blocks\n'
+        f'print([name for name in {late} if name in sys.modules and name not in before])'
+    )
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout.strip()) == (0, '[]'), run.stderr
