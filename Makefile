@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## train four small networks on real digits, about 3 minutes on 2 cores; writes demo_out/
+demo: $(STAMP)  ## train four small networks on real digits, some minutes on 2 cores; writes demo_out/
 	$(BIN)/sase-blocks demo $(DEMO_ARGS)
 
 test: $(STAMP)  ## run the tests

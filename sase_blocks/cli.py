@@ -30,7 +30,7 @@ EXAMPLES = {
 examples:
   sase-blocks list                          blocks, primitives and models
   sase-blocks info resnet50_sase            its size, and its genotype as a drawing
-  sase-blocks demo                          train four networks on real images in three minutes
+  sase-blocks demo                          train four networks on real images, in a few minutes
   sase-blocks train --data DIR --model resnet50_sase --epochs 100
 """,
     'list': """
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command('demo', _demo, 'train ResNet-20 with four kinds of attention on real images, and draw the results')
     sub.add_argument('--out', default='demo_out', help='folder for the pictures (default: demo_out)')
-    sub.add_argument('--epochs', type=int, default=argparse.SUPPRESS, help='passes over the images (default: 3)')
+    sub.add_argument('--epochs', type=int, default=argparse.SUPPRESS, help='passes over the images (default: 2)')
     sub.add_argument('--seed', type=int, default=0, help='seed of everything random (default: 0)')
 
     sub = command('train', _train, 'train any model of timm on your images')

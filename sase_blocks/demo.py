@@ -48,7 +48,7 @@ class Digits(NamedTuple):
     test_labels: Tensor
 
 
-def run_demo(out: str | Path = 'demo_out', epochs: int = 3, seed: int = 0, limit: int | None = None) -> dict[str, Any]:
+def run_demo(out: str | Path = 'demo_out', epochs: int = 2, seed: int = 0, limit: int | None = None) -> dict[str, Any]:
     """Train four networks on handwritten digits; print a table, write two pictures and ``results.json`` into ``out``.
 
     The networks are ``resnet20_cifar`` with no attention, ``'se'``, ``'cbam_like'`` and ``'sase'``. All start from the

@@ -130,7 +130,11 @@ def test_a_sample_of_the_space_runs_in_fp32_and_bf16(part):
             block.zero_grad()
 
 
-@pytest.mark.parametrize('part', range(8))
+# A second and a half each: a quarter in `make test`, the rest in `make test-slow`; .ci/run runs both.
+PARTS = [pytest.param(part, marks=[pytest.mark.slow] if part >= 2 else []) for part in range(8)]
+
+
+@pytest.mark.parametrize('part', PARTS)
 def test_a_sample_of_the_space_exports(part):
     batch, height, width = (torch.export.Dim(n, min=1 if n == 'b' else 2, max=256) for n in 'bhw')
     for g in SAMPLE[part::8]:

@@ -137,7 +137,7 @@ def primitive_name(set_name: str, name: object) -> str:
                 return ours
     keys = {**{n: n for n in table}, **{str(cls.paper_key): n for n, cls in table.items() if cls.paper_key}}
     near = difflib.get_close_matches(str(name), keys, n=1, cutoff=0.4)
-    hint = f"; did you mean '{near[0]}'?" if near else ''
+    hint = f"; did you mean '{near[0]}'?" if near else '.'
     raise ValueError(
         f'{name!r} is not a {set_name.replace("_", " ")}{hint} Valid names: {", ".join(table)} '
         f'(or the keys of the paper: {", ".join(str(c.paper_key) for c in table.values() if c.paper_key)})'
