@@ -201,5 +201,5 @@ def test_import_is_light():
         "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
     )
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
-    heavy = {'matplotlib', 'accelerate', 'sklearn', 'tensorboard', 'onnx', 'tqdm', 'transformers', 'pandas', 'einops'}
+    heavy = {'matplotlib', 'accelerate', 'sklearn', 'tensorboard', 'onnx', 'tqdm', 'transformers', 'pandas'}
     assert not heavy & set(ast.literal_eval(out)), out
