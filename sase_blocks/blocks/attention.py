@@ -95,7 +95,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         c, a = self.gates(x)
-        return x * (1 + (c + a) / 2).to(x.dtype)
+        # Halved and shifted while they are small: the sum is the first thing of the size of x.
+        return x * ((1 + c / 2) + a / 2).to(x.dtype)
 
     def extra_repr(self) -> str:
         size = '' if self.feat_size is None else f', feat_size={self.feat_size}'
