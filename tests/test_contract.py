@@ -10,6 +10,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -307,3 +308,19 @@ def test_no_module_escapes():
         if inspect.isclass(value := getattr(sase_blocks, name)) and issubclass(value, nn.Module)
     }
     assert public <= rows, public - rows
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')
+@every_row
+def test_onnx_with_dynamic_batch_and_size(row):
+    module = row.make().eval()
+    shape = {0: torch.export.Dim('batch', min=1, max=64)}
+    if row.kind != 'channel_excite':
+        shape |= {2: torch.export.Dim('height', min=2, max=512), 3: torch.export.Dim('width', min=2, max=512)}
+    program = torch.onnx.export(module, (row.input(),), dynamo=True, dynamic_shapes=(shape,), verbose=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    for b, h, w in [(2, 7, 6), (3, 9, 14)]:
+        x = row.input(b, C, h, w)
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), module(x), rtol=1e-4, atol=1e-4)

@@ -89,13 +89,32 @@ def spatial_avg_skew(x: Tensor, weight: Tensor) -> Tensor:
     return narrow(torch.relu(mix(avg, skew, widen(weight))), x)
 
 
+def pooling_matrix(n_in: int, n_out: int, like: Tensor) -> Tensor:
+    """Adaptive average pooling of ``n_in`` values to ``n_out`` as a matrix (n_out, n_in).
+
+    The windows are torch's: from floor(i n_in / n_out) to ceil((i + 1) n_in / n_out). As a product the pooling exports
+    to ONNX for sizes that change; ``F.adaptive_avg_pool2d`` gives wrong numbers there at any size but the traced one.
+    """
+    i = torch.arange(n_out, device=like.device)[:, None]
+    j = torch.arange(n_in, device=like.device)[None, :]
+    window = (j >= i * n_in // n_out) & (j < ((i + 1) * n_in + n_out - 1) // n_out)
+    weight = window.to(like.dtype)
+    return weight / weight.sum(1, keepdim=True)
+
+
+def adaptive_avg_pool(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, height, width), as ``F.adaptive_avg_pool2d``."""
+    rows, columns = pooling_matrix(x.shape[2], height, x), pooling_matrix(x.shape[3], width, x)
+    return rows @ x @ columns.transpose(0, 1)
+
+
 @torch.fx.wrap
 def spatial_covariance(x: Tensor, grid: int) -> Tensor:
     """Covariance, over the channels, of the positions of x pooled to grid x grid.
 
     (B, C, H, W) -> (B, grid^2, grid^2), in fp32 for half inputs, divided by grid^2 - 1 as the authors do.
     """
-    z = F.adaptive_avg_pool2d(widen(x), grid).flatten(2).transpose(1, 2)  # (B, P, C)
+    z = widen(adaptive_avg_pool(x, grid, grid)).flatten(2).transpose(1, 2)  # (B, P, C)
     z = z - z.mean(2, keepdim=True)
     return scaled_gram(z) / (grid * grid - 1)
 
@@ -103,7 +122,7 @@ def spatial_covariance(x: Tensor, grid: int) -> Tensor:
 @torch.fx.wrap
 def pool_to(s: Tensor, x: Tensor) -> Tensor:
     """``s`` (B, 1, h, w) average-pooled adaptively to the H and W of ``x``, in the dtype of ``x``."""
-    return F.adaptive_avg_pool2d(s, (x.shape[2], x.shape[3])).to(x.dtype)
+    return adaptive_avg_pool(s, x.shape[2], x.shape[3]).to(x.dtype)
 
 
 class SpatialSqueeze(Primitive):
