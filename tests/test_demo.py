@@ -48,7 +48,7 @@ def test_demo(tmp_path, capsys):
             assert networks['none'][key] < networks[name][key] < 1.02 * networks['none'][key]
 
     printed = capsys.readouterr().out
-    for label, row in zip(('no attention', 'se', 'cbam_like', 'sase'), networks.values(), strict=True):
+    for label, row in zip(('no attention', 'se', 'cbam', 'sase'), networks.values(), strict=True):
         assert re.search(rf'^{label} +{row["test_accuracy"]:.2f} % +{row["parameters"]:,} ', printed, re.MULTILINE)
     assert 'it does not show which block is better' in printed
 

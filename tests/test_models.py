@@ -11,13 +11,14 @@ import torch
 
 import sase_blocks
 from sase_blocks import AttentionBlock, ChannelAttention, Genotype, SpatialAttention, list_blocks, register_resnet
+from sase_blocks.blocks import AttentionModule
 
 OURS = [f'resnet{d}_{n}' for d in (50, 101) for n in (*list_blocks(), 'channel', 'spatial')] + ['resnet20_cifar']
 GENOTYPE = 'second_order,conv3,affine,l2_norm,avg_std,affine'
 
 
 def blocks(model):
-    return [m for m in model.modules() if isinstance(m, (AttentionBlock, ChannelAttention, SpatialAttention))]
+    return [m for m in model.modules() if isinstance(m, AttentionModule)]
 
 
 def params(model):
@@ -142,7 +143,7 @@ def one_step(model, size):
 
 
 @pytest.mark.parametrize(
-    'genotype', ['sase', 'se', 'cbam_like', GENOTYPE, 'p_norm,conv3_x3,mlp,p_norm,second_order,conv3x3']
+    'genotype', ['sase', 'se', 'cbam', GENOTYPE, 'p_norm,conv3_x3,mlp,p_norm,second_order,conv3x3']
 )
 def test_no_gradient_is_non_finite_at_step_0(genotype):
     """timm starts the last batch norm of a block at zero, so the attention's first input is exactly zero."""

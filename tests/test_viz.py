@@ -36,7 +36,7 @@ def images(count=2, channels=3, height=8, width=8):
         (lambda: network(AttentionBlock(8, GENOTYPE), SASE(8)), {'1': (True, True), '3': (True, True)}),
         (lambda: network(ChannelAttention(8)), {'1': (True, False)}),
         (lambda: network(SpatialAttention(8)), {'1': (False, True)}),
-        (lambda: network(create_block('cbam_like', 8)), {'1.0': (True, False), '1.1': (False, True)}),
+        (lambda: network(create_block('cbam', 8)), {'1.0': (True, False), '1.1': (False, True)}),
         (lambda: SASE(3), {'': (True, True)}),
         (
             lambda: timm.create_model('resnet20_cifar', genotype='se', attn_stages=(3,)),

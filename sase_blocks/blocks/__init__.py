@@ -1,20 +1,40 @@
-"""Attention blocks: the genotype, the six-edge block, the two small compositions, and the blocks by name."""
+"""Attention blocks: the genotype, the six-edge block, compositions of primitives, and the blocks by name."""
 
 from .attention import SASE, AttentionBlock
-from .compiling import BLOCK_TYPES, compile_blocks
-from .compose import ChannelAttention, SpatialAttention
+from .base import AttentionModule
+from .compiling import compile_blocks
+from .compose import ChannelAttention, ParallelAttention, SpatialAttention
+from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype
-from .named import BLOCKS, create_block, list_blocks, resolve_block
+from .graph import Edge, Graph
+from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
+from .named import BLOCKS, block_graph, create_block, list_blocks, resolve_block
+from .simam import SimAM
+from .strip import CoordinateAttention, EfficientLocalAttention, SimpleCoordinateAttention, StripAttention
+from .triplet import TripletAttention
 
 __all__ = [
     'BLOCKS',
-    'BLOCK_TYPES',
     'SASE',
     'SASE_GENOTYPE',
     'AttentionBlock',
+    'AttentionModule',
     'ChannelAttention',
+    'CoordinateAttention',
+    'Edge',
+    'EfficientLocalAttention',
+    'EfficientMultiScaleAttention',
+    'GatherExcite',
     'Genotype',
+    'Graph',
+    'ParallelAttention',
+    'SimAM',
+    'SimpleCoordinateAttention',
     'SpatialAttention',
+    'SpatialGroupEnhance',
+    'StripAttention',
+    'TripletAttention',
+    'block_graph',
     'compile_blocks',
     'create_block',
     'list_blocks',

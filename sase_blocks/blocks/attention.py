@@ -19,15 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sase_blocks.ops import CHANNEL_EXCITE, CHANNEL_SQUEEZE, SPATIAL_EXCITE, SPATIAL_SQUEEZE, BatchNorm2d
-from sase_blocks.ops.primitive import check_channels, check_feat_size, check_features, mix
+from sase_blocks.ops import (
+    EXTENDED_CHANNEL_EXCITE,
+    EXTENDED_CHANNEL_SQUEEZE,
+    EXTENDED_SPATIAL_EXCITE,
+    EXTENDED_SPATIAL_SQUEEZE,
+    BatchNorm2d,
+)
+from sase_blocks.ops.primitive import check_feat_size, mix
 
+from .base import AttentionModule
 from .genotype import SASE_GENOTYPE, Genotype
+from .graph import CHANNEL, MAP, SPATIAL, Edge, Graph
 
-torch.fx.wrap('check_features')
 
-
-class AttentionBlock(nn.Module):
+class AttentionBlock(AttentionModule):
     """The SASE graph with the six operations of ``genotype``.
 
     Shape: (B, C, H, W) -> (B, C, H, W), any H and W; dtype and memory format are kept.
@@ -53,39 +59,28 @@ class AttentionBlock(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(channels)
         g = Genotype.parse(genotype) if isinstance(genotype, str) else genotype
         if not isinstance(g, Genotype):
             raise TypeError(f'genotype must be a Genotype or its text form, got {genotype!r}')
-        self.channels = check_channels(channels, type(self).__name__)
         self.genotype = g
         self.feat_size = None if feat_size is None else check_feat_size(feat_size, type(self).__name__)
         args: dict[str, Any] = {'feat_size': self.feat_size, 'device': device, 'dtype': dtype}
-        self.channel_squeeze = CHANNEL_SQUEEZE[g.channel_squeeze](channels, **args)
-        self.channel_excite = CHANNEL_EXCITE[g.channel_excite](channels, **args)
-        self.gate_excite = CHANNEL_EXCITE[g.gate_excite](channels, **args)
-        self.gated_squeeze = SPATIAL_SQUEEZE[g.gated_squeeze](channels, **args)
-        self.spatial_squeeze = SPATIAL_SQUEEZE[g.spatial_squeeze](channels, **args)
+        self.channel_squeeze = EXTENDED_CHANNEL_SQUEEZE[g.channel_squeeze](channels, **args)
+        self.channel_excite = EXTENDED_CHANNEL_EXCITE[g.channel_excite](channels, **args)
+        self.gate_excite = EXTENDED_CHANNEL_EXCITE[g.gate_excite](channels, **args)
+        self.gated_squeeze = EXTENDED_SPATIAL_SQUEEZE[g.gated_squeeze](channels, **args)
+        self.spatial_squeeze = EXTENDED_SPATIAL_SQUEEZE[g.spatial_squeeze](channels, **args)
         self.mix_weight = nn.Parameter(torch.full((2,), 0.5, device=device, dtype=dtype))
         self.norm = BatchNorm2d(1, device=device, dtype=dtype)
-        self.spatial_excite = SPATIAL_EXCITE[g.spatial_excite](channels, **args)
+        self.spatial_excite = EXTENDED_SPATIAL_EXCITE[g.spatial_excite](channels, **args)
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew."""
         nn.init.constant_(self.mix_weight, 0.5)
-        for child in self.children():
-            child.reset_parameters()  # type: ignore[operator]
-
-    def zero_init_last(self) -> None:
-        """Called by timm's ResNets, last thing in their ``init_weights``, which re-draw every Conv2d of the network.
-
-        The name is timm's; here it brings back the block's own initialisation.
-        """
-        self.reset_parameters()
+        super().reset_parameters()
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The channel attention c (B, C, 1, 1) and the spatial attention a (B, 1, H, W) for x (B, C, H, W)."""
-        check_features(x, self.channels)
         q = self.channel_squeeze(x)
         c = self.channel_excite(q)
         d = self.gate_excite(q)
@@ -93,10 +88,28 @@ class AttentionBlock(nn.Module):
         a = self.spatial_excite(torch.relu(s))
         return c, a
 
-    def forward(self, x: Tensor) -> Tensor:
+    def gate(self, x: Tensor) -> Tensor:
         c, a = self.gates(x)
         # Halved and shifted while they are small: the sum is the first thing of the size of x.
-        return x * ((1 + c / 2) + a / 2).to(x.dtype)
+        return (1 + c / 2) + a / 2
+
+    def graph(self) -> Graph:
+        g = self.genotype
+        nodes = {'x': MAP, 'q': CHANNEL, 'c': CHANNEL, 'd': CHANNEL, 'd * x': MAP, 's': SPATIAL, 'a': SPATIAL, 'y': MAP}
+        edges = (
+            Edge('x', 'q', g.channel_squeeze, 'channel_squeeze'),
+            Edge('q', 'c', g.channel_excite, 'channel_excite'),
+            Edge('q', 'd', g.gate_excite, 'channel_excite'),
+            Edge('d', 'd * x'),
+            Edge('x', 'd * x'),
+            Edge('d * x', 's', g.gated_squeeze, 'spatial_squeeze'),
+            Edge('x', 's', g.spatial_squeeze, 'spatial_squeeze'),
+            Edge('s', 'a', g.spatial_excite, 'spatial_excite'),
+            Edge('c', 'y'),
+            Edge('a', 'y'),
+            Edge('x', 'y'),
+        )
+        return Graph(nodes, edges, 'y = x * (1 + (c + a) / 2)')
 
     def extra_repr(self) -> str:
         size = '' if self.feat_size is None else f', feat_size={self.feat_size}'

@@ -6,10 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .attention import AttentionBlock
-from .compose import ChannelAttention, SpatialAttention
-
-BLOCK_TYPES = (AttentionBlock, ChannelAttention, SpatialAttention)
+from .base import AttentionModule
 
 
 def compile_blocks(model: nn.Module, **kwargs: Any) -> list[str]:
@@ -29,7 +26,7 @@ def compile_blocks(model: nn.Module, **kwargs: Any) -> list[str]:
     Raises:
         ValueError: the model holds no block of this library.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, BLOCK_TYPES)]
+    names = [name for name, module in model.named_modules() if isinstance(module, AttentionModule)]
     if not names:
         raise ValueError(
             f'{type(model).__name__} holds no attention block of sase_blocks; compile it whole with torch.compile'

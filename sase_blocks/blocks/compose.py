@@ -1,7 +1,7 @@
-"""The two small compositions: one squeeze and one excitation make a gate on x, along the channels or the positions.
+"""Compositions: a squeeze and an excitation make a gate on x, along the channels, along the positions, or both.
 
-``ChannelAttention(C, 'avg', 'mlp')`` is Squeeze-and-Excitation (arXiv 1709.01507, eq. 2 to 4), ``('avg', 'conv3')`` is
-ECA (arXiv 1910.03151) at k = 3; the rest of the 49 + 49 pairs have no name.
+``ChannelAttention(C, 'avg', 'mlp')`` is Squeeze-and-Excitation (arXiv 1709.01507, eq. 2 to 4). A block that people know
+by a name is a row of ``BLOCKS``; every other pair of ``ops.EXTENDED_SETS`` works as well and has no name.
 """
 
 from typing import Any
@@ -9,99 +9,230 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sase_blocks.ops import CHANNEL_EXCITE, CHANNEL_SQUEEZE, SPATIAL_EXCITE, SPATIAL_SQUEEZE, primitive_name
+from sase_blocks.ops import (
+    EXTENDED_CHANNEL_EXCITE,
+    EXTENDED_CHANNEL_SQUEEZE,
+    EXTENDED_SPATIAL_EXCITE,
+    EXTENDED_SPATIAL_SQUEEZE,
+    primitive_name,
+)
+from sase_blocks.ops.primitive import check_features
+
+from .base import AttentionModule
+from .graph import CHANNEL, MAP, SPATIAL, Edge, Graph
+
+torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
 
 
-class ChannelAttention(nn.Module):
-    """y = x * excite(squeeze(x)), one gate a channel. Shape: (B, C, H, W) -> (B, C, H, W).
+def _names(set_name: str, squeeze: str | tuple[str, ...]) -> tuple[str, ...]:
+    names = (squeeze,) if isinstance(squeeze, str) else tuple(squeeze)
+    if not names:
+        raise ValueError('squeeze must name at least one statistic, got none')
+    return tuple(primitive_name(set_name, name) for name in names)
 
-    An excitation that does not end in a gate (``mlp``) gets a sigmoid here.
+
+def _gate(logits: str, gated: bool) -> str:
+    return logits if gated else f'sigmoid({logits})'
+
+
+class ChannelAttention(AttentionModule):
+    """y = x * gate, or x + value, one number a channel. Shape: (B, C, H, W) -> (B, C, H, W).
 
     Args:
         channels: C, at least 1.
-        squeeze: a name from ``ops.CHANNEL_SQUEEZE`` or the paper's key.
-        excite: a name from ``ops.CHANNEL_EXCITE`` or the paper's key.
-        feat_size: accepted by all blocks; no channel primitive needs it.
+        squeeze: a name from ``ops.EXTENDED_CHANNEL_SQUEEZE`` or the SASE paper's key; of several names, each statistic
+            goes through the same excitation and the results are added, as in CBAM.
+        excite: a name from ``ops.EXTENDED_CHANNEL_EXCITE`` or the paper's key. One that is no gate (``mlp``) gets a
+            sigmoid here.
+        add: y = x + excite(squeeze(x)) without a gate, as in GCNet.
+        feat_size: (H, W), which ``dct`` lays its spectrum out for; the others ignore it.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: bad channels or names; in ``forward`` another rank or number of channels.
+        ValueError: bad channels or names, or an excitation that is a gate where its value is to be added or summed; in
+            ``forward`` another rank or number of channels.
     """
 
     def __init__(
         self,
         channels: int,
-        squeeze: str = 'avg',
+        squeeze: str | tuple[str, ...] = 'avg',
         excite: str = 'mlp',
+        add: bool = False,
         feat_size: int | tuple[int, int] | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(channels)
         args: dict[str, Any] = {'feat_size': feat_size, 'device': device, 'dtype': dtype}
-        self.squeeze = CHANNEL_SQUEEZE[primitive_name('channel_squeeze', squeeze)](channels, **args)
-        self.excite = CHANNEL_EXCITE[primitive_name('channel_excite', excite)](channels, **args)
-        self.gate = nn.Identity() if self.excite.gated else nn.Sigmoid()
+        names = _names('channel_squeeze', squeeze)
+        excite = primitive_name('channel_excite', excite)
+        self.squeeze = nn.ModuleList(EXTENDED_CHANNEL_SQUEEZE[name](channels, **args) for name in names)
+        self.excite = EXTENDED_CHANNEL_EXCITE[excite](channels, **args)
+        if self.excite.gated and (add or len(names) > 1):
+            raise ValueError(
+                f'excite={excite!r} ends in a gate, whose values cannot be {"added to x" if add else "summed"}; choose '
+                f'one of {", ".join(n for n, cls in EXTENDED_CHANNEL_EXCITE.items() if not cls.gated)}'
+            )
+        self.add = add
+        self.act = nn.Identity() if self.excite.gated or add else nn.Sigmoid()
+        self._names = (names, excite)
 
-    def reset_parameters(self) -> None:
-        """Draw the parameters anew."""
-        self.squeeze.reset_parameters()
-        self.excite.reset_parameters()
-
-    def zero_init_last(self) -> None:
-        """timm's hook after it has re-drawn every Conv2d of a ResNet: bring back our own initialisation."""
-        self.reset_parameters()
-
-    def gates(self, x: Tensor) -> tuple[Tensor, None]:
-        """The channel attention (B, C, 1, 1), and None for the spatial one."""
-        return self.gate(self.excite(self.squeeze(x))), None
+    def gate(self, x: Tensor) -> Tensor:
+        values = [self.excite(squeeze(x)) for squeeze in self.squeeze]
+        return self.act(torch.stack(values).sum(0) if len(values) > 1 else values[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(self.excite(self.squeeze(x))).to(x.dtype)
+        check_features(x, self.channels)
+        gate = self.gate(x).to(x.dtype)
+        return x + gate if self.add else x * gate
+
+    def graph(self) -> Graph:
+        squeezes, excite = self._names
+        nodes = {'x': MAP}
+        edges = []
+        for i, name in enumerate(squeezes):
+            q = 'q' if len(squeezes) == 1 else f'q{i + 1}'
+            nodes[q] = CHANNEL
+            edges += [Edge('x', q, name, 'channel_squeeze'), Edge(q, 'c', excite, 'channel_excite')]
+        formula = ' + '.join(f'{excite}({name}(x))' for name in squeezes)
+        formula = f'y = x + {formula}' if self.add else f'y = x * {_gate(formula, self.excite.gated)}'
+        return Graph({**nodes, 'c': CHANNEL, 'y': MAP}, (*edges, Edge('c', 'y'), Edge('x', 'y')), formula)
+
+    def extra_repr(self) -> str:
+        squeezes, excite = self._names
+        return f'{self.channels}, {squeezes[0] if len(squeezes) == 1 else squeezes!r}, {excite!r}' + (
+            ', add=True' if self.add else ''
+        )
 
 
-class SpatialAttention(nn.Module):
-    """y = x * excite(squeeze(x)), one gate a position. Shape: (B, C, H, W) -> (B, C, H, W).
+class SpatialAttention(AttentionModule):
+    """y = x * gate, one gate a position. Shape: (B, C, H, W) -> (B, C, H, W).
 
     Args:
         channels: C, at least 1.
-        squeeze: a name from ``ops.SPATIAL_SQUEEZE`` or the paper's key.
-        excite: a name from ``ops.SPATIAL_EXCITE`` or the paper's key.
+        squeeze: a name from ``ops.EXTENDED_SPATIAL_SQUEEZE`` or the SASE paper's key; several names are stacked as the
+            input maps of the excitation, which must be ``conv7x7_norm``, as in CBAM.
+        excite: a name from ``ops.EXTENDED_SPATIAL_EXCITE`` or the paper's key. One that is no gate gets a sigmoid here.
         feat_size: (H, W), needed by ``l2_norm`` and ``affine``, which have parameters per position.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: bad channels or names, or feat_size missing; in ``forward`` another rank.
+        ValueError: bad channels or names, several statistics for an excitation that reads one, or feat_size missing;
+            in ``forward`` another rank or number of channels.
     """
 
     def __init__(
         self,
         channels: int,
-        squeeze: str = 'avg_max',
+        squeeze: str | tuple[str, ...] = 'avg_max',
         excite: str = 'conv7x7',
         feat_size: int | tuple[int, int] | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(channels)
         args: dict[str, Any] = {'feat_size': feat_size, 'device': device, 'dtype': dtype}
-        self.squeeze = SPATIAL_SQUEEZE[primitive_name('spatial_squeeze', squeeze)](channels, **args)
-        self.excite = SPATIAL_EXCITE[primitive_name('spatial_excite', excite)](channels, **args)
+        names = _names('spatial_squeeze', squeeze)
+        excite = primitive_name('spatial_excite', excite)
+        self.squeeze = nn.ModuleList(EXTENDED_SPATIAL_SQUEEZE[name](channels, **args) for name in names)
+        if len(names) > 1:
+            if excite != 'conv7x7_norm':
+                raise ValueError(f"several spatial statistics need excite='conv7x7_norm', got {excite!r} for {names}")
+            args['maps'] = len(names)
+        self.excite = EXTENDED_SPATIAL_EXCITE[excite](channels, **args)
+        self.act = nn.Identity() if self.excite.gated else nn.Sigmoid()
+        self._names = (names, excite)
 
-    def reset_parameters(self) -> None:
-        """Draw the parameters anew."""
-        self.squeeze.reset_parameters()
-        self.excite.reset_parameters()
+    def gate(self, x: Tensor) -> Tensor:
+        values = [squeeze(x) for squeeze in self.squeeze]
+        return self.act(self.excite(torch.cat(values, 1) if len(values) > 1 else values[0]))
 
-    def zero_init_last(self) -> None:
-        """timm's hook after it has re-drawn every Conv2d of a ResNet: bring back our own initialisation."""
-        self.reset_parameters()
+    def graph(self) -> Graph:
+        squeezes, excite = self._names
+        nodes = {'x': MAP}
+        edges = []
+        for i, name in enumerate(squeezes):
+            s = 's' if len(squeezes) == 1 else f's{i + 1}'
+            nodes[s] = SPATIAL
+            edges += [Edge('x', s, name, 'spatial_squeeze'), Edge(s, 'a', excite, 'spatial_excite')]
+        formula = ', '.join(f'{name}(x)' for name in squeezes)
+        formula = f'y = x * {_gate(f"{excite}({formula})", self.excite.gated)}'
+        return Graph({**nodes, 'a': SPATIAL, 'y': MAP}, (*edges, Edge('a', 'y'), Edge('x', 'y')), formula)
 
-    def gates(self, x: Tensor) -> tuple[None, Tensor]:
-        """None for the channel attention, and the spatial one (B, 1, H, W)."""
-        return None, self.excite(self.squeeze(x))
+    def extra_repr(self) -> str:
+        squeezes, excite = self._names
+        return f'{self.channels}, {squeezes[0] if len(squeezes) == 1 else squeezes!r}, {excite!r}'
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.excite(self.squeeze(x)).to(x.dtype)
+
+class ParallelAttention(AttentionModule):
+    """A channel and a spatial branch side by side. Shape: (B, C, H, W) -> (B, C, H, W).
+
+    Args:
+        channels: C, at least 1.
+        channel: names of a channel squeeze and a channel excitation.
+        spatial: names of a spatial squeeze and a spatial excitation.
+        joint: False: y = x * (gate_c + gate_s), a gate of its own for each branch, as in scSE. True:
+            y = x * (1 + sigmoid(c + s)), one gate of the summed values, as in BAM.
+        feat_size: (H, W), for primitives with parameters per position.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: bad channels or names, feat_size missing, or an excitation that is a gate where ``joint`` sums
+            values; in ``forward`` another rank or number of channels.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        channel: tuple[str, str],
+        spatial: tuple[str, str],
+        joint: bool = False,
+        feat_size: int | tuple[int, int] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels)
+        args: dict[str, Any] = {'feat_size': feat_size, 'device': device, 'dtype': dtype}
+        cs, ce = primitive_name('channel_squeeze', channel[0]), primitive_name('channel_excite', channel[1])
+        ss, se = primitive_name('spatial_squeeze', spatial[0]), primitive_name('spatial_excite', spatial[1])
+        self.channel_squeeze = EXTENDED_CHANNEL_SQUEEZE[cs](channels, **args)
+        self.channel_excite = EXTENDED_CHANNEL_EXCITE[ce](channels, **args)
+        self.spatial_squeeze = EXTENDED_SPATIAL_SQUEEZE[ss](channels, **args)
+        self.spatial_excite = EXTENDED_SPATIAL_EXCITE[se](channels, **args)
+        if joint and (self.channel_excite.gated or self.spatial_excite.gated):
+            raise ValueError(f'joint=True sums values before the gate, but one of {ce!r}, {se!r} ends in a gate')
+        self.joint = joint
+        self.channel_act = nn.Identity() if joint or self.channel_excite.gated else nn.Sigmoid()
+        self.spatial_act = nn.Identity() if joint or self.spatial_excite.gated else nn.Sigmoid()
+        self._names = (cs, ce, ss, se)
+
+    def gate(self, x: Tensor) -> Tensor:
+        c = self.channel_act(self.channel_excite(self.channel_squeeze(x)))
+        s = self.spatial_act(self.spatial_excite(self.spatial_squeeze(x)))
+        return 1 + torch.sigmoid(c + s) if self.joint else c + s
+
+    def graph(self) -> Graph:
+        cs, ce, ss, se = self._names
+        edges = (
+            Edge('x', 'q', cs, 'channel_squeeze'),
+            Edge('q', 'c', ce, 'channel_excite'),
+            Edge('x', 's', ss, 'spatial_squeeze'),
+            Edge('s', 'a', se, 'spatial_excite'),
+            Edge('c', 'y'),
+            Edge('a', 'y'),
+            Edge('x', 'y'),
+        )
+        c, a = f'{ce}({cs}(x))', f'{se}({ss}(x))'
+        gate = f'(1 + sigmoid({c} + {a}))'
+        if not self.joint:
+            gate = f'({_gate(c, self.channel_excite.gated)} + {_gate(a, self.spatial_excite.gated)})'
+        nodes = {'x': MAP, 'q': CHANNEL, 's': SPATIAL, 'c': CHANNEL, 'a': SPATIAL, 'y': MAP}
+        return Graph(nodes, edges, f'y = x * {gate}')
+
+    def extra_repr(self) -> str:
+        cs, ce, ss, se = self._names
+        return f'{self.channels}, {(cs, ce)!r}, {(ss, se)!r}, joint={self.joint}'

@@ -10,30 +10,142 @@ from typing import Any
 from torch import nn
 
 from .attention import SASE, AttentionBlock
-from .compose import ChannelAttention, SpatialAttention
+from .base import AttentionModule
+from .compose import ChannelAttention, ParallelAttention, SpatialAttention
+from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype
+from .graph import Graph, chain
+from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
+from .simam import SimAM
+from .strip import CoordinateAttention, EfficientLocalAttention, SimpleCoordinateAttention, StripAttention
+from .triplet import TripletAttention
 
 
 def se(channels: int, **kwargs: Any) -> nn.Module:
-    """Squeeze-and-Excitation (arXiv 1709.01507) at reduction 16 without biases."""
+    """Squeeze-and-Excitation (arXiv 1709.01507, eq. 2 to 4), reduction 16, without biases as in its ResNets."""
     return ChannelAttention(channels, 'avg', 'mlp', **kwargs)
 
 
-def cbam_like(channels: int, **kwargs: Any) -> nn.Module:
-    """Channel, then spatial attention, in the order of CBAM (arXiv 1807.06521) and from the paper's primitives.
+def ese(channels: int, **kwargs: Any) -> nn.Module:
+    """Effective SE of CenterMask (arXiv 1911.06667, eq. 4)."""
+    return ChannelAttention(channels, 'avg', 'fc', **kwargs)
 
-    Ours: CBAM passes mean and maximum through the MLP separately and has batch norm in its spatial branch.
-    """
+
+def eca(channels: int, **kwargs: Any) -> nn.Module:
+    """Efficient channel attention (arXiv 1910.03151, eq. 5, 9 and 12)."""
+    return ChannelAttention(channels, 'avg', 'conv_eca', **kwargs)
+
+
+def ecam(channels: int, **kwargs: Any) -> nn.Module:
+    """Efficient channel attention with hidden maps, an experiment of timm in no paper."""
+    return ChannelAttention(channels, 'avg', 'conv_mlp', **kwargs)
+
+
+def ceca(channels: int, **kwargs: Any) -> nn.Module:
+    """Circular efficient channel attention, timm's variant of ECA (arXiv 1910.03151) in no paper."""
+    return ChannelAttention(channels, 'avg', 'conv_circular', **kwargs)
+
+
+def cbam(channels: int, **kwargs: Any) -> nn.Module:
+    """Convolutional block attention module (arXiv 1807.06521, eq. 1 to 3), with the authors' batch norm."""
     return nn.Sequential(
-        ChannelAttention(channels, 'avg_max', 'mlp', **kwargs),
-        SpatialAttention(channels, 'avg_max', 'conv7x7', **kwargs),
+        ChannelAttention(channels, ('avg', 'max'), 'mlp', **kwargs),
+        SpatialAttention(channels, ('avg', 'max'), 'conv7x7_norm', **kwargs),
     )
 
 
+def lcbam(channels: int, **kwargs: Any) -> nn.Module:
+    """Light CBAM, timm's variant (of arXiv 1807.06521): mean and maximum are averaged before anything else."""
+    return nn.Sequential(
+        ChannelAttention(channels, 'avg_plus_max', 'mlp', **kwargs),
+        SpatialAttention(channels, 'avg_plus_max', 'conv7x7_norm', **kwargs),
+    )
+
+
+def bam(channels: int, **kwargs: Any) -> nn.Module:
+    """Bottleneck attention module (arXiv 1807.06514, eq. 1 to 4)."""
+    return ParallelAttention(channels, ('avg', 'mlp_batch_norm'), ('dilated', 'norm'), joint=True, **kwargs)
+
+
+def scse(channels: int, **kwargs: Any) -> nn.Module:
+    """Concurrent spatial and channel SE (arXiv 1803.02579, section 2), the two results added."""
+    return ParallelAttention(channels, ('avg', 'mlp_half'), ('project', 'identity'), **kwargs)
+
+
+def gc(channels: int, **kwargs: Any) -> nn.Module:
+    """Global context block (arXiv 1904.11492, eq. 5) that scales x, as in timm."""
+    return ChannelAttention(channels, 'attention', 'mlp_norm', **kwargs)
+
+
+def gca(channels: int, **kwargs: Any) -> nn.Module:
+    """Global context block (arXiv 1904.11492, eq. 5) that adds to x, as in the paper."""
+    return ChannelAttention(channels, 'attention', 'mlp_norm', add=True, **kwargs)
+
+
+def ge(channels: int, **kwargs: Any) -> nn.Module:
+    """Gather-Excite without parameters (arXiv 1810.12348, GE-theta-minus), extent 8."""
+    return GatherExcite(channels, **kwargs)
+
+
+def ge_theta(channels: int, **kwargs: Any) -> nn.Module:
+    """Gather-Excite with a learned gather (arXiv 1810.12348, GE-theta), extent 8."""
+    return GatherExcite(channels, parameters=True, **kwargs)
+
+
+def ge_plus(channels: int, **kwargs: Any) -> nn.Module:
+    """Gather-Excite with a learned gather and excite (arXiv 1810.12348, GE-theta-plus), extent 8."""
+    return GatherExcite(channels, parameters=True, mlp=True, **kwargs)
+
+
+def srm(channels: int, **kwargs: Any) -> nn.Module:
+    """Style-based recalibration module (arXiv 1903.10829, eq. 1 to 6)."""
+    return ChannelAttention(channels, 'style', 'norm', **kwargs)
+
+
+def gct(channels: int, **kwargs: Any) -> nn.Module:
+    """Gated channel transformation (arXiv 1909.11519, eq. 2 to 4); starts as the identity."""
+    return ChannelAttention(channels, 'l2', 'norm_tanh', **kwargs)
+
+
+def fca(channels: int, **kwargs: Any) -> nn.Module:
+    """Frequency channel attention, FcaNet (arXiv 2012.11879, eq. 8 to 11), its sixteen best frequencies."""
+    return ChannelAttention(channels, 'dct', 'mlp', **kwargs)
+
+
+def gsop(channels: int, **kwargs: Any) -> nn.Module:
+    """Global second-order pooling along the channels, GSoP-Net (arXiv 1811.12006, section 3.1)."""
+    return ChannelAttention(channels, 'gsop', 'identity', **kwargs)
+
+
+# What builds each block, in the order of the documentation; the first line of a docstring names the paper.
 BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'sase': SASE,
     'se': se,
-    'cbam_like': cbam_like,
+    'ese': ese,
+    'eca': eca,
+    'ecam': ecam,
+    'ceca': ceca,
+    'cbam': cbam,
+    'lcbam': lcbam,
+    'bam': bam,
+    'scse': scse,
+    'gc': gc,
+    'gca': gca,
+    'ge': ge,
+    'ge_theta': ge_theta,
+    'ge_plus': ge_plus,
+    'srm': srm,
+    'gct': gct,
+    'fca': fca,
+    'gsop': gsop,
+    'sge': SpatialGroupEnhance,
+    'ema': EfficientMultiScaleAttention,
+    'simam': SimAM,
+    'triplet': TripletAttention,
+    'coord': CoordinateAttention,
+    'scoord': SimpleCoordinateAttention,
+    'ela': EfficientLocalAttention,
+    'strip': StripAttention,
 }
 
 
@@ -75,3 +187,20 @@ def resolve_block(block: str | Genotype) -> Callable[..., nn.Module]:
     if not isinstance(block, Genotype):
         raise TypeError(f'expected a block name, a Genotype or its text, got {block!r}')
     return partial(AttentionBlock, genotype=block)
+
+
+def block_graph(block: str | Genotype | nn.Module) -> Graph:
+    """What flows where in a block, as plain data.
+
+    Args:
+        block: what ``create_block`` takes, or a block itself; a sequence of blocks becomes one graph.
+
+    Raises:
+        ValueError: an unknown name or a bad genotype.
+        TypeError: a module that is no block of this library.
+    """
+    module = block if isinstance(block, nn.Module) else resolve_block(block)(64, feat_size=8, device='meta')
+    parts = list(module) if isinstance(module, nn.Sequential) else [module]
+    if not parts or not all(isinstance(part, AttentionModule) for part in parts):
+        raise TypeError(f'expected a block of sase_blocks or a sequence of them, got {type(module).__name__}')
+    return chain([part.graph() for part in parts if isinstance(part, AttentionModule)])

@@ -8,6 +8,7 @@
 | ``SPATIAL_EXCITE`` | (B, 1, H, W) -> (B, 1, H, W) | a spatial squeeze |
 
 The operations and their order are those of SASE (arXiv 2411.08333); ``cls.paper_key`` is the authors' name for each.
+``EXTENDED_SETS`` holds the same four sets with the primitives of other published blocks behind the paper's.
 """
 
 import difflib
@@ -21,28 +22,50 @@ from .channel_excite import (
     ChannelConv3Triple,
     ChannelConv5,
     ChannelConv7,
+    ChannelConvCircular,
+    ChannelConvECA,
+    ChannelConvMLP,
     ChannelExcite,
+    ChannelFC,
+    ChannelIdentity,
     ChannelMLP,
+    ChannelMLPBatchNorm,
+    ChannelMLPHalf,
+    ChannelMLPNorm,
+    ChannelNorm,
+    ChannelNormTanh,
     channel_affine,
+    channel_norm_tanh,
 )
 from .channel_squeeze import (
+    ChannelAttentionPool,
     ChannelAvg,
     ChannelAvgMax,
+    ChannelAvgPlusMax,
     ChannelAvgSkew,
     ChannelAvgStd,
+    ChannelDCT,
+    ChannelGSoP,
+    ChannelL2,
     ChannelL2Norm,
+    ChannelMax,
     ChannelPNorm,
     ChannelSecondOrder,
     ChannelSqueeze,
+    ChannelStyle,
+    channel_attention_pool,
     channel_avg,
     channel_avg_max,
     channel_avg_skew,
     channel_avg_std,
     channel_covariance,
+    channel_dct,
+    channel_l2,
     channel_l2_norm,
     channel_p_norm,
+    channel_style,
 )
-from .normalization import BatchNorm2d
+from .normalization import BatchNorm2d, GroupNorm
 from .primitive import Primitive, check_channels, check_features, mix
 from .spatial_excite import (
     SpatialAffine,
@@ -53,16 +76,23 @@ from .spatial_excite import (
     SpatialConv5,
     SpatialConv5Separable,
     SpatialConv7,
+    SpatialConv7Norm,
     SpatialExcite,
+    SpatialIdentity,
+    SpatialNorm,
     spatial_affine,
 )
 from .spatial_squeeze import (
     SpatialAvg,
     SpatialAvgMax,
+    SpatialAvgPlusMax,
     SpatialAvgSkew,
     SpatialAvgStd,
+    SpatialDilated,
     SpatialL2Norm,
+    SpatialMax,
     SpatialPNorm,
+    SpatialProject,
     SpatialSecondOrder,
     SpatialSqueeze,
     spatial_avg,
@@ -122,13 +152,62 @@ SETS: dict[str, Mapping[str, type[Primitive]]] = {
 }
 
 
+# The paper's sets and, behind them, what other published blocks need: a second, larger search space.
+EXTENDED_CHANNEL_SQUEEZE: dict[str, type[ChannelSqueeze]] = {
+    **CHANNEL_SQUEEZE,
+    'max': ChannelMax,
+    'avg_plus_max': ChannelAvgPlusMax,
+    'attention': ChannelAttentionPool,
+    'style': ChannelStyle,
+    'l2': ChannelL2,
+    'dct': ChannelDCT,
+    'gsop': ChannelGSoP,
+}
+
+EXTENDED_CHANNEL_EXCITE: dict[str, type[ChannelExcite]] = {
+    **CHANNEL_EXCITE,
+    'identity': ChannelIdentity,
+    'norm': ChannelNorm,
+    'norm_tanh': ChannelNormTanh,
+    'fc': ChannelFC,
+    'conv_eca': ChannelConvECA,
+    'conv_circular': ChannelConvCircular,
+    'conv_mlp': ChannelConvMLP,
+    'mlp_half': ChannelMLPHalf,
+    'mlp_norm': ChannelMLPNorm,
+    'mlp_batch_norm': ChannelMLPBatchNorm,
+}
+
+EXTENDED_SPATIAL_SQUEEZE: dict[str, type[SpatialSqueeze]] = {
+    **SPATIAL_SQUEEZE,
+    'max': SpatialMax,
+    'avg_plus_max': SpatialAvgPlusMax,
+    'project': SpatialProject,
+    'dilated': SpatialDilated,
+}
+
+EXTENDED_SPATIAL_EXCITE: dict[str, type[SpatialExcite]] = {
+    **SPATIAL_EXCITE,
+    'identity': SpatialIdentity,
+    'norm': SpatialNorm,
+    'conv7x7_norm': SpatialConv7Norm,
+}
+
+EXTENDED_SETS: dict[str, Mapping[str, type[Primitive]]] = {
+    'channel_squeeze': EXTENDED_CHANNEL_SQUEEZE,
+    'channel_excite': EXTENDED_CHANNEL_EXCITE,
+    'spatial_squeeze': EXTENDED_SPATIAL_SQUEEZE,
+    'spatial_excite': EXTENDED_SPATIAL_EXCITE,
+}
+
+
 def primitive_name(set_name: str, name: object) -> str:
-    """The name of a primitive in one of the four sets, from its name or the paper's key.
+    """The name of a primitive in one of the four extended sets, from its name or the paper's key.
 
     Raises:
         ValueError: no such primitive; the text lists the valid names and suggests the nearest.
     """
-    table = SETS[set_name]
+    table = EXTENDED_SETS[set_name]
     if isinstance(name, str):
         if name in table:
             return name
@@ -147,13 +226,20 @@ def primitive_name(set_name: str, name: object) -> str:
 __all__ = [
     'CHANNEL_EXCITE',
     'CHANNEL_SQUEEZE',
+    'EXTENDED_CHANNEL_EXCITE',
+    'EXTENDED_CHANNEL_SQUEEZE',
+    'EXTENDED_SETS',
+    'EXTENDED_SPATIAL_EXCITE',
+    'EXTENDED_SPATIAL_SQUEEZE',
     'SETS',
     'SPATIAL_EXCITE',
     'SPATIAL_SQUEEZE',
     'BatchNorm2d',
     'ChannelAffine',
+    'ChannelAttentionPool',
     'ChannelAvg',
     'ChannelAvgMax',
+    'ChannelAvgPlusMax',
     'ChannelAvgSkew',
     'ChannelAvgStd',
     'ChannelConv',
@@ -162,16 +248,33 @@ __all__ = [
     'ChannelConv3Triple',
     'ChannelConv5',
     'ChannelConv7',
+    'ChannelConvCircular',
+    'ChannelConvECA',
+    'ChannelConvMLP',
+    'ChannelDCT',
     'ChannelExcite',
+    'ChannelFC',
+    'ChannelGSoP',
+    'ChannelIdentity',
+    'ChannelL2',
     'ChannelL2Norm',
     'ChannelMLP',
+    'ChannelMLPBatchNorm',
+    'ChannelMLPHalf',
+    'ChannelMLPNorm',
+    'ChannelMax',
+    'ChannelNorm',
+    'ChannelNormTanh',
     'ChannelPNorm',
     'ChannelSecondOrder',
     'ChannelSqueeze',
+    'ChannelStyle',
+    'GroupNorm',
     'Primitive',
     'SpatialAffine',
     'SpatialAvg',
     'SpatialAvgMax',
+    'SpatialAvgPlusMax',
     'SpatialAvgSkew',
     'SpatialAvgStd',
     'SpatialConv',
@@ -181,19 +284,30 @@ __all__ = [
     'SpatialConv5',
     'SpatialConv5Separable',
     'SpatialConv7',
+    'SpatialConv7Norm',
+    'SpatialDilated',
     'SpatialExcite',
+    'SpatialIdentity',
     'SpatialL2Norm',
+    'SpatialMax',
+    'SpatialNorm',
     'SpatialPNorm',
+    'SpatialProject',
     'SpatialSecondOrder',
     'SpatialSqueeze',
     'channel_affine',
+    'channel_attention_pool',
     'channel_avg',
     'channel_avg_max',
     'channel_avg_skew',
     'channel_avg_std',
     'channel_covariance',
+    'channel_dct',
+    'channel_l2',
     'channel_l2_norm',
+    'channel_norm_tanh',
     'channel_p_norm',
+    'channel_style',
     'check_channels',
     'check_features',
     'mix',

@@ -1,18 +1,23 @@
 """Channel excitations: (B, C, 1, 1) -> (B, C, 1, 1), from squeezed statistics to an attention over channels.
 
-The seven of SASE (arXiv 2411.08333, the channel excitation set), in its order. All but the MLP end in a sigmoid; the
-MLP has no gate at the end, as in the authors' code, and says so in ``gated``. What differs: weights in front of a
+First the seven of SASE (arXiv 2411.08333, the channel excitation set), in its order; then those that other published
+blocks need (``EXTENDED_SETS``), each from the paper it names. ``gated`` says whether the output is a gate already: the
+MLP has none at the end, as in the SASE authors' code. What differs: weights in front of a
 ReLU start with a non-negative sum, so that no branch is born dead, and overflow inside a stack of fp16 convolutions
 saturates.
 """
 
+import math
 from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
+from timm.layers import make_divisible
 from torch import Tensor, nn
 
-from .primitive import Primitive, check_features, saturate, turn_positive_
+from .normalization import BatchNorm2d
+from .primitive import Primitive, check_features, narrow, saturate, turn_positive_, widen
 
 torch.fx.wrap('saturate')
 torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
@@ -23,13 +28,28 @@ def channel_affine(q: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.sigmoid(weight.reshape(1, -1, 1, 1) * q + bias.reshape(1, -1, 1, 1))
 
 
+def eca_kernel_size(channels: int, gamma: int = 2, bias: int = 1) -> int:
+    """The odd size near log2(C) / gamma + bias / gamma of ECA (arXiv 1910.03151, eq. 12), at least 3 as in timm."""
+    size = int(abs(math.log2(channels) + bias) / gamma)
+    return max(size if size % 2 else size + 1, 3)
+
+
+@torch.fx.wrap
+def channel_norm_tanh(q: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """1 + tanh(weight * q' + bias) for q' = sqrt(C) q / (sum of q^2 over C + eps)^(1/2). weight, bias: (C,)."""
+    wide = widen(q)
+    scale = math.sqrt(q.shape[1]) * torch.rsqrt(wide.square().sum(1, keepdim=True) + eps)
+    w, b = widen(weight).reshape(1, -1, 1, 1), widen(bias).reshape(1, -1, 1, 1)
+    return narrow(1 + torch.tanh(w * (wide * scale) + b), q)
+
+
 class ChannelExcite(Primitive):
     """Base of the channel excitations. Shape: (B, C, 1, 1) -> (B, C, 1, 1).
 
     Raises in ``forward``: ValueError for another rank or number of channels, TypeError for a non-floating input.
     """
 
-    gated: ClassVar[bool] = True  # whether the output is already in (0, 1)
+    gated: ClassVar[bool] = True  # whether the output is a gate already; if not, a composition adds a sigmoid
 
     def forward(self, q: Tensor) -> Tensor:
         check_features(q, self.channels)
@@ -43,12 +63,13 @@ class ChannelExcite(Primitive):
 class ChannelConv(ChannelExcite):
     """One or more 1-d convolutions along C, ReLU between them, a sigmoid at the end; no biases. As in ECA for one."""
 
-    kernel_sizes: ClassVar[tuple[int, ...]] = (3,)
+    kernel_sizes: ClassVar[tuple[int, ...]] = (3,)  # empty: one, of ECA's size for the channels
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
         self.convs = nn.ModuleList(
-            nn.Conv1d(1, 1, k, padding=k // 2, bias=False, device=device, dtype=dtype) for k in self.kernel_sizes
+            nn.Conv1d(1, 1, k, padding=k // 2, bias=False, device=device, dtype=dtype)
+            for k in self.kernel_sizes or (eca_kernel_size(channels),)
         )
         self.reset_parameters()
 
@@ -78,12 +99,13 @@ class ChannelConv3Triple(ChannelConv):
 class ChannelMLP(ChannelExcite):
     """C -> max(1, C // 16) -> C with a ReLU between, no biases and **no gate at the end** ('2conv_1x1')."""
 
-    paper_key = '2conv_1x1'
+    paper_key: ClassVar[str | None] = '2conv_1x1'
     gated = False
+    reduction: ClassVar[int] = 16
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
-        hidden = max(1, channels // 16)
+        hidden = max(1, channels // self.reduction)
         # Linear, not 1x1 convolutions: the same numbers, and a wide convolution in the graph makes a compiler copy x
         # into channels_last first, which is two more traversals of it.
         self.fc1 = nn.Linear(channels, hidden, bias=False, device=device, dtype=dtype)
@@ -147,3 +169,163 @@ class ChannelAffine(ChannelExcite):
 
     def excite(self, q: Tensor) -> Tensor:
         return channel_affine(q, self.weight, self.bias)
+
+
+# ---- beyond the paper's set ----
+
+
+class ChannelIdentity(ChannelExcite):
+    """The statistic itself, for a squeeze that has learned enough; a composition makes it a gate."""
+
+    gated = False
+
+    def excite(self, q: Tensor) -> Tensor:
+        return q
+
+
+class ChannelNorm(ChannelExcite):
+    """Batch norm of the statistic, as in SRM (arXiv 1903.10829, eq. 5)."""
+
+    gated = False
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        self.norm = BatchNorm2d(channels, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        self.norm.reset_parameters()
+
+    def excite(self, q: Tensor) -> Tensor:
+        return self.norm(q)
+
+
+class ChannelNormTanh(ChannelExcite):
+    """Channel normalisation and tanh gate of the gated channel transformation (arXiv 1909.11519, eq. 3 and 4).
+
+    The gate is 1 + tanh(...), in (0, 2); its parameters start at zero, hence at a gate of 1.
+    """
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.eps = 1e-5
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def excite(self, q: Tensor) -> Tensor:
+        return channel_norm_tanh(q, self.weight, self.bias, self.eps)
+
+
+class ChannelFC(ChannelExcite):
+    """One C -> C linear layer with bias and a hard sigmoid: effective SE of CenterMask (arXiv 1911.06667, eq. 4)."""
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        self.fc = nn.Linear(channels, channels, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.fc.reset_parameters()
+
+    def excite(self, q: Tensor) -> Tensor:
+        return F.hardsigmoid(self.fc(q.flatten(1)))[:, :, None, None]
+
+
+class ChannelConvECA(ChannelConv):
+    """One convolution whose size follows the number of channels: ECA (arXiv 1910.03151, eq. 5, 9 and 12)."""
+
+    kernel_sizes = ()
+
+
+class ChannelConvCircular(ChannelConv):
+    """ECA's convolution with the channels in a ring; timm's circular ECA, not the paper's."""
+
+    kernel_sizes = ()
+
+    def excite(self, q: Tensor) -> Tensor:
+        weight: Tensor = self.convs[0].weight  # type: ignore[assignment]
+        pad = weight.shape[2] // 2
+        ring = torch.arange(-pad, q.shape[1] + pad, device=q.device) % q.shape[1]
+        return torch.sigmoid(F.conv1d(q.flatten(1)[:, ring].unsqueeze(1), weight)).transpose(1, 2).unsqueeze(3)
+
+
+class ChannelConvMLP(ChannelExcite):
+    """ECA with hidden maps: each statistic to C // 8 (a multiple of 8) values, ReLU, then ECA's convolution to one.
+
+    timm's experiment ('ecam'), in no paper.
+    """
+
+    gated = True
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        hidden = make_divisible(channels / 8, 8)
+        k = eca_kernel_size(channels)
+        self.conv1 = nn.Conv1d(1, hidden, 1, device=device, dtype=dtype)
+        self.conv2 = nn.Conv1d(hidden, 1, k, padding=k // 2, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.conv1.reset_parameters()
+        self.conv2.reset_parameters()
+
+    def excite(self, q: Tensor) -> Tensor:
+        z = saturate(torch.relu(self.conv1(q.flatten(1).unsqueeze(1))))
+        return torch.sigmoid(self.conv2(z)).transpose(1, 2).unsqueeze(3)
+
+
+class ChannelMLPHalf(ChannelMLP):
+    """C -> max(1, C // 2) -> C without biases or a gate at the end: scSE (arXiv 1803.02579, section 2.1)."""
+
+    paper_key = None
+    reduction = 2
+
+
+class ChannelMLPNorm(ChannelExcite):
+    """C -> C // 16 -> layer norm -> ReLU -> C with biases, no gate: the transform of GCNet (1904.11492, eq. 5).
+
+    The second layer starts as any other; timm and the authors' code start it at zero where its result is added.
+    """
+
+    gated = False
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        hidden = max(1, channels // 16)
+        self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, channels, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in (self.fc1, self.norm, self.fc2):
+            layer.reset_parameters()
+
+    def excite(self, q: Tensor) -> Tensor:
+        return self.fc2(torch.relu(self.norm(self.fc1(q.flatten(1)))))[:, :, None, None]
+
+
+class ChannelMLPBatchNorm(ChannelExcite):
+    """C -> max(1, C // 16) -> ReLU -> C with biases, then batch norm, no gate: BAM (arXiv 1807.06514, eq. 3)."""
+
+    gated = False
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        hidden = max(1, channels // 16)
+        self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, channels, device=device, dtype=dtype)
+        self.norm = BatchNorm2d(channels, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in (self.fc1, self.fc2, self.norm):
+            layer.reset_parameters()
+        turn_positive_(self.fc1.weight)
+
+    def excite(self, q: Tensor) -> Tensor:
+        return self.norm(self.fc2(torch.relu(self.fc1(q.flatten(1))))[:, :, None, None])

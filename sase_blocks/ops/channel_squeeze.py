@@ -1,6 +1,7 @@
 """Channel squeezes: (B, C, H, W) -> (B, C, 1, 1), one number a channel, taken over H and W.
 
-The seven of SASE (arXiv 2411.08333, the channel squeeze set), in its order. What differs from the authors' code:
+First the seven of SASE (arXiv 2411.08333, the channel squeeze set), in its order; then those that other published
+blocks need (``EXTENDED_SETS``), each from the paper it names. What differs from the SASE authors' code:
 roots have a finite gradient at 0, deviations of a single position are 0 instead of NaN, sums run in fp32 for fp16 and
 bf16 inputs, group counts below 2 are allowed, any image size is taken, and the two weights of a mixer start at 1/2
 (theirs are drawn with a random sign, which kills the ReLU behind them in about half of the draws).
@@ -15,7 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .normalization import BatchNorm2d
-from .primitive import Primitive, check_features, contract_rows, mix, narrow, safe_sqrt, scaled_gram, widen
+from .primitive import (
+    Primitive,
+    check_features,
+    contract_rows,
+    mix,
+    narrow,
+    pooling_matrix,
+    project,
+    safe_sqrt,
+    scaled_gram,
+    widen,
+)
 
 torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
 
@@ -206,3 +218,179 @@ class ChannelSecondOrder(ChannelSqueeze):
         rows = channel_covariance(x, self.groups).unsqueeze(3)  # (B, g, g, 1): row, column
         q = self.fc(torch.relu(contract_rows(self.norm(rows).squeeze(3), self.row_weight)))  # (B, C)
         return q.to(x.dtype)[:, :, None, None]
+
+
+# ---- beyond the paper's set ----
+
+# The sixteen frequencies (row, column) that FcaNet found best on ImageNet, in units of a 7 x 7 spectrum.
+DCT_FREQUENCIES = (
+    (0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0),
+    (5, 0), (1, 6), (3, 0), (0, 4), (0, 6), (0, 3), (3, 5), (2, 2),
+)  # fmt: skip
+
+
+def dct_basis(frequencies: Tensor, size: int) -> Tensor:
+    """Orthonormal DCT-II rows (F, size) for the given (F,) integer frequencies."""
+    position = (torch.arange(size, device=frequencies.device) + 0.5).to(torch.float64)
+    frequency = frequencies[:, None].to(torch.float64)
+    return torch.cos(math.pi / size * frequency * position) * torch.sqrt((1 + (frequency > 0).to(torch.float64)) / size)
+
+
+@torch.fx.wrap
+def channel_dct(x: Tensor, rows: list[int], columns: list[int], height: int, width: int) -> Tensor:
+    """One DCT coefficient a channel: channel c of C has the frequency c * F // C of the F given ones.
+
+    x (B, C, H, W) is average-pooled to height x width first where it has another size; frequencies count in units of a
+    7 x 7 spectrum, so those of a larger map are multiplied by height // 7 and width // 7. -> (B, C, 1, 1).
+    """
+    u = torch.tensor(rows, device=x.device) * max(1, height // 7)
+    v = torch.tensor(columns, device=x.device) * max(1, width // 7)
+    wide = widen(x)
+    pool_h = pooling_matrix(x.shape[2], height, wide)
+    pool_w = pooling_matrix(x.shape[3], width, wide)
+    of_channel = torch.arange(x.shape[1], device=x.device) * len(rows) // x.shape[1]
+    weight_h = (dct_basis(u, height).to(wide.dtype) @ pool_h)[of_channel]  # (C, H)
+    weight_w = (dct_basis(v, width).to(wide.dtype) @ pool_w)[of_channel]  # (C, W)
+    weight = weight_h[:, :, None] * weight_w[:, None, :]
+    return narrow((wide * weight).sum((2, 3), keepdim=True), x)
+
+
+@torch.fx.wrap
+def position_covariance(x: Tensor) -> Tensor:
+    """Covariance of the channels over the positions, divided by HW. (B, C, H, W) -> (B, C, C), fp32 for half inputs."""
+    z = widen(x).flatten(2)
+    return scaled_gram(z - z.mean(2, keepdim=True)) / (x.shape[2] * x.shape[3])
+
+
+@torch.fx.wrap
+def channel_l2(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """weight * (sum of squares over H and W + eps)^(1/2). weight: (C,)."""
+    total = widen(x).square().sum((2, 3), keepdim=True)
+    return narrow(widen(weight).reshape(1, -1, 1, 1) * torch.sqrt(total + eps), x)
+
+
+@torch.fx.wrap
+def channel_style(x: Tensor, weight: Tensor) -> Tensor:
+    """weight[c, 0] * mean + weight[c, 1] * standard deviation over H and W. weight: (C, 2)."""
+    var, avg = torch.var_mean(widen(x), dim=(2, 3), correction=0, keepdim=True)
+    w = widen(weight)
+    return narrow(w[:, 0].reshape(1, -1, 1, 1) * avg + w[:, 1].reshape(1, -1, 1, 1) * safe_sqrt(var), x)
+
+
+@torch.fx.wrap
+def channel_attention_pool(x: Tensor, weight: Tensor) -> Tensor:
+    """Mean over the positions weighted by softmax(weight . x). weight: (C,)."""
+    attention = project(x, weight).flatten(2).softmax(2).unflatten(2, (x.shape[2], x.shape[3]))
+    return narrow((widen(x) * attention).sum((2, 3), keepdim=True), x)
+
+
+class ChannelMax(ChannelSqueeze):
+    """Global max pooling, beside the mean in CBAM (arXiv 1807.06521, eq. 2)."""
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        return x.amax((2, 3), keepdim=True)
+
+
+class ChannelAvgPlusMax(ChannelSqueeze):
+    """(mean + maximum) / 2, no weights; timm's light CBAM."""
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        return 0.5 * x.mean((2, 3), keepdim=True) + 0.5 * x.amax((2, 3), keepdim=True)
+
+
+class ChannelAttentionPool(ChannelSqueeze):
+    """Attention pooling of GCNet (arXiv 1904.11492, eq. 5): the mean weighted by a softmax over all positions.
+
+    Without the bias that timm and the authors' code have: a softmax does not depend on it.
+    """
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=math.sqrt(2 / self.channels))  # He, fan in
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        return channel_attention_pool(x, self.weight)
+
+
+class ChannelStyle(ChannelSqueeze):
+    """Style pooling and channel-wise full connection of SRM (arXiv 1903.10829, eq. 1 to 4): a mean and a deviation."""
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        self.weight = nn.Parameter(torch.empty(channels, 2, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as torch's linear layers
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        return channel_style(x, self.weight)
+
+
+class ChannelL2(ChannelSqueeze):
+    """Global context embedding of the gated channel transformation (arXiv 1909.11519, eq. 2): weighted 2-norm."""
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.eps = 1e-5
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        return channel_l2(x, self.weight, self.eps)
+
+
+class ChannelDCT(ChannelSqueeze):
+    """Multi-spectral pooling of FcaNet (arXiv 2012.11879, eq. 8 to 11), with its sixteen best frequencies.
+
+    The spectrum is that of a ``feat_size`` map, 7 x 7 by default; a map of another size is average-pooled to it, as in
+    the authors' code. Ours: any number of channels, of which each sixteenth has one frequency.
+    """
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        self.height, self.width = self.feat_size or (7, 7)
+        self.rows = [row for row, _ in DCT_FREQUENCIES]
+        self.columns = [column for _, column in DCT_FREQUENCIES]
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        return channel_dct(x, self.rows, self.columns, self.height, self.width)
+
+
+class ChannelGSoP(ChannelSqueeze):
+    """Second-order pooling of GSoP-Net (arXiv 1811.12006, section 3.1 and figure 2), as in the authors' code.
+
+    A 1x1 convolution, batch norm and ReLU take x to c = min(128, C) channels; their c x c covariance over the
+    positions is batch-normalised, each row becomes four numbers by its own kernel, and a linear map gives C.
+    """
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        c = min(128, channels)
+        self.reduce = nn.Conv2d(channels, c, 1, device=device, dtype=dtype)
+        self.reduce_norm = BatchNorm2d(c, device=device, dtype=dtype)
+        self.norm = BatchNorm2d(c, device=device, dtype=dtype)
+        self.row_weight = nn.Parameter(torch.empty(c, 4, c, device=device, dtype=dtype))
+        self.row_bias = nn.Parameter(torch.empty(c, 4, device=device, dtype=dtype))
+        self.fc = nn.Linear(4 * c, channels, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in (self.reduce, self.reduce_norm, self.norm, self.fc):
+            layer.reset_parameters()
+        bound = 1 / math.sqrt(self.row_weight.shape[2])  # as torch's convolutions of this fan in
+        nn.init.uniform_(self.row_weight, -bound, bound)
+        nn.init.uniform_(self.row_bias, -bound, bound)
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        z = torch.relu(self.reduce_norm(self.reduce(x)))
+        rows = self.norm(position_covariance(z).unsqueeze(3)).squeeze(3)  # (B, c, c)
+        q = torch.einsum('brj,rkj->brk', rows, self.row_weight) + self.row_bias
+        return self.fc(q.flatten(1)).to(x.dtype)[:, :, None, None]

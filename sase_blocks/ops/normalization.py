@@ -1,4 +1,4 @@
-"""Batch norm for statistics maps: torch's, except where torch has nothing to normalise by or would overflow."""
+"""Batch and group norm for small maps: torch's, except where torch has nothing to normalise by or would overflow."""
 
 import torch
 import torch.nn.functional as F
@@ -57,3 +57,10 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.momentum,  # type: ignore[arg-type]
             self.eps,
         )
+
+
+class GroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` that also takes one value per group (which it turns into the bias), where torch raises."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)

@@ -133,6 +133,33 @@ def contract_rows(rows: Tensor, weight: Tensor) -> Tensor:
     return (rows * weight).sum(2)
 
 
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """The weighted sum of the channels, (B, C, H, W) -> (B, 1, H, W), in fp32 for half inputs. weight: (C,).
+
+    What a 1x1 convolution to one map computes, as a reduction: a compiler merges it with its neighbours.
+    """
+    return (widen(x) * widen(weight).reshape(1, -1, 1, 1)).sum(1, keepdim=True)
+
+
+def pooling_matrix(n_in: int, n_out: int, like: Tensor) -> Tensor:
+    """Adaptive average pooling of ``n_in`` values to ``n_out`` as a matrix (n_out, n_in).
+
+    The windows are torch's: from floor(i n_in / n_out) to ceil((i + 1) n_in / n_out). As a product the pooling exports
+    to ONNX for sizes that change; ``F.adaptive_avg_pool2d`` gives wrong numbers there at any size but the traced one.
+    """
+    i = torch.arange(n_out, device=like.device)[:, None]
+    j = torch.arange(n_in, device=like.device)[None, :]
+    window = (j >= i * n_in // n_out) & (j < ((i + 1) * n_in + n_out - 1) // n_out)
+    weight = window.to(like.dtype)
+    return weight / weight.sum(1, keepdim=True)
+
+
+def adaptive_avg_pool(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, height, width), as ``F.adaptive_avg_pool2d``."""
+    rows, columns = pooling_matrix(x.shape[2], height, x), pooling_matrix(x.shape[3], width, x)
+    return rows @ x @ columns.transpose(0, 1)
+
+
 @torch.no_grad()
 def turn_positive_(weight: Tensor) -> Tensor:
     """Flip, in place, each output row (first axis) that sums to less than 0.

@@ -1,8 +1,9 @@
 """Spatial excitations: (B, 1, H, W) -> (B, 1, H, W), from squeezed statistics to an attention over positions.
 
-The seven of SASE (arXiv 2411.08333, the spatial excitation set), in its order; all end in a sigmoid and have no
-biases but the affine one. What differs: weights in front of a ReLU start with a non-negative sum, overflow inside a
-stack of fp16 convolutions saturates, and the per-position parameters are interpolated for a map of another size.
+First the seven of SASE (arXiv 2411.08333, the spatial excitation set), in its order; all end in a sigmoid and have no
+biases but the affine one. Then those that other published blocks need (``EXTENDED_SETS``). What differs: weights in
+front of a ReLU start with a non-negative sum, overflow inside a stack of fp16 convolutions saturates, and the per-
+position parameters are interpolated for a map of another size.
 """
 
 from abc import abstractmethod
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .normalization import BatchNorm2d
 from .primitive import Primitive, check_features, saturate, turn_positive_
 from .spatial_squeeze import resize_map
 
@@ -30,10 +32,14 @@ class SpatialExcite(Primitive):
     Raises in ``forward``: ValueError for another rank or for more than one channel, TypeError for a non-floating input.
     """
 
-    gated: ClassVar[bool] = True  # whether the output is already in (0, 1)
+    gated: ClassVar[bool] = True  # whether the output is a gate already; if not, a composition adds a sigmoid
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        self.maps = 1  # statistics that it reads, stacked along the channels
 
     def forward(self, s: Tensor) -> Tensor:
-        check_features(s, 1)
+        check_features(s, self.maps)
         return self.excite(s)
 
     @abstractmethod
@@ -135,3 +141,54 @@ class SpatialAffine(SpatialExcite):
 
     def excite(self, s: Tensor) -> Tensor:
         return spatial_affine(s, resize_map(self.weight, s), resize_map(self.bias, s))
+
+
+# ---- beyond the paper's set ----
+
+
+class SpatialIdentity(SpatialExcite):
+    """The statistic itself, for a squeeze that has learned enough; a composition makes it a gate."""
+
+    gated = False
+
+    def excite(self, s: Tensor) -> Tensor:
+        return s
+
+
+class SpatialNorm(SpatialExcite):
+    """Batch norm of the statistic, as in BAM (arXiv 1807.06514, eq. 4)."""
+
+    gated = False
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        self.norm = BatchNorm2d(1, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        self.norm.reset_parameters()
+
+    def excite(self, s: Tensor) -> Tensor:
+        return self.norm(s)
+
+
+class SpatialConv7Norm(SpatialExcite):
+    """One 7 x 7 convolution from ``maps`` statistics, batch norm and a sigmoid: CBAM's (arXiv 1807.06521, eq. 3).
+
+    The formula has no batch norm; the authors' code and timm have it. ``forward`` takes (B, maps, H, W).
+    """
+
+    def __init__(
+        self, channels: int, feat_size: Any = None, *, maps: int = 1, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(channels, feat_size)
+        self.maps = maps
+        self.conv = nn.Conv2d(maps, 1, 7, padding=3, bias=False, device=device, dtype=dtype)
+        self.norm = BatchNorm2d(1, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.conv.reset_parameters()
+        self.norm.reset_parameters()
+
+    def excite(self, s: Tensor) -> Tensor:
+        return torch.sigmoid(self.norm(self.conv(s)))

@@ -1,8 +1,9 @@
 """Spatial squeezes: (B, C, H, W) -> (B, 1, H, W), one number a position, taken over C.
 
-The seven of SASE (arXiv 2411.08333, the spatial squeeze set), in its order, with the same repairs as the channel
-squeezes (see there). Each takes an optional ``gate`` (B, C, 1, 1) and then squeezes ``gate * x``; the p-norm does so
-without forming the product, which spares a compiled backward pass a traversal of x.
+First the seven of SASE (arXiv 2411.08333, the spatial squeeze set), in its order, with the same repairs as the channel
+squeezes (see there); then those that other published blocks need (``EXTENDED_SETS``). Each takes an optional ``gate``
+(B, C, 1, 1) and then squeezes ``gate * x``; the p-norm does so without forming the product, which spares a compiled
+backward pass a traversal of x.
 """
 
 import math
@@ -14,9 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .normalization import BatchNorm2d
-from .primitive import Primitive, check_features, contract_rows, mix, narrow, safe_sqrt, scaled_gram, widen
+from .primitive import (
+    Primitive,
+    adaptive_avg_pool,
+    check_features,
+    contract_rows,
+    mix,
+    narrow,
+    project,
+    safe_sqrt,
+    scaled_gram,
+    turn_positive_,
+    widen,
+)
 
 torch.fx.wrap('narrow')
+torch.fx.wrap('project')
 torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
 
 
@@ -87,25 +101,6 @@ def spatial_avg_skew(x: Tensor, weight: Tensor) -> Tensor:
     centred = wide - avg
     skew = (centred * centred * centred).mean(1, keepdim=True)
     return narrow(torch.relu(mix(avg, skew, widen(weight))), x)
-
-
-def pooling_matrix(n_in: int, n_out: int, like: Tensor) -> Tensor:
-    """Adaptive average pooling of ``n_in`` values to ``n_out`` as a matrix (n_out, n_in).
-
-    The windows are torch's: from floor(i n_in / n_out) to ceil((i + 1) n_in / n_out). As a product the pooling exports
-    to ONNX for sizes that change; ``F.adaptive_avg_pool2d`` gives wrong numbers there at any size but the traced one.
-    """
-    i = torch.arange(n_out, device=like.device)[:, None]
-    j = torch.arange(n_in, device=like.device)[None, :]
-    window = (j >= i * n_in // n_out) & (j < ((i + 1) * n_in + n_out - 1) // n_out)
-    weight = window.to(like.dtype)
-    return weight / weight.sum(1, keepdim=True)
-
-
-def adaptive_avg_pool(x: Tensor, height: int, width: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, height, width), as ``F.adaptive_avg_pool2d``."""
-    rows, columns = pooling_matrix(x.shape[2], height, x), pooling_matrix(x.shape[3], width, x)
-    return rows @ x @ columns.transpose(0, 1)
 
 
 @torch.fx.wrap
@@ -251,3 +246,68 @@ class SpatialSecondOrder(SpatialSqueeze):
         rows = spatial_covariance(x, self.grid).unsqueeze(3)  # (B, 64, 64, 1): row, column
         s = self.fc(torch.relu(contract_rows(self.norm(rows).squeeze(3), self.row_weight)))  # (B, 64)
         return pool_to(s.reshape(-1, 1, self.grid, self.grid), x)
+
+
+# ---- beyond the paper's set ----
+
+
+class SpatialMax(SpatialSqueeze):
+    """Maximum over the channels, beside the mean in CBAM (arXiv 1807.06521, eq. 3)."""
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        return x.amax(1, keepdim=True)
+
+
+class SpatialAvgPlusMax(SpatialSqueeze):
+    """(mean + maximum) / 2, no weights; timm's light CBAM."""
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        return 0.5 * x.mean(1, keepdim=True) + 0.5 * x.amax(1, keepdim=True)
+
+
+class SpatialProject(SpatialSqueeze):
+    """A weighted sum of the channels: the 1x1 convolution to one map of scSE (arXiv 1803.02579, section 2.2)."""
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.channels)  # as torch's convolutions
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        return project(x, self.weight)
+
+
+class SpatialDilated(SpatialSqueeze):
+    """The dilated bottleneck of BAM (arXiv 1807.06514, eq. 4): 1x1 to C // 16, two 3x3 of dilation 4, 1x1 to one map.
+
+    ReLU stands after the first three, as in the authors' code; the paper's formula does not write it. Its batch norm
+    is the excitation ``norm``.
+    """
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, feat_size)
+        c = max(1, channels // 16)
+        kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
+        self.convs = nn.Sequential(
+            nn.Conv2d(channels, c, 1, **kwargs),
+            nn.ReLU(),
+            nn.Conv2d(c, c, 3, padding=4, dilation=4, **kwargs),
+            nn.ReLU(),
+            nn.Conv2d(c, c, 3, padding=4, dilation=4, **kwargs),
+            nn.ReLU(),
+            nn.Conv2d(c, 1, 1, **kwargs),
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in self.convs:
+            if isinstance(layer, nn.Conv2d):
+                layer.reset_parameters()
+                turn_positive_(layer.weight)
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        return self.convs(x)

@@ -1,0 +1,56 @@
+"""The one interface of all blocks: channels in the constructor, a gate for x, and y = x * gate."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from sase_blocks.ops.primitive import check_channels, check_features
+
+from .graph import Graph
+
+torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
+
+
+class AttentionModule(nn.Module):
+    """Base of the blocks. Shape: (B, C, H, W) -> (B, C, H, W), any H and W; dtype and memory format are kept.
+
+    A subclass is built as ``Block(channels, ..., feat_size=None, *, device=None, dtype=None)`` and gives ``gate``.
+
+    Raises:
+        ValueError: bad channels; in ``forward`` another rank or number of channels.
+        TypeError: in ``forward``, a non-floating input.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = check_channels(channels, type(self).__name__)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew."""
+        for child in self.children():
+            for module in child if isinstance(child, nn.ModuleList) else [child]:
+                if hasattr(module, 'reset_parameters'):
+                    module.reset_parameters()  # type: ignore[operator]
+
+    def zero_init_last(self) -> None:
+        """Called by timm's ResNets, last thing in their ``init_weights``, which re-draw every Conv2d of the network.
+
+        The name is timm's; here it brings back the block's own initialisation.
+        """
+        self.reset_parameters()
+
+    @abstractmethod
+    def gate(self, x: Tensor) -> Tensor:
+        """The attention for a checked x, of a shape that broadcasts to it."""
+
+    @abstractmethod
+    def graph(self) -> Graph:
+        """The block as plain data, for drawing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_features(x, self.channels)
+        return x * self.gate(x).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f'{self.channels}'

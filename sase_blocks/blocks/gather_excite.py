@@ -1,0 +1,108 @@
+"""Gather-Excite (arXiv 1810.12348): each position is gated by its wide neighbourhood."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sase_blocks.ops import BatchNorm2d
+from sase_blocks.ops.primitive import turn_positive_
+
+from .base import AttentionModule
+from .graph import MAP, Edge, Graph
+
+
+def neighbourhood_matrix(size: int, extent: int, like: Tensor) -> Tensor:
+    """Averages over 2e - 1 positions at every e-th, repeated to the nearest, as a matrix (size, size).
+
+    Pooling and interpolation in one: the small map between them, whose size may be 1, would pin an exported network
+    to the sizes for which it is, or is not.
+    """
+    i = torch.arange(size, device=like.device)[:, None]
+    j = torch.arange(size, device=like.device)[None, :]
+    centre = i * ((size - 1) // extent + 1) // size * extent
+    window = ((j > centre - extent) & (j < centre + extent)).to(like.dtype)
+    return window / window.sum(1, keepdim=True)
+
+
+class GatherExcite(AttentionModule):
+    """Gather-Excite (arXiv 1810.12348, section 3): y = x * sigmoid(interpolate(excite(gather(x)))).
+
+    Args:
+        channels: C, at least 1.
+        extent: e, a power of 2 from 2 on; gather gives one value for every e x e positions. Ours is that the global
+            extent is left out: its parametric form has a kernel of the size of the map.
+        parameters: False: average pooling over (2e - 1) x (2e - 1) positions, GE-theta-minus. True: log2(e) depthwise
+            3x3 convolutions of stride 2 with batch norm, ReLU between them, GE-theta.
+        mlp: 1x1 convolutions C -> max(1, C // 16) -> C with ReLU before the interpolation; with ``parameters`` this is
+            GE-theta-plus.
+        feat_size: accepted as by all blocks, not needed.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: bad channels or an extent that is no power of 2; in ``forward`` another rank or number of channels.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        extent: int = 8,
+        parameters: bool = False,
+        mlp: bool = False,
+        feat_size: Any = None,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(channels)
+        if isinstance(extent, bool) or not isinstance(extent, int) or extent < 2 or extent & (extent - 1):
+            raise ValueError(f'extent must be a power of 2 from 2 on, got {extent!r}')
+        kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
+        self.extent = extent
+        gather: list[nn.Module] = []
+        for i in range(extent.bit_length() - 1 if parameters else 0):
+            gather += [nn.ReLU()] if i else []
+            gather += [nn.Conv2d(channels, channels, 3, 2, 1, groups=channels, bias=False, **kwargs)]
+            gather += [BatchNorm2d(channels, **kwargs)]
+        self.parametric = parameters
+        self.gather = nn.Sequential(*gather)
+        hidden = max(1, channels // 16)
+        self.excite = (
+            nn.Sequential(nn.Conv2d(channels, hidden, 1, **kwargs), nn.ReLU(), nn.Conv2d(hidden, channels, 1, **kwargs))
+            if mlp
+            else nn.Identity()
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, BatchNorm2d)):
+                module.reset_parameters()
+        if isinstance(self.excite, nn.Sequential):
+            turn_positive_(self.excite[0].weight)  # type: ignore[arg-type]
+
+    def gate(self, x: Tensor) -> Tensor:
+        if self.parametric:
+            g = F.interpolate(self.excite(self.gather(x)), size=(x.shape[2], x.shape[3]), mode='nearest')
+        else:  # the excitation is of each position alone, so the order does not matter
+            rows = neighbourhood_matrix(x.shape[2], self.extent, x)
+            columns = neighbourhood_matrix(x.shape[3], self.extent, x)
+            g = self.excite(rows @ x @ columns.transpose(0, 1))
+        return torch.sigmoid(g)
+
+    def graph(self) -> Graph:
+        small = f'C x H/{self.extent} x W/{self.extent}'
+        with_mlp = isinstance(self.excite, nn.Sequential)
+        gather = 'depthwise convs' if self.parametric else f'avg over {2 * self.extent - 1} x {2 * self.extent - 1}'
+        nodes = {'x': MAP, 'g': small, 'a': MAP, 'y': MAP}
+        edges = (
+            Edge('x', 'g', gather),
+            Edge('g', 'a', f'{"mlp, " if with_mlp else ""}nearest'),
+            Edge('a', 'y'),
+            Edge('x', 'y'),
+        )
+        return Graph(nodes, edges, f'y = x * sigmoid(nearest({"mlp(g)" if with_mlp else "g"})), g = gather(x)')
+
+    def extra_repr(self) -> str:
+        return f'{self.channels}, extent={self.extent}'

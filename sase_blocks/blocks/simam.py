@@ -1,0 +1,43 @@
+"""SimAM (ICML 2021, proceedings.mlr.press/v139/yang21o.html): an energy for every neuron, and no parameters."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sase_blocks.ops.primitive import narrow, widen
+
+from .base import AttentionModule
+from .graph import MAP, Edge, Graph
+
+
+@torch.fx.wrap
+def inverse_energy(x: Tensor, lambda_: float) -> Tensor:
+    """(x - mean)^2 / (4 (variance + lambda)) + 1/2 over H and W, the variance divided by HW - 1 (at least 1)."""
+    wide = widen(x)
+    square = (wide - wide.mean((2, 3), keepdim=True)).square()
+    var = square.sum((2, 3), keepdim=True) / max(x.shape[2] * x.shape[3] - 1, 1)
+    return narrow(square / (4 * (var + lambda_)) + 0.5, x)
+
+
+class SimAM(AttentionModule):
+    """SimAM (Yang et al., ICML 2021, eq. 5 and 8): y = x * sigmoid(1 / e), one gate for every element of x.
+
+    Args:
+        channels: C, at least 1.
+        lambda_: the regulariser of the variance, 1e-4 as in the paper.
+    """
+
+    def __init__(
+        self, channels: int, lambda_: float = 1e-4, feat_size: Any = None, *, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(channels)
+        self.lambda_ = lambda_
+
+    def gate(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(inverse_energy(x, self.lambda_))
+
+    def graph(self) -> Graph:
+        nodes = {'x': MAP, '1 / e': MAP, 'y': MAP}
+        edges = (Edge('x', '1 / e', 'inverse energy'), Edge('1 / e', 'y'), Edge('x', 'y'))
+        return Graph(nodes, edges, 'y = x * sigmoid((x - mean)^2 / (4 (var + lambda)) + 1/2)')

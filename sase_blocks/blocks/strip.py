@@ -1,0 +1,121 @@
+"""Blocks that squeeze x along one axis at a time: each row and each column becomes one number a channel.
+
+Coordinate attention (arXiv 2103.02907), efficient local attention (arXiv 2403.01123), and timm's two variants of them,
+which are in no paper. All four: h = mean over W, (B, C, H); w = mean over H, (B, C, W); two gates broadcast back.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import make_divisible
+from torch import Tensor, nn
+
+from sase_blocks.ops import BatchNorm2d, GroupNorm
+
+from .base import AttentionModule
+from .graph import MAP, Edge, Graph
+
+ROWS, COLUMNS = 'C x H x 1', 'C x 1 x W'
+
+
+def _graph(label: str, formula: str) -> Graph:
+    nodes = {'x': MAP, 'h': ROWS, 'w': COLUMNS, 'a_h': ROWS, 'a_w': COLUMNS, 'y': MAP}
+    edges = (
+        Edge('x', 'h', 'mean over W'),
+        Edge('x', 'w', 'mean over H'),
+        Edge('h', 'a_h', label),
+        Edge('w', 'a_w', label),
+        Edge('a_h', 'y'),
+        Edge('a_w', 'y'),
+        Edge('x', 'y'),
+    )
+    return Graph(nodes, edges, formula)
+
+
+class CoordinateAttention(AttentionModule):
+    """Coordinate attention (arXiv 2103.02907, eq. 4 to 9): y = x * sigmoid(F_h(f_h)) * sigmoid(F_w(f_w)).
+
+    f = hardswish(norm(F_1([h; w]))) goes to max(8, C // 32) channels and is split again; no biases.
+    """
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels)
+        kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
+        hidden = max(8, channels // 32)
+        self.conv1 = nn.Conv1d(channels, hidden, 1, bias=False, **kwargs)
+        self.norm = BatchNorm2d(hidden, **kwargs)
+        self.conv_h = nn.Conv1d(hidden, channels, 1, bias=False, **kwargs)
+        self.conv_w = nn.Conv1d(hidden, channels, 1, bias=False, **kwargs)
+
+    def gate(self, x: Tensor) -> Tensor:
+        strips = torch.cat([x.mean(3), x.mean(2)], 2)  # (B, C, H + W)
+        f = F.hardswish(self.norm(self.conv1(strips)))
+        f_h, f_w = f[:, :, : x.shape[2]], f[:, :, x.shape[2] :]
+        return torch.sigmoid(self.conv_h(f_h)).unsqueeze(3) * torch.sigmoid(self.conv_w(f_w)).unsqueeze(2)
+
+    def graph(self) -> Graph:
+        return _graph('shared conv, norm, hardswish; conv', 'y = x * sigmoid(a_h) * sigmoid(a_w)')
+
+
+class SimpleCoordinateAttention(AttentionModule):
+    """timm's simple coordinate attention: linear layers, SiLU, no norm, y = x * sigmoid(a_h + a_w). In no paper.
+
+    The hidden width is C / 6, rounded to a multiple of 8.
+    """
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels)
+        hidden = make_divisible(channels / 6, 8, round_limit=0.0)
+        self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
+        self.fc_h = nn.Linear(hidden, channels, device=device, dtype=dtype)
+        self.fc_w = nn.Linear(hidden, channels, device=device, dtype=dtype)
+
+    def gate(self, x: Tensor) -> Tensor:
+        a_h = self.fc_h(F.silu(self.fc1(x.mean(3).transpose(1, 2)))).transpose(1, 2)
+        a_w = self.fc_w(F.silu(self.fc1(x.mean(2).transpose(1, 2)))).transpose(1, 2)
+        return torch.sigmoid(a_h.unsqueeze(3) + a_w.unsqueeze(2))
+
+    def graph(self) -> Graph:
+        return _graph('shared fc, silu; fc', 'y = x * sigmoid(a_h + a_w)')
+
+
+class EfficientLocalAttention(AttentionModule):
+    """Efficient local attention (arXiv 2403.01123, eq. 5 to 7, its form ELA-B): y = x * gate_h * gate_w.
+
+    gate = sigmoid(GroupNorm(depthwise convolution of size 7)), 16 groups (at other widths the greatest common divisor
+    with 16). timm's ``ela`` has a SiLU before the sigmoid and one group.
+    """
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels)
+        kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
+        self.conv_h = nn.Conv1d(channels, channels, 7, padding=3, groups=channels, bias=False, **kwargs)
+        self.conv_w = nn.Conv1d(channels, channels, 7, padding=3, groups=channels, bias=False, **kwargs)
+        self.norm_h = GroupNorm(math.gcd(channels, 16), channels, **kwargs)
+        self.norm_w = GroupNorm(math.gcd(channels, 16), channels, **kwargs)
+
+    def gate(self, x: Tensor) -> Tensor:
+        gate_h = torch.sigmoid(self.norm_h(self.conv_h(x.mean(3))))
+        gate_w = torch.sigmoid(self.norm_w(self.conv_w(x.mean(2))))
+        return gate_h.unsqueeze(3) * gate_w.unsqueeze(2)
+
+    def graph(self) -> Graph:
+        return _graph('depthwise conv7, group norm', 'y = x * sigmoid(a_h) * sigmoid(a_w)')
+
+
+class StripAttention(AttentionModule):
+    """timm's strip attention: a depthwise convolution of size 3 along each strip, y = x * sigmoid(a_h + a_w)."""
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels)
+        kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
+        self.conv_h = nn.Conv1d(channels, channels, 3, padding=1, groups=channels, bias=False, **kwargs)
+        self.conv_w = nn.Conv1d(channels, channels, 3, padding=1, groups=channels, bias=False, **kwargs)
+
+    def gate(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.conv_h(x.mean(3)).unsqueeze(3) + self.conv_w(x.mean(2)).unsqueeze(2))
+
+    def graph(self) -> Graph:
+        return _graph('depthwise conv3', 'y = x * sigmoid(a_h + a_w)')

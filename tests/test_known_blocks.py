@@ -1,0 +1,486 @@
+"""The blocks that people know: each against an independent reference, with the paper's parameter count at C = 256.
+
+References are timm's or torchvision's modules where they are right, with the weights copied over; otherwise the paper's
+formula, written out here in plain torch. All in float64, to 1e-9, values and the gradient of the input.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import create_attn
+from torch import Tensor, nn
+from torchvision.ops import SqueezeExcitation
+
+from sase_blocks import create_block, list_blocks
+from sase_blocks.blocks import (
+    BLOCKS,
+    ChannelAttention,
+    GatherExcite,
+    ParallelAttention,
+    SpatialAttention,
+    block_graph,
+)
+from sase_blocks.ops import EXTENDED_SETS, SETS
+
+Reference = Callable[[nn.Module], Callable[[Tensor], Tensor]]
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def timm_module(kind: str, mapping: dict[str, str], **kwargs) -> Reference:
+    """timm's attention of that kind with our weights, which keep their order: mapping is from timm's name to ours."""
+
+    def build(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+        theirs = create_attn(kind, C, **kwargs).double().train(ours.training)
+        own, state = weights(ours), theirs.state_dict()
+        copied = {
+            key: own[mapping[key]].detach().reshape(value.shape) for key, value in state.items() if key in mapping
+        }
+        missing = [key for key in state if key not in copied and not key.endswith(STATISTICS) and key not in SKIP]
+        assert not missing, missing
+        assert len(mapping) == len(list(ours.parameters()))
+        theirs.load_state_dict({**state, **copied})
+        for part in theirs.modules():
+            if isinstance(part, nn.LayerNorm):
+                part.eps = 1e-5  # as in GCNet's code and ours; timm's is 1e-6
+        return theirs
+
+    return build
+
+
+C = 32
+SKIP = {'conv_attn.bias'}  # a softmax does not depend on it
+STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')  # both start the same
+
+
+def torchvision_se(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    theirs = SqueezeExcitation(C, C // 16).double()
+    own = weights(ours)
+    with torch.no_grad():
+        theirs.fc1.weight.copy_(own['excite.fc1.weight'][:, :, None, None])
+        theirs.fc2.weight.copy_(own['excite.fc2.weight'][:, :, None, None])
+        theirs.fc1.bias.zero_()
+        theirs.fc2.bias.zero_()
+    return theirs
+
+
+def batch_norm(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """In training mode, by the definition."""
+    dims = [d for d in range(z.dim()) if d != 1]
+    shape = [1, -1] + [1] * (z.dim() - 2)
+    mean = z.mean(dims, keepdim=True)
+    var = ((z - mean) ** 2).mean(dims, keepdim=True)
+    return (z - mean) / torch.sqrt(var + 1e-5) * weight.reshape(shape) + bias.reshape(shape)
+
+
+def bam(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    w = weights(ours)
+
+    def forward(x: Tensor) -> Tensor:
+        hidden = torch.relu(x.mean((2, 3)) @ w['channel_excite.fc1.weight'].T + w['channel_excite.fc1.bias'])
+        m_c = hidden @ w['channel_excite.fc2.weight'].T + w['channel_excite.fc2.bias']
+        m_c = batch_norm(m_c, w['channel_excite.norm.weight'], w['channel_excite.norm.bias'])[:, :, None, None]
+        m_s = x
+        for i, dilation in ((0, 1), (2, 4), (4, 4), (6, 1)):
+            weight, bias = w[f'spatial_squeeze.convs.{i}.weight'], w[f'spatial_squeeze.convs.{i}.bias']
+            m_s = F.conv2d(m_s, weight, bias, padding=dilation * (weight.shape[2] // 2), dilation=dilation)
+            m_s = torch.relu(m_s) if i < 6 else m_s
+        m_s = batch_norm(m_s, w['spatial_excite.norm.weight'], w['spatial_excite.norm.bias'])
+        return x + x * torch.sigmoid(m_c + m_s)
+
+    return forward
+
+
+def scse(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    w = weights(ours)
+
+    def forward(x: Tensor) -> Tensor:
+        z = torch.relu(x.mean((2, 3)) @ w['channel_excite.fc1.weight'].T) @ w['channel_excite.fc2.weight'].T
+        cse = x * torch.sigmoid(z)[:, :, None, None]
+        sse = x * torch.sigmoid(F.conv2d(x, w['spatial_squeeze.weight'][None, :, None, None]))
+        return cse + sse
+
+    return forward
+
+
+def srm(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    w = weights(ours)
+
+    def forward(x: Tensor) -> Tensor:
+        mean = x.flatten(2).mean(2)
+        deviation = ((x.flatten(2) - mean[:, :, None]) ** 2).mean(2).sqrt()
+        z = (w['squeeze.0.weight'] * torch.stack([mean, deviation], 2)).sum(2)
+        return x * torch.sigmoid(batch_norm(z, w['excite.norm.weight'], w['excite.norm.bias']))[:, :, None, None]
+
+    return forward
+
+
+def gct(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    w = weights(ours)
+
+    def forward(x: Tensor) -> Tensor:
+        s = w['squeeze.0.weight'] * ((x**2).sum((2, 3)) + 1e-5) ** 0.5
+        normalised = math.sqrt(x.shape[1]) * s / ((s**2).sum(1, keepdim=True) + 1e-5) ** 0.5
+        return x * (1 + torch.tanh(w['excite.weight'] * normalised + w['excite.bias']))[:, :, None, None]
+
+    return forward
+
+
+def fca(ours: nn.Module, size: tuple[int, int] = (7, 7)) -> Callable[[Tensor], Tensor]:
+    """One basis function at a time, for a map of the spectrum's size or pooled to it."""
+    w = weights(ours)
+    rows = [0, 0, 6, 0, 0, 1, 1, 4, 5, 1, 3, 0, 0, 0, 3, 2]
+    columns = [0, 1, 0, 5, 2, 0, 2, 0, 0, 6, 0, 4, 6, 3, 5, 2]
+    height, width = size
+
+    def wave(frequency: int, position: int, n: int) -> float:
+        value = math.cos(math.pi * frequency * (position + 0.5) / n) / math.sqrt(n)
+        return value if frequency == 0 else value * math.sqrt(2)
+
+    def forward(x: Tensor) -> Tensor:
+        pooled = F.adaptive_avg_pool2d(x, size)
+        out = []
+        for channel in range(C):
+            u = rows[channel // (C // 16)] * (height // 7)
+            v = columns[channel // (C // 16)] * (width // 7)
+            basis = torch.tensor(
+                [[wave(u, i, height) * wave(v, j, width) for j in range(width)] for i in range(height)],
+                dtype=torch.float64,
+            )
+            out.append((pooled[:, channel] * basis).sum((1, 2)))
+        q = torch.stack(out, 1)
+        z = torch.relu(q @ w['excite.fc1.weight'].T) @ w['excite.fc2.weight'].T
+        return x * torch.sigmoid(z)[:, :, None, None]
+
+    return forward
+
+
+def gsop(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    w = weights(ours)
+    p = 'squeeze.0.'
+
+    def forward(x: Tensor) -> Tensor:
+        z = F.conv2d(x, w[p + 'reduce.weight'], w[p + 'reduce.bias'])
+        z = torch.relu(batch_norm(z, w[p + 'reduce_norm.weight'], w[p + 'reduce_norm.bias'])).flatten(2)
+        m = z.shape[2]
+        centring = (torch.eye(m, dtype=z.dtype) - torch.ones(m, m, dtype=z.dtype) / m) / m
+        covariance = batch_norm(z @ centring @ z.transpose(1, 2), w[p + 'norm.weight'], w[p + 'norm.bias'])
+        c = covariance.shape[1]
+        kernels = w[p + 'row_weight'].reshape(4 * c, 1, c, 1)
+        rows = F.conv2d(covariance.unsqueeze(3), kernels, w[p + 'row_bias'].flatten(), groups=c)
+        q = rows.flatten(1) @ w[p + 'fc.weight'].T + w[p + 'fc.bias']
+        return x * torch.sigmoid(q)[:, :, None, None]
+
+    return forward
+
+
+def sge(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    w = weights(ours)
+    groups = math.gcd(C, 64)
+
+    def forward(x: Tensor) -> Tensor:
+        out = []
+        for i, part in enumerate(x.split(C // groups, 1)):
+            c = (part * part.mean((2, 3), keepdim=True)).sum(1, keepdim=True)
+            mean = c.mean((2, 3), keepdim=True)
+            deviation = ((c - mean) ** 2).mean((2, 3), keepdim=True).sqrt()
+            a = w['weight'][i] * (c - mean) / (deviation + 1e-5) + w['bias'][i]
+            out.append(part * torch.sigmoid(a))
+        return torch.cat(out, 1)
+
+    return forward
+
+
+def ema(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    w = weights(ours)
+    groups = math.gcd(C, 32)
+
+    def one(x: Tensor) -> Tensor:
+        """One group, (B, C / G, H, W)."""
+        b, c, height, width = x.shape
+        strips = torch.cat([x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(2, 3)], 2)
+        strips = F.conv2d(strips, w['conv1x1.weight'].unsqueeze(3), w['conv1x1.bias'])
+        h, v = strips[:, :, :height], strips[:, :, height:].transpose(2, 3)
+        x1 = x * torch.sigmoid(h) * torch.sigmoid(v)
+        x1 = F.group_norm(x1, c, w['norm_weight'], w['norm_bias'])
+        x2 = F.conv2d(x, w['conv3x3.weight'], w['conv3x3.bias'], padding=1)
+        first = torch.softmax(x1.mean((2, 3)), 1)[:, None] @ x2.flatten(2)
+        second = torch.softmax(x2.mean((2, 3)), 1)[:, None] @ x1.flatten(2)
+        return x * torch.sigmoid((first + second).reshape(b, 1, height, width))
+
+    return lambda x: torch.cat([one(part) for part in x.split(C // groups, 1)], 1)
+
+
+def simam(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        n = x.shape[2] * x.shape[3] - 1
+        mean = x.mean((2, 3), keepdim=True)
+        var = ((x - mean) ** 2).sum((2, 3), keepdim=True) / n
+        energy = 4 * (var + 1e-4) / ((x - mean) ** 2 + 2 * var + 2e-4)
+        return x * torch.sigmoid(1 / energy)
+
+    return forward
+
+
+def triplet(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    w = weights(ours)
+
+    def branch(x: Tensor, name: str) -> Tensor:
+        """CBAM's spatial gate on x, whatever its second axis is."""
+        pooled = torch.cat([x.max(1, keepdim=True).values, x.mean(1, keepdim=True)], 1)
+        z = F.conv2d(pooled, w[f'{name}.conv.weight'], padding=3)
+        return x * torch.sigmoid(batch_norm(z, w[f'{name}.norm.weight'], w[f'{name}.norm.bias']))
+
+    def forward(x: Tensor) -> Tensor:
+        over_h = branch(x.permute(0, 2, 1, 3), 'gate_cw').permute(0, 2, 1, 3)
+        over_w = branch(x.permute(0, 3, 2, 1), 'gate_hc').permute(0, 3, 2, 1)
+        return (over_h + over_w + branch(x, 'gate_hw')) / 3
+
+    return forward
+
+
+def gather_excite(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The learned forms of Gather-Excite at extent 8."""
+    w = weights(ours)
+
+    def forward(x: Tensor) -> Tensor:
+        g = x
+        for i in (0, 3, 6):
+            g = torch.relu(g) if i else g
+            g = F.conv2d(g, w[f'gather.{i}.weight'], stride=2, padding=1, groups=C)
+            g = batch_norm(g, w[f'gather.{i + 1}.weight'], w[f'gather.{i + 1}.bias'])
+        if 'excite.0.weight' in w:
+            g = torch.relu(F.conv2d(g, w['excite.0.weight'], w['excite.0.bias']))
+            g = F.conv2d(g, w['excite.2.weight'], w['excite.2.bias'])
+        return x * torch.sigmoid(F.interpolate(g, size=x.shape[2:], mode='nearest'))
+
+    return forward
+
+
+def cbam_names() -> dict[str, str]:
+    return {
+        'channel.fc1.weight': '0.excite.fc1.weight',
+        'channel.fc2.weight': '0.excite.fc2.weight',
+        'spatial.conv.conv.weight': '1.excite.conv.weight',
+        'spatial.conv.bn.weight': '1.excite.norm.weight',
+        'spatial.conv.bn.bias': '1.excite.norm.bias',
+    }
+
+
+def same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+mlp = {'fc1.weight': 'excite.fc1.weight', 'fc2.weight': 'excite.fc2.weight'}
+context = {
+    f'mlp_{{}}.{part}.{kind}': f'excite.{part}.{kind}' for part in ('fc1', 'norm', 'fc2') for kind in ('weight', 'bias')
+}
+
+
+def gc_names(which: str) -> dict[str, str]:
+    return {'conv_attn.weight': 'squeeze.0.weight', **{k.format(which): v for k, v in context.items()}}
+
+
+ela_norm = partial(nn.GroupNorm, math.gcd(C, 16))
+CASES: list[tuple[str, str, Reference]] = [
+    ('se', 'timm', timm_module('se', mlp, bias=False, rd_channels=C // 16)),
+    ('se', 'torchvision', torchvision_se),
+    ('ese', 'timm', timm_module('ese', {'fc.weight': 'excite.fc.weight', 'fc.bias': 'excite.fc.bias'})),
+    ('eca', 'timm', timm_module('eca', {'conv.weight': 'excite.convs.0.weight'})),
+    (
+        'ecam',
+        'timm',
+        timm_module(
+            'ecam',
+            {
+                f'{t}.{k}': f'excite.{o}.{k}'
+                for t, o in (('conv', 'conv1'), ('conv2', 'conv2'))
+                for k in ('weight', 'bias')
+            },
+        ),
+    ),
+    ('ceca', 'timm', timm_module('ceca', {'conv.weight': 'excite.convs.0.weight'})),
+    ('cbam', 'timm', timm_module('cbam', cbam_names())),
+    ('lcbam', 'timm', timm_module('lcbam', cbam_names())),
+    ('gc', 'timm', timm_module('gc', gc_names('scale'), rd_ratio=1 / 16)),
+    ('gca', 'timm', timm_module('gca', gc_names('add'), rd_ratio=1 / 16)),
+    ('ge', 'timm', timm_module('ge', {}, extent=8, use_mlp=False)),
+    (
+        'coord',
+        'timm',
+        timm_module(
+            'coord',
+            {
+                **same('conv1.weight', 'conv_h.weight', 'conv_w.weight'),
+                'bn1.weight': 'norm.weight',
+                'bn1.bias': 'norm.bias',
+            },
+            rd_channels=8,
+        ),
+    ),
+    (
+        'scoord',
+        'timm',
+        timm_module('scoord', same(*(f'{part}.{k}' for part in ('fc1', 'fc_h', 'fc_w') for k in ('weight', 'bias')))),
+    ),
+    (
+        'ela',
+        'timm',
+        timm_module(
+            'ela',
+            same('conv_h.weight', 'conv_w.weight', *(f'norm_{a}.{k}' for a in 'hw' for k in ('weight', 'bias'))),
+            act_layer=nn.Identity,
+            norm_layer=lambda channels, **_: ela_norm(channels),
+        ),
+    ),
+    ('strip', 'timm', timm_module('strip', same('conv_h.weight', 'conv_w.weight'))),
+    ('bam', 'formula', bam),
+    ('scse', 'formula', scse),
+    ('srm', 'formula', srm),
+    ('gct', 'formula', gct),
+    ('fca', 'formula', fca),
+    ('gsop', 'formula', gsop),
+    ('sge', 'formula', sge),
+    ('ema', 'formula', ema),
+    ('simam', 'formula', simam),
+    ('triplet', 'formula', triplet),
+    ('ge_theta', 'formula', gather_excite),
+    ('ge_plus', 'formula', gather_excite),
+]
+
+
+def drawn(module: nn.Module) -> nn.Module:
+    """Every parameter away from its start, so that none can hide."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5)
+    return module
+
+
+@pytest.mark.parametrize(('name', 'source', 'reference'), CASES, ids=[f'{c[0]}-{c[1]}' for c in CASES])
+@pytest.mark.parametrize('size', [(16, 24), (9, 5)], ids=str)
+def test_equals_an_independent_reference(name, source, reference, size):
+    block = drawn(create_block(name, C).double().train())
+    x = torch.randn(4, C, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for module in (block, reference(block)):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        y.backward(torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
+        results.append((y.detach(), leaf.grad))
+    assert not torch.allclose(results[0][0], x)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
+
+
+def test_every_known_block_has_a_reference():
+    assert {case[0] for case in CASES} == set(list_blocks()) - {'sase'}  # SASE: test_golden.py
+
+
+def test_fca_of_a_large_map():
+    """As the authors: the spectrum of a 14 x 14 map has frequencies twice as high."""
+    block = drawn(create_block('fca', C, feat_size=14).double())
+    x = torch.randn(2, C, 14, 14, dtype=torch.float64)
+    torch.testing.assert_close(block(x), fca(block, (14, 14))(x), rtol=1e-9, atol=1e-9)
+
+
+R = 256 // 16
+PARAMETERS = {
+    'sase': 2 + 2 * 256 * R + 2 * 256 + 2 + 2 + 2 * 9,
+    'se': 2 * 256 * R,
+    'ese': 256 * 256 + 256,
+    'eca': 5,
+    'ecam': 2 * 32 + 32 * 5 + 1,
+    'ceca': 5,
+    'cbam': 2 * 256 * R + 2 * 49 + 2,
+    'lcbam': 2 * 256 * R + 49 + 2,
+    'bam': (2 * 256 * R + R + 256 + 2 * 256) + (256 * R + R + 2 * (9 * R * R + R) + R + 1 + 2),
+    'scse': 256 * 256 + 256,
+    'gc': 256 + 2 * 256 * R + R + 256 + 2 * R,
+    'gca': 256 + 2 * 256 * R + R + 256 + 2 * R,
+    'ge': 0,
+    'ge_theta': 3 * (9 * 256 + 2 * 256),
+    'ge_plus': 3 * (9 * 256 + 2 * 256) + 2 * 256 * R + R + 256,
+    'srm': 4 * 256,
+    'gct': 3 * 256,
+    'fca': 2 * 256 * R,
+    'gsop': (256 * 128 + 128 + 2 * 128) + 2 * 128 + (4 * 128 * 128 + 4 * 128) + (4 * 128 * 256 + 256),
+    'sge': 2 * 64,
+    'ema': (8 * 8 + 8) + (9 * 8 * 8 + 8) + 2 * 8,
+    'simam': 0,
+    'triplet': 3 * (2 * 49 + 2),
+    'coord': 3 * 256 * 8 + 2 * 8,
+    'scoord': 3 * 256 * 40 + 40 + 2 * 256,
+    'ela': 2 * 7 * 256 + 4 * 256,
+    'strip': 2 * 3 * 256,
+}
+
+
+def test_parameter_counts():
+    counts = {name: sum(p.numel() for p in create_block(name, 256).parameters()) for name in list_blocks()}
+    assert counts == PARAMETERS
+
+
+@pytest.mark.parametrize('name', list_blocks())
+def test_graph_and_docstring(name):
+    graph = block_graph(name)
+    assert graph.formula.startswith('y = ')
+    reached = {'x'}
+    for _ in graph.nodes:
+        reached |= {edge.target for edge in graph.edges if edge.source in reached}
+    assert reached == set(graph.nodes)
+    for edge in graph.edges:
+        assert edge.set_name is None or edge.label in EXTENDED_SETS[edge.set_name]
+    first = BLOCKS[name].__doc__.strip().split('\n')[0]
+    assert 'arXiv' in first or 'no paper' in BLOCKS[name].__doc__ or name in ('simam', 'sase', 'strip'), first
+
+
+@pytest.mark.parametrize('extent', [0, 1, 3, 6, True, '8'])
+def test_wrong_extent(extent):
+    with pytest.raises(ValueError, match='power of 2'):
+        GatherExcite(8, extent)
+
+
+WRONG_COMPOSITIONS = [
+    (lambda: ChannelAttention(8, ('avg', 'max'), 'affine'), "'affine' ends in a gate.*summed.*mlp"),
+    (lambda: ChannelAttention(8, 'avg', 'fc', add=True), "'fc' ends in a gate.*added"),
+    (lambda: ChannelAttention(8, ()), 'at least one statistic'),
+    (lambda: ChannelAttention(8, 'average'), "'average' is not a channel squeeze; did you mean 'avg'"),
+    (lambda: SpatialAttention(8, ('avg', 'max'), 'conv7x7'), "excite='conv7x7_norm', got 'conv7x7'"),
+    (lambda: ParallelAttention(8, ('avg', 'affine'), ('avg', 'norm'), joint=True), 'joint=True sums values'),
+    (lambda: ParallelAttention(8, ('avg', 'mlp'), ('avg', 'mlp')), "'mlp' is not a spatial excite"),
+]
+
+
+@pytest.mark.parametrize(('build', 'text'), WRONG_COMPOSITIONS)
+def test_wrong_compositions(build, text):
+    with pytest.raises(ValueError, match=text):
+        build()
+
+
+def test_the_paper_sets_stay_as_they_are():
+    for set_name, table in SETS.items():
+        assert len(table) == 7
+        assert list(EXTENDED_SETS[set_name].items())[:7] == list(table.items())
+        assert all(cls.paper_key for cls in table.values())
+        assert not any(cls.paper_key for name, cls in EXTENDED_SETS[set_name].items() if name not in table)
+
+
+@pytest.mark.parametrize('name', list_blocks())
+def test_in_timms_slot(name):
+    """timm re-draws every Conv2d after construction; the block's own start comes back."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        'resnet10t', block_args={'attn_layer': partial(create_block, name)}, num_classes=2, zero_init_last=False
+    )
+    model.train()(torch.randn(2, 3, 40, 48)).sum().backward()
+    inside = [(key, p) for key, p in model.named_parameters() if '.se.' in key]
+    assert (len(inside) > 0) == (PARAMETERS[name] > 0)
+    assert all(p.grad is not None and p.grad.isfinite().all() for _, p in inside)
