@@ -38,10 +38,23 @@ def test_links_of_a_page_lead_somewhere(page):
 
 
 def test_the_tables_of_primitives_are_complete():
-    from sase_blocks.ops import SETS
+    from sase_blocks.ops import EXTENDED_SETS, SETS
 
     text = (ROOT / 'docs' / 'primitives.md').read_text()
     for set_name, table in SETS.items():
         part = text.split(f'## `{set_name.upper()}`')[1].split('\n## ')[0]
         rows = re.findall(r'^\| `(\w+)` \| (\S.*?) \|', part, re.MULTILINE)
         assert rows == [(name, cls.paper_key) for name, cls in table.items()], set_name
+    beyond = re.findall(r'^\| `(\w+)` \| `(\w+)` \|', text.split('## Beyond the paper')[1], re.MULTILINE)
+    assert beyond == [(s, name) for s, table in EXTENDED_SETS.items() for name in table if name not in SETS[s]]
+
+
+def test_the_table_of_blocks_is_the_library():
+    from sase_blocks.blocks import block_graph, create_block, list_blocks
+
+    rows = re.findall(r'^\| `(\w+)` \| \S.* \| `(.+)` \| ([\d,]+) \|$', (ROOT / 'docs' / 'blocks.md').read_text(), re.M)
+    expected = []
+    for name in list_blocks():
+        parameters = sum(p.numel() for p in create_block(name, 256).parameters())
+        expected.append((name, block_graph(name).formula, f'{parameters:,}'))
+    assert rows == expected

@@ -10,7 +10,7 @@ import torch
 
 from sase_blocks import SASE, AttentionBlock, Genotype, create_block, list_blocks
 from sase_blocks.blocks.genotype import SASE_GENOTYPE
-from sase_blocks.ops import SETS
+from sase_blocks.ops import EXTENDED_SETS, SETS
 
 SAMPLE = [Genotype.random(seed) for seed in range(200)]
 
@@ -37,6 +37,18 @@ def test_the_space_has_117649_blocks():
         size *= len(SETS[set_name])
     assert size == 117_649
     assert len(set(SAMPLE)) > 195
+
+
+def test_the_extended_space():
+    draws = [Genotype.random(seed, EXTENDED_SETS) for seed in range(300)]
+    for edge, set_name in Genotype.SET_OF.items():
+        assert {getattr(g, edge) for g in draws} == set(EXTENDED_SETS[set_name])
+    g = Genotype.parse('dct,norm,affine,project,avg,conv7x7_norm')
+    assert Genotype.parse(str(g)) == Genotype.from_json(g.to_json()) == g
+    with pytest.raises(ValueError, match="the paper has no operation for channel_squeeze='dct', channel_excite='norm'"):
+        g.to_paper()
+    only = {'channel_squeeze': ['avg'], 'channel_excite': ['fc'], 'spatial_squeeze': ['max'], 'spatial_excite': ['norm']}
+    assert str(Genotype.random(sets=only)) == 'avg,fc,fc,max,max,norm'
 
 
 def test_random_is_seeded_and_reaches_every_operation():

@@ -12,12 +12,15 @@ from sase_blocks.ops.primitive import turn_positive_
 from .base import AttentionModule
 from .graph import MAP, Edge, Graph
 
+# torch 2.6 cannot tell export from compilation.
+is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+
 
 def neighbourhood_matrix(size: int, extent: int, like: Tensor) -> Tensor:
     """Averages over 2e - 1 positions at every e-th, repeated to the nearest, as a matrix (size, size).
 
-    Pooling and interpolation in one: the small map between them, whose size may be 1, would pin an exported network
-    to the sizes for which it is, or is not.
+    Pooling and interpolation in one, for export: the small map between them, whose size may be 1, would pin the
+    exported network to the sizes for which it is, or is not. It costs more traffic than the two steps.
     """
     i = torch.arange(size, device=like.device)[:, None]
     j = torch.arange(size, device=like.device)[None, :]
@@ -66,6 +69,8 @@ class GatherExcite(AttentionModule):
             gather += [nn.Conv2d(channels, channels, 3, 2, 1, groups=channels, bias=False, **kwargs)]
             gather += [BatchNorm2d(channels, **kwargs)]
         self.parametric = parameters
+        if not parameters:
+            gather = [nn.AvgPool2d(2 * extent - 1, extent, extent - 1, count_include_pad=False)]
         self.gather = nn.Sequential(*gather)
         hidden = max(1, channels // 16)
         self.excite = (
@@ -83,12 +88,14 @@ class GatherExcite(AttentionModule):
             turn_positive_(self.excite[0].weight)  # type: ignore[arg-type]
 
     def gate(self, x: Tensor) -> Tensor:
-        if self.parametric:
-            g = F.interpolate(self.excite(self.gather(x)), size=(x.shape[2], x.shape[3]), mode='nearest')
-        else:  # the excitation is of each position alone, so the order does not matter
-            rows = neighbourhood_matrix(x.shape[2], self.extent, x)
-            columns = neighbourhood_matrix(x.shape[3], self.extent, x)
-            g = self.excite(rows @ x @ columns.transpose(0, 1))
+        size = (x.shape[2], x.shape[3])
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out what is under such a line alone
+            if not self.parametric and is_exporting():
+                rows = neighbourhood_matrix(size[0], self.extent, x)
+                columns = neighbourhood_matrix(size[1], self.extent, x)
+                # The excitation is of each position alone, so the order does not matter.
+                return torch.sigmoid(self.excite(rows @ x @ columns.transpose(0, 1)))
+        g = F.interpolate(self.excite(self.gather(x)), size=size, mode='nearest')
         return torch.sigmoid(g)
 
     def graph(self) -> Graph:

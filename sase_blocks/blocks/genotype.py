@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import json
 import random as _random
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import ClassVar
 
-from sase_blocks.ops import SETS, primitive_name
+from sase_blocks.ops import EXTENDED_SETS, SETS, primitive_name
 
 
 @dataclass(frozen=True)
 class Genotype:
     """Six named operations, one an edge of the block, in the paper's edge order.
 
-    Each argument takes a primitive's name or the paper's key and is stored as the name.
+    Each argument takes a primitive's name or the paper's key and is stored as the name. The paper chooses from
+    ``ops.SETS``, 7 operations a set; the larger ``ops.EXTENDED_SETS`` are accepted as well.
 
     Args:
-        channel_squeeze: edge 0, x -> q, from ``ops.CHANNEL_SQUEEZE``.
-        channel_excite: edge 1, q -> c, the channel attention, from ``ops.CHANNEL_EXCITE``.
-        gate_excite: edge 2, q -> d, the gate on what edge 3 reads, from ``ops.CHANNEL_EXCITE``.
-        gated_squeeze: edge 3, d * x -> s, from ``ops.SPATIAL_SQUEEZE``.
-        spatial_squeeze: edge 4, x -> s, from ``ops.SPATIAL_SQUEEZE``.
-        spatial_excite: edge 5, s -> a, the spatial attention, from ``ops.SPATIAL_EXCITE``.
+        channel_squeeze: edge 0, x -> q, from the channel squeezes.
+        channel_excite: edge 1, q -> c, the channel attention, from the channel excitations.
+        gate_excite: edge 2, q -> d, the gate on what edge 3 reads, from the channel excitations.
+        gated_squeeze: edge 3, d * x -> s, from the spatial squeezes.
+        spatial_squeeze: edge 4, x -> s, from the spatial squeezes.
+        spatial_excite: edge 5, s -> a, the spatial attention, from the spatial excitations.
 
     Raises:
         ValueError: an unknown name; the text lists the valid ones and suggests the nearest.
@@ -108,14 +109,24 @@ class Genotype:
         return cls(**value)
 
     def to_paper(self) -> tuple[str, ...]:
-        """The authors' six keys in edge order."""
-        return tuple(str(SETS[s][getattr(self, edge)].paper_key) for edge, s in self.SET_OF.items())
+        """The authors' six keys in edge order. Raises ValueError where an operation is not one of the paper's."""
+        keys = {edge: EXTENDED_SETS[s][getattr(self, edge)].paper_key for edge, s in self.SET_OF.items()}
+        strangers = [f'{edge}={getattr(self, edge)!r}' for edge, key in keys.items() if key is None]
+        if strangers:
+            raise ValueError(f'the paper has no operation for {", ".join(strangers)}; its sets are ops.SETS')
+        return tuple(str(key) for key in keys.values())
 
     @classmethod
-    def random(cls, seed: int | None = None) -> Genotype:
-        """One of the 117,649 genotypes, uniformly; the same one for the same seed."""
+    def random(cls, seed: int | None = None, sets: Mapping[str, Collection[str]] = SETS) -> Genotype:
+        """One genotype of a space, uniformly; the same one for the same seed.
+
+        Args:
+            seed: of the draw; None for a different one each time.
+            sets: the names to choose from in each of the four sets; by default the paper's 117,649 genotypes.
+                ``ops.EXTENDED_SETS`` is the larger space.
+        """
         rng = _random.Random(seed)
-        return cls(*(rng.choice(list(SETS[s])) for s in cls.SET_OF.values()))
+        return cls(*(rng.choice(list(sets[s])) for s in cls.SET_OF.values()))
 
 
 # The block found by the paper's second-order search on CIFAR-10, seed 2.

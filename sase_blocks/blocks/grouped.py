@@ -25,7 +25,7 @@ def group_similarity(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: 
 
 
 class SpatialGroupEnhance(AttentionModule):
-    """Spatial group-wise enhance (arXiv 1905.09646, eq. 1 to 5): y = x * sigmoid(a), one gate a group and position.
+    """Spatial group-wise enhance (arXiv 1905.09646, section 3): y = x * sigmoid(a), one gate a group and position.
 
     64 groups, the paper's choice for ResNets; at other widths the greatest common divisor with 64. The scale starts at
     0 and the shift at 1, as in the authors' code.
@@ -70,7 +70,7 @@ def instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
 
 
 class EfficientMultiScaleAttention(AttentionModule):
-    """Efficient multi-scale attention (arXiv 2305.13563, section 3.2, figure 2b): y = x * sigmoid(s_1 + s_2).
+    """Efficient multi-scale attention (arXiv 2305.13563, section 3): y = x * sigmoid(s_1 + s_2).
 
     In each of G groups of C / G channels, with the same weights: a strip branch u = norm(x * sigmoid(F(h)) *
     sigmoid(F(w))) with a shared 1x1 convolution F, and v = 3x3 convolution of x; s_1 = softmax(avg(u)) . v and

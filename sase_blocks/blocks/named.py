@@ -27,12 +27,12 @@ def se(channels: int, **kwargs: Any) -> nn.Module:
 
 
 def ese(channels: int, **kwargs: Any) -> nn.Module:
-    """Effective SE of CenterMask (arXiv 1911.06667, eq. 4)."""
+    """Effective SE of CenterMask (arXiv 1911.06667, the eSE module)."""
     return ChannelAttention(channels, 'avg', 'fc', **kwargs)
 
 
 def eca(channels: int, **kwargs: Any) -> nn.Module:
-    """Efficient channel attention (arXiv 1910.03151, eq. 5, 9 and 12)."""
+    """Efficient channel attention (arXiv 1910.03151, section 3)."""
     return ChannelAttention(channels, 'avg', 'conv_eca', **kwargs)
 
 
@@ -73,12 +73,12 @@ def scse(channels: int, **kwargs: Any) -> nn.Module:
 
 
 def gc(channels: int, **kwargs: Any) -> nn.Module:
-    """Global context block (arXiv 1904.11492, eq. 5) that scales x, as in timm."""
+    """Global context block (arXiv 1904.11492, section 3.3) that scales x, as in timm."""
     return ChannelAttention(channels, 'attention', 'mlp_norm', **kwargs)
 
 
 def gca(channels: int, **kwargs: Any) -> nn.Module:
-    """Global context block (arXiv 1904.11492, eq. 5) that adds to x, as in the paper."""
+    """Global context block (arXiv 1904.11492, section 3.3) that adds to x, as in the paper."""
     return ChannelAttention(channels, 'attention', 'mlp_norm', add=True, **kwargs)
 
 
@@ -98,22 +98,22 @@ def ge_plus(channels: int, **kwargs: Any) -> nn.Module:
 
 
 def srm(channels: int, **kwargs: Any) -> nn.Module:
-    """Style-based recalibration module (arXiv 1903.10829, eq. 1 to 6)."""
+    """Style-based recalibration module (arXiv 1903.10829, section 3)."""
     return ChannelAttention(channels, 'style', 'norm', **kwargs)
 
 
 def gct(channels: int, **kwargs: Any) -> nn.Module:
-    """Gated channel transformation (arXiv 1909.11519, eq. 2 to 4); starts as the identity."""
+    """Gated channel transformation (arXiv 1909.11519, section 3); starts as the identity."""
     return ChannelAttention(channels, 'l2', 'norm_tanh', **kwargs)
 
 
 def fca(channels: int, **kwargs: Any) -> nn.Module:
-    """Frequency channel attention, FcaNet (arXiv 2012.11879, eq. 8 to 11), its sixteen best frequencies."""
+    """Frequency channel attention, FcaNet (arXiv 2012.11879, section 3), its sixteen best frequencies."""
     return ChannelAttention(channels, 'dct', 'mlp', **kwargs)
 
 
 def gsop(channels: int, **kwargs: Any) -> nn.Module:
-    """Global second-order pooling along the channels, GSoP-Net (arXiv 1811.12006, section 3.1)."""
+    """Global second-order pooling along the channels, GSoP-Net (arXiv 1811.12006, section 3)."""
     return ChannelAttention(channels, 'gsop', 'identity', **kwargs)
 
 

@@ -21,7 +21,7 @@ def inverse_energy(x: Tensor, lambda_: float) -> Tensor:
 
 
 class SimAM(AttentionModule):
-    """SimAM (Yang et al., ICML 2021, eq. 5 and 8): y = x * sigmoid(1 / e), one gate for every element of x.
+    """SimAM (Yang et al., ICML 2021, section 3): y = x * sigmoid(1 / e), one gate for every element of x.
 
     Args:
         channels: C, at least 1.

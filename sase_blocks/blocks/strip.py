@@ -82,7 +82,7 @@ class SimpleCoordinateAttention(AttentionModule):
 
 
 class EfficientLocalAttention(AttentionModule):
-    """Efficient local attention (arXiv 2403.01123, eq. 5 to 7, its form ELA-B): y = x * gate_h * gate_w.
+    """Efficient local attention (arXiv 2403.01123, section 3, its form ELA-B): y = x * gate_h * gate_w.
 
     gate = sigmoid(GroupNorm(depthwise convolution of size 7)), 16 groups (at other widths the greatest common divisor
     with 16). timm's ``ela`` has a SiLU before the sigmoid and one group.

@@ -17,7 +17,7 @@ def z_pool(x: Tensor, dim: int) -> Tensor:
 
 
 class TripletAttention(AttentionModule):
-    """Triplet attention (arXiv 2010.03045, eq. 1 to 4): y = x * (gate_cw + gate_hc + gate_hw) / 3.
+    """Triplet attention (arXiv 2010.03045, section 3): y = x * (gate_cw + gate_hc + gate_hw) / 3.
 
     Each gate is a 7 x 7 convolution of the maximum and the mean over the third axis, batch norm and a sigmoid. Nothing
     is rotated: a gate over two axes broadcasts along the third.

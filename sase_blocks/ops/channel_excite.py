@@ -29,7 +29,7 @@ def channel_affine(q: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def eca_kernel_size(channels: int, gamma: int = 2, bias: int = 1) -> int:
-    """The odd size near log2(C) / gamma + bias / gamma of ECA (arXiv 1910.03151, eq. 12), at least 3 as in timm."""
+    """The odd size near log2(C) / gamma + bias / gamma of ECA (arXiv 1910.03151, section 3.2), at least 3 as in timm."""
     size = int(abs(math.log2(channels) + bias) / gamma)
     return max(size if size % 2 else size + 1, 3)
 
@@ -184,7 +184,7 @@ class ChannelIdentity(ChannelExcite):
 
 
 class ChannelNorm(ChannelExcite):
-    """Batch norm of the statistic, as in SRM (arXiv 1903.10829, eq. 5)."""
+    """Batch norm of the statistic, as in SRM (arXiv 1903.10829, section 3)."""
 
     gated = False
 
@@ -200,7 +200,7 @@ class ChannelNorm(ChannelExcite):
 
 
 class ChannelNormTanh(ChannelExcite):
-    """Channel normalisation and tanh gate of the gated channel transformation (arXiv 1909.11519, eq. 3 and 4).
+    """Channel normalisation and tanh gate of the gated channel transformation (arXiv 1909.11519, section 3).
 
     The gate is 1 + tanh(...), in (0, 2); its parameters start at zero, hence at a gate of 1.
     """
@@ -221,7 +221,7 @@ class ChannelNormTanh(ChannelExcite):
 
 
 class ChannelFC(ChannelExcite):
-    """One C -> C linear layer with bias and a hard sigmoid: effective SE of CenterMask (arXiv 1911.06667, eq. 4)."""
+    """One C -> C linear layer with bias and a hard sigmoid: effective SE of CenterMask (arXiv 1911.06667, the eSE module)."""
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
@@ -236,7 +236,7 @@ class ChannelFC(ChannelExcite):
 
 
 class ChannelConvECA(ChannelConv):
-    """One convolution whose size follows the number of channels: ECA (arXiv 1910.03151, eq. 5, 9 and 12)."""
+    """One convolution whose size follows the number of channels: ECA (arXiv 1910.03151, section 3)."""
 
     kernel_sizes = ()
 
@@ -286,7 +286,7 @@ class ChannelMLPHalf(ChannelMLP):
 
 
 class ChannelMLPNorm(ChannelExcite):
-    """C -> C // 16 -> layer norm -> ReLU -> C with biases, no gate: the transform of GCNet (1904.11492, eq. 5).
+    """C -> C // 16 -> layer norm -> ReLU -> C with biases, no gate: the transform of GCNet (1904.11492, section 3.3).
 
     The second layer starts as any other; timm and the authors' code start it at zero where its result is added.
     """

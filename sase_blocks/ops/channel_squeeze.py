@@ -230,27 +230,38 @@ DCT_FREQUENCIES = (
 
 
 def dct_basis(frequencies: Tensor, size: int) -> Tensor:
-    """Orthonormal DCT-II rows (F, size) for the given (F,) integer frequencies."""
-    position = (torch.arange(size, device=frequencies.device) + 0.5).to(torch.float64)
-    frequency = frequencies[:, None].to(torch.float64)
-    return torch.cos(math.pi / size * frequency * position) * torch.sqrt((1 + (frequency > 0).to(torch.float64)) / size)
+    """Orthonormal DCT-II rows (F, size) for the given (F,) frequencies."""
+    position = torch.arange(size, device=frequencies.device, dtype=frequencies.dtype) + 0.5
+    frequency = frequencies[:, None]
+    wave = torch.cos(math.pi / size * frequency * position)
+    return wave * torch.sqrt((1 + (frequency > 0).to(frequencies.dtype)) / size)
+
+
+def octal_digits(numbers: list[int], like: Tensor) -> Tensor:
+    """The eight octal digits of each number, the lowest first, as one tensor: (8 N,). fp32 holds their 24 bits."""
+    power = torch.pow(8.0, torch.arange(8, device=like.device, dtype=like.dtype))
+    shifted = torch.cat([torch.floor(number / power) for number in numbers])
+    return shifted - 8 * torch.floor(shifted / 8)
 
 
 @torch.fx.wrap
 def channel_dct(x: Tensor, rows: list[int], columns: list[int], height: int, width: int) -> Tensor:
-    """One DCT coefficient a channel: channel c of C has the frequency c * F // C of the F given ones.
+    """One of sixteen DCT coefficients a channel: channel c of C has the frequency number c * 16 // C.
 
     x (B, C, H, W) is average-pooled to height x width first where it has another size; frequencies count in units of a
-    7 x 7 spectrum, so those of a larger map are multiplied by height // 7 and width // 7. -> (B, C, 1, 1).
+    7 x 7 spectrum, so those of a larger map are multiplied by height // 7 and width // 7. rows, columns: the sixteen
+    frequencies as the octal digits of two numbers, the first one lowest: a tensor of them would be copied from the host
+    at every call, which stops a CUDA graph. -> (B, C, 1, 1).
     """
-    u = torch.tensor(rows, device=x.device) * max(1, height // 7)
-    v = torch.tensor(columns, device=x.device) * max(1, width // 7)
     wide = widen(x)
+    u = octal_digits(rows, wide) * max(1, height // 7)
+    v = octal_digits(columns, wide) * max(1, width // 7)
     pool_h = pooling_matrix(x.shape[2], height, wide)
     pool_w = pooling_matrix(x.shape[3], width, wide)
-    of_channel = torch.arange(x.shape[1], device=x.device) * len(rows) // x.shape[1]
-    weight_h = (dct_basis(u, height).to(wide.dtype) @ pool_h)[of_channel]  # (C, H)
-    weight_w = (dct_basis(v, width).to(wide.dtype) @ pool_w)[of_channel]  # (C, W)
+    of_channel = torch.arange(x.shape[1], device=x.device) * 16 // x.shape[1]
+    # Sums of products, not matrix products: autocast would run those in half precision.
+    weight_h = (dct_basis(u, height)[:, :, None] * pool_h).sum(1)[of_channel]  # (C, H)
+    weight_w = (dct_basis(v, width)[:, :, None] * pool_w).sum(1)[of_channel]  # (C, W)
     weight = weight_h[:, :, None] * weight_w[:, None, :]
     return narrow((wide * weight).sum((2, 3), keepdim=True), x)
 
@@ -299,7 +310,7 @@ class ChannelAvgPlusMax(ChannelSqueeze):
 
 
 class ChannelAttentionPool(ChannelSqueeze):
-    """Attention pooling of GCNet (arXiv 1904.11492, eq. 5): the mean weighted by a softmax over all positions.
+    """Attention pooling of GCNet (arXiv 1904.11492, section 3.3): the mean weighted by a softmax over all positions.
 
     Without the bias that timm and the authors' code have: a softmax does not depend on it.
     """
@@ -317,7 +328,7 @@ class ChannelAttentionPool(ChannelSqueeze):
 
 
 class ChannelStyle(ChannelSqueeze):
-    """Style pooling and channel-wise full connection of SRM (arXiv 1903.10829, eq. 1 to 4): a mean and a deviation."""
+    """Style pooling and channel-wise full connection of SRM (arXiv 1903.10829, section 3): a mean and a deviation."""
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
@@ -332,7 +343,7 @@ class ChannelStyle(ChannelSqueeze):
 
 
 class ChannelL2(ChannelSqueeze):
-    """Global context embedding of the gated channel transformation (arXiv 1909.11519, eq. 2): weighted 2-norm."""
+    """Global context embedding of the gated channel transformation (arXiv 1909.11519, section 3): weighted 2-norm."""
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
@@ -348,7 +359,7 @@ class ChannelL2(ChannelSqueeze):
 
 
 class ChannelDCT(ChannelSqueeze):
-    """Multi-spectral pooling of FcaNet (arXiv 2012.11879, eq. 8 to 11), with its sixteen best frequencies.
+    """Multi-spectral pooling of FcaNet (arXiv 2012.11879, section 3), with its sixteen best frequencies.
 
     The spectrum is that of a ``feat_size`` map, 7 x 7 by default; a map of another size is average-pooled to it, as in
     the authors' code. Ours: any number of channels, of which each sixteenth has one frequency.
@@ -357,15 +368,16 @@ class ChannelDCT(ChannelSqueeze):
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
         self.height, self.width = self.feat_size or (7, 7)
-        self.rows = [row for row, _ in DCT_FREQUENCIES]
-        self.columns = [column for _, column in DCT_FREQUENCIES]
+        halves = (DCT_FREQUENCIES[:8], DCT_FREQUENCIES[8:])
+        self.rows = [sum(row * 8**i for i, (row, _) in enumerate(half)) for half in halves]
+        self.columns = [sum(column * 8**i for i, (_, column) in enumerate(half)) for half in halves]
 
     def squeeze(self, x: Tensor) -> Tensor:
         return channel_dct(x, self.rows, self.columns, self.height, self.width)
 
 
 class ChannelGSoP(ChannelSqueeze):
-    """Second-order pooling of GSoP-Net (arXiv 1811.12006, section 3.1 and figure 2), as in the authors' code.
+    """Second-order pooling of GSoP-Net (arXiv 1811.12006, section 3), as in the authors' code.
 
     A 1x1 convolution, batch norm and ReLU take x to c = min(128, C) channels; their c x c covariance over the
     positions is batch-normalised, each row becomes four numbers by its own kernel, and a linear map gives C.
