@@ -6,6 +6,7 @@ formula, written out here in plain torch. All in float64, to 1e-9, values and th
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,12 +14,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import create_attn
+from timm.models.cspnet import model_cfgs
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
 from sase_blocks import create_block, list_blocks
 from sase_blocks.blocks import (
     BLOCKS,
+    AttentionModule,
     ChannelAttention,
     GatherExcite,
     ParallelAttention,
@@ -484,3 +487,26 @@ def test_in_timms_slot(name):
     inside = [(key, p) for key, p in model.named_parameters() if '.se.' in key]
     assert (len(inside) > 0) == (PARAMETERS[name] > 0)
     assert all(p.grad is not None and p.grad.isfinite().all() for _, p in inside)
+
+
+# A small model of each family of timm that takes an attention from outside, and how.
+SLOTS: list[tuple[str, Callable[[object], dict]]] = [
+    ('resnet10t', lambda layer: {'block_args': {'attn_layer': layer}}),
+    ('res2net50_14w_8s', lambda layer: {'block_args': {'attn_layer': layer}, 'layers': (1, 1, 1, 1)}),
+    ('skresnet18', lambda layer: {'block_args': {'attn_layer': layer}}),
+    ('resnet51q', lambda layer: {'attn_layer': layer}),
+    ('dm_nfnet_f0', lambda layer: {'attn_layer': layer, 'depths': (1, 1, 1, 1), 'attn_kwargs': {}}),
+    ('cspresnet50', lambda layer: {'stages': replace(model_cfgs['cspresnet50'].stages, attn_layer=(layer,) * 4)}),
+    ('ese_vovnet19b_slim', lambda layer: {'attn': layer}),
+    ('efficientnet_b0', lambda layer: {'se_layer': layer}),
+]
+
+
+@pytest.mark.parametrize('name', ['se', 'cbam', 'gca', 'coord'])
+@pytest.mark.parametrize(('model', 'arguments'), SLOTS, ids=[slot[0] for slot in SLOTS])
+def test_in_every_family_with_a_slot(model, arguments, name):
+    net = timm.create_model(model, num_classes=2, **arguments(partial(create_block, name))).eval()
+    plain = timm.create_model(model, num_classes=2)
+    assert any(isinstance(module, AttentionModule) for module in net.modules())
+    assert not any(isinstance(module, AttentionModule) for module in plain.modules())
+    assert net(torch.randn(1, 3, 64, 64)).isfinite().all()

@@ -154,12 +154,15 @@ def list_blocks() -> list[str]:
     return list(BLOCKS)
 
 
-def create_block(block: str | Genotype, channels: int, **kwargs: Any) -> nn.Module:
+def create_block(block: str | Genotype, channels: int, *, act_layer: Any = None, **kwargs: Any) -> nn.Module:
     """Build an attention block, (B, C, H, W) -> (B, C, H, W).
+
+    ``functools.partial(create_block, 'cbam')`` fits ``attn_layer=`` or ``se_layer=`` of every timm model with a slot.
 
     Args:
         block: a name from ``list_blocks()``, a ``Genotype``, or a genotype's text or JSON.
         channels: C, at least 1.
+        act_layer: ignored; some of timm's models hand their activation to the attention, and a block has its paper's.
         **kwargs: ``feat_size``, ``device``, ``dtype``.
 
     Raises:

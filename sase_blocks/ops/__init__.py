@@ -65,6 +65,7 @@ from .channel_squeeze import (
     channel_p_norm,
     channel_style,
 )
+from .linear import BiasFreeLinear
 from .normalization import BatchNorm2d, GroupNorm
 from .primitive import Primitive, check_channels, check_features, mix
 from .spatial_excite import (
@@ -235,6 +236,7 @@ __all__ = [
     'SPATIAL_EXCITE',
     'SPATIAL_SQUEEZE',
     'BatchNorm2d',
+    'BiasFreeLinear',
     'ChannelAffine',
     'ChannelAttentionPool',
     'ChannelAvg',

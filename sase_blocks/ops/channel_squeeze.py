@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .linear import BiasFreeLinear
 from .normalization import BatchNorm2d
 from .primitive import (
     Primitive,
@@ -206,7 +207,7 @@ class ChannelSecondOrder(ChannelSqueeze):
         g = self.groups
         self.norm = BatchNorm2d(g, device=device, dtype=dtype)
         self.row_weight = nn.Parameter(torch.empty(g, g, device=device, dtype=dtype))
-        self.fc = nn.Linear(g, channels, bias=False, device=device, dtype=dtype)
+        self.fc = BiasFreeLinear(g, channels, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

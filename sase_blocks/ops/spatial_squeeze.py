@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .linear import BiasFreeLinear
 from .normalization import BatchNorm2d
 from .primitive import (
     Primitive,
@@ -234,7 +235,7 @@ class SpatialSecondOrder(SpatialSqueeze):
         p = self.grid * self.grid
         self.norm = BatchNorm2d(p, device=device, dtype=dtype)
         self.row_weight = nn.Parameter(torch.empty(p, p, device=device, dtype=dtype))
-        self.fc = nn.Linear(p, p, bias=False, device=device, dtype=dtype)
+        self.fc = BiasFreeLinear(p, p, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
