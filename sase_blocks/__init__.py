@@ -1,4 +1,4 @@
-"""sase-blocks: squeeze and excitation primitives, the SASE block, and timm models with them.
+"""sase-blocks: squeeze and excitation primitives, attention blocks made of them, and how they get into a network.
 
 ``import sase_blocks`` registers the models: ``timm.create_model('resnet50_sase')``.
 """
@@ -16,6 +16,7 @@ from .blocks import (
     list_blocks,
 )
 from .convert import convert_paper_state_dict, load_checkpoint
+from .insert import insert, remove
 from .models import register_resnet
 
 try:
@@ -32,7 +33,9 @@ __all__ = [
     'compile_blocks',
     'convert_paper_state_dict',
     'create_block',
+    'insert',
     'list_blocks',
     'load_checkpoint',
     'register_resnet',
+    'remove',
 ]

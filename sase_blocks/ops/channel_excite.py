@@ -30,7 +30,7 @@ def channel_affine(q: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def eca_kernel_size(channels: int, gamma: int = 2, bias: int = 1) -> int:
-    """The odd size near log2(C) / gamma + bias / gamma of ECA (arXiv 1910.03151, section 3.2), at least 3 as in timm."""
+    """The odd size near (log2(C) + bias) / gamma of ECA (arXiv 1910.03151, section 3.2), at least 3 as in timm."""
     size = int(abs(math.log2(channels) + bias) / gamma)
     return max(size if size % 2 else size + 1, 3)
 
@@ -107,8 +107,8 @@ class ChannelMLP(ChannelExcite):
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
         hidden = max(1, channels // self.reduction)
-        # Linear layers, not 1x1 convolutions: the same numbers, and a wide convolution in the graph makes a compiler copy x
-        # into channels_last first, which is two more traversals of it.
+        # Linear layers, not 1x1 convolutions: the same numbers, and a wide convolution in the graph makes a compiler
+        # copy x into channels_last first, which is two more traversals of it.
         self.fc1 = BiasFreeLinear(channels, hidden, device=device, dtype=dtype)
         self.fc2 = BiasFreeLinear(hidden, channels, device=device, dtype=dtype)
         self.reset_parameters()
@@ -222,7 +222,7 @@ class ChannelNormTanh(ChannelExcite):
 
 
 class ChannelFC(ChannelExcite):
-    """One C -> C linear layer with bias and a hard sigmoid: effective SE of CenterMask (arXiv 1911.06667, the eSE module)."""
+    """One C -> C linear layer with bias and a hard sigmoid: the eSE module of CenterMask (arXiv 1911.06667)."""
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)

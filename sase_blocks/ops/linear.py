@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class BiasFreeLinear(nn.Module):
     """y = x W^T. Shape: (..., in_features) -> (..., out_features); the weight starts as that of ``nn.Linear``.
 
-    Some of timm's networks set the bias of every ``nn.Linear`` they find to zero, and fail where there is none (VoVNet),
-    or draw the weights anew (EfficientNet); an attention in their slot keeps its start with this one.
+    Some of timm's networks set the bias of every ``nn.Linear`` that they find to zero, and fail where there is none
+    (VoVNet), or draw the weights anew (EfficientNet); an attention in their slot keeps its start with this one.
     """
 
     def __init__(self, in_features: int, out_features: int, *, device: Any = None, dtype: Any = None) -> None:
