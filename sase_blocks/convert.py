@@ -155,9 +155,9 @@ def _attention_keys(model: nn.Module) -> list[list[str]]:
 
 
 def _prepare(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[StateDict, list[str]]:
-    """The state dict in this library's names, with the model's values for each group of attention that it has no key of.
+    """The state dict in this library's names, filled up with the model's values, and the keys that were filled in.
 
-    Returns it and the keys that were filled in.
+    Filled up is each group of attention that the state dict has no key of.
     """
     state = unwrap_state_dict(state_dict)
     if is_paper_state_dict(state):

@@ -23,11 +23,11 @@ def block_builder(genotype: str | Genotype | None) -> BlockBuilder | None:
     return None if genotype is None or genotype == 'none' else resolve_block(genotype)
 
 
-def check_stages(stages: Any, depth: int) -> tuple[int, ...]:
-    """``attn_stages`` as sorted distinct stage numbers from 1 to ``depth``. Raises ValueError with the value."""
+def check_stages(stages: Any, depth: int, argument: str = 'attn_stages') -> tuple[int, ...]:
+    """``stages`` as sorted distinct numbers from 1 to ``depth``. Raises ValueError with the argument and value."""
     values = [stages] if isinstance(stages, int) else list(stages) if isinstance(stages, Iterable) else [stages]
     if any(isinstance(s, bool) or not isinstance(s, int) or not 1 <= s <= depth for s in values):
-        raise ValueError(f'attn_stages takes stage numbers from 1 to {depth}, got {stages!r}')
+        raise ValueError(f'{argument} takes stage numbers from 1 to {depth}, got {stages!r}')
     return tuple(sorted(set(values)))
 
 

@@ -1,0 +1,127 @@
+"""Where the residual branch of the blocks of known networks ends: one row a block class, from timm and torchvision.
+
+The place is the papers': behind the last norm of the branch, before the shortcut is added. Ours, where no paper says
+it: ConvNeXt and pre-activation RegNet, whose norm stands earlier (the end of the branch, behind the layer scale), the
+blocks of mobile networks that change size and add no shortcut (their end), and DenseNet, which adds nothing anywhere
+(the new features of each dense layer). Rows are classes of blocks and not of
+networks, so that a backbone inside a detector or a segmentation model is known too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from timm.models import _efficientnet_blocks as mbconv
+from timm.models import convnext, densenet, regnet, res2net, resnet, sknet
+from torch import nn
+from torchvision.models import convnext as tv_convnext
+from torchvision.models import densenet as tv_densenet
+from torchvision.models import efficientnet as tv_efficientnet
+from torchvision.models import mobilenetv2 as tv_mobilenetv2
+from torchvision.models import mobilenetv3 as tv_mobilenetv3
+from torchvision.models import regnet as tv_regnet
+from torchvision.models import resnet as tv_resnet
+
+from .surgery import AFTER, BASIC_BLOCK, BEFORE, BOTTLENECK, SLOT, plain_class
+
+KNOWN = (
+    "timm's ResNets and what shares their slot (Res2Net, SKNet, SE-ResNet, ...), torchvision's ResNet, ResNeXt and "
+    'Wide ResNet, and from both ConvNeXt, EfficientNet, MobileNetV2/V3, RegNet, DenseNet'
+)
+
+
+Site = tuple[str, str]  # a child of the block, '' for the block itself, and one of the ways of surgery.py
+
+
+class Family(NamedTuple):
+    """How a class of blocks takes attention.
+
+    Args:
+        site: where and how a given block takes it; None for a block that is not one (an option took its shortcut away).
+        channels: the number of channels there, read from the last layer of the branch.
+        stage: a pattern on the block's name whose group is the number of its stage, and the number of the first; None:
+            blocks in a row with a shortcut and the same width are a stage.
+        norm: the last norm of the branch: who names it with ``where`` means this site.
+    """
+
+    site: Callable[[Any], Site | None]
+    channels: Callable[[Any], int]
+    stage: tuple[str, int] | None = None
+    norm: str = ''
+
+
+def _always(at: str, how: str) -> Callable[[Any], Site]:
+    return lambda block: (at, how)
+
+
+_LAYER = (r'(?:^|\.)layer(\d+)\b', 1)
+_STAGES = (r'(?:^|\.)stages[._](\d+)\b', 0)
+_BLOCKS = (r'(?:^|\.)blocks\.(\d+)\b', 0)
+_S = (r'(?:^|\.)s(\d+)\b', 1)
+_TRUNK = (r'(?:^|\.)block(\d+)\b', 1)
+_DENSE = (r'denseblock(\d+)\b', 1)
+
+# The residual branch of timm's blocks ends in a child that drops paths; torchvision's often is one nn.Sequential.
+_BASIC = Family(_always('se', SLOT), lambda b: b.conv2.out_channels, _LAYER, 'bn2')
+_BOTTLE = Family(_always('se', SLOT), lambda b: b.conv3.out_channels, _LAYER, 'bn3')
+_MBCONV = Family(
+    lambda b: ('drop_path', BEFORE) if b.has_skip else ('', AFTER), lambda b: b.conv_pwl.out_channels, _BLOCKS, 'bn3'
+)
+_REGNET = Family(lambda b: None if b.downsample is None else ('drop_path', BEFORE), lambda b: b.conv3.out_channels, _S)
+_DENSE_LAYER = Family(_always('conv2', AFTER), lambda b: b.conv2.out_channels, _DENSE)
+_TV_BLOCK = Family(_always('block', AFTER), lambda b: b.out_channels)
+
+FAMILIES: dict[type[nn.Module], Family] = {
+    resnet.BasicBlock: _BASIC,
+    resnet.Bottleneck: _BOTTLE,
+    res2net.Bottle2neck: _BOTTLE,
+    sknet.SelectiveKernelBasic: _BASIC._replace(channels=lambda b: b.conv2.conv.out_channels, norm='conv2.bn'),
+    sknet.SelectiveKernelBottleneck: _BOTTLE._replace(channels=lambda b: b.conv3.conv.out_channels, norm='conv3.bn'),
+    tv_resnet.BasicBlock: _BASIC._replace(site=_always('', BASIC_BLOCK)),
+    tv_resnet.Bottleneck: _BOTTLE._replace(site=_always('', BOTTLENECK)),
+    convnext.ConvNeXtBlock: Family(_always('drop_path', BEFORE), lambda b: b.conv_dw.out_channels, _STAGES),
+    tv_convnext.CNBlock: Family(_always('stochastic_depth', BEFORE), lambda b: len(b.layer_scale)),
+    mbconv.DepthwiseSeparableConv: _MBCONV._replace(channels=lambda b: b.conv_pw.out_channels, norm='bn2'),
+    mbconv.InvertedResidual: _MBCONV,
+    mbconv.CondConvResidual: _MBCONV,
+    mbconv.EdgeResidual: _MBCONV._replace(norm='bn2'),
+    mbconv.UniversalInvertedResidual: _MBCONV._replace(channels=lambda b: b.pw_proj.conv.out_channels, norm=''),
+    mbconv.ConvBnAct: _MBCONV._replace(  # without a shortcut it is a plain convolution, such as a head's
+        site=lambda b: ('drop_path', BEFORE) if b.has_skip else None, channels=lambda b: b.conv.out_channels, norm='bn1'
+    ),
+    tv_efficientnet.MBConv: _TV_BLOCK,
+    tv_efficientnet.FusedMBConv: _TV_BLOCK,
+    tv_mobilenetv3.InvertedResidual: _TV_BLOCK,
+    tv_mobilenetv2.InvertedResidual: _TV_BLOCK._replace(site=_always('conv', AFTER)),
+    regnet.Bottleneck: _REGNET._replace(channels=lambda b: b.conv3.conv.out_channels, norm='conv3.bn'),
+    regnet.PreBottleneck: _REGNET,
+    tv_regnet.ResBottleneckBlock: Family(_always('f', AFTER), lambda b: b.f.c[0].out_channels, _TRUNK),
+    densenet.DenseLayer: _DENSE_LAYER,
+    tv_densenet._DenseLayer: _DENSE_LAYER,
+}
+_BY_FORWARD = {cls.forward: family for cls, family in FAMILIES.items()}
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The row of a block; None for anything else, a subclass with a forward of its own among it."""
+    return _BY_FORWARD.get(plain_class(module).forward)
+
+
+def numbered_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Family, int | None]]:
+    """Every known block of a network: its name, itself, its row, and its stage, counted from 1, None if unknown."""
+    stage, last_width = 0, 0
+    for name, module in model.named_modules():
+        family = family_of(module)
+        if family is None:
+            continue
+        if family.stage is None:
+            width = family.channels(module)
+            stage += width != last_width or not getattr(module, 'use_res_connect', True)
+            last_width = width
+            yield name, module, family, stage
+        else:
+            pattern, first = family.stage
+            match = re.search(pattern, name)
+            yield name, module, family, None if match is None else int(match[1]) - first + 1

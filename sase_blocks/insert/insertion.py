@@ -1,0 +1,374 @@
+"""``insert`` and ``remove``: everything is looked up, built and tried out first, so that a refusal changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from sase_blocks.blocks import Genotype, resolve_block
+from sase_blocks.ops.primitive import check_feat_size
+
+from .measure import Trace, run, run_block
+from .places import Place, Where, find_places
+from .report import InsertedPlace, InsertReport
+from .surgery import IdentityStart, attach, detach, mark_of
+
+Block = str | Genotype | Callable[..., nn.Module]
+
+# Wrappers of a network by the name of a class among their bases (importing them all would be slow), and what to do.
+_WRAPPERS = {
+    'DistributedDataParallel': 'DistributedDataParallel has already registered the parameters; insert before wrapping',
+    'FullyShardedDataParallel': 'FSDP has already sharded the parameters; insert before wrapping',
+    'FSDPModule': 'FSDP has already sharded the parameters; insert before fully_shard',
+    'DataParallel': 'it is wrapped in DataParallel; insert into model.module',
+    'DeepSpeedEngine': 'DeepSpeed has already taken over the parameters; insert before deepspeed.initialize',
+    'OptimizedModule': 'it is compiled, and its graph has no place for more; insert before torch.compile',
+    'ScriptModule': 'it is a TorchScript module, whose code is fixed; insert before torch.jit.script',
+}
+
+
+def insert(
+    model: nn.Module,
+    block: Block,
+    where: Where = None,
+    start: str = 'identity',
+    *,
+    stages: int | tuple[int, ...] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
+    example: Any = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> InsertReport:
+    """Put an attention block into a network, in place, without a change of any name in it.
+
+    Each new block follows its place in device, dtype, memory format and train or eval mode; its parameters are
+    trainable, also in a frozen network. A place that an earlier call filled with the same block is left alone.
+
+    Args:
+        model: the network.
+        block: a name of ``list_blocks()``, a ``Genotype`` or its text, or a callable of channels that builds a module
+            of (B, C, H, W) -> (B, C, H, W): a class, a ``partial``, a function. It is given ``feat_size=`` if it has
+            an argument of this name.
+        where: None for the papers' place, behind the last norm of every residual branch, in networks that are known
+            (docs/insertion.md lists them); a pattern over module names, ``'layer*.bn2'``, whose ``*`` matches dots
+            too; or a function ``(name, module) -> bool``. Attention follows each module that is named; in a residual
+            block that is known it stands at the papers' place.
+        start: 'identity': y = x + alpha (block(x) - x) with alpha = 0, the outputs of the network stay equal to the
+            bit (a block that starts as the identity by itself, such as gct, stands alone); 'paper': the block as its
+            paper initialises it.
+        stages: only in these stages, counted from 1 as in ``attn_stages``; None for all.
+        input_size: of an image, for the forward that finds channels and feature sizes and counts MACs: an int,
+            (H, W) or (C, H, W). Default: what a timm model says of itself; without either no forward is run.
+        example: instead of ``input_size``, the input itself, or a tuple of positional arguments.
+        optimizer: its new parameter groups get the new parameters, with the settings of its present ones; vectors
+            without weight decay. Make a learning-rate scheduler afterwards.
+
+    Returns:
+        The report; printed, a table of what was put where.
+
+    Raises:
+        TypeError: a model, block, ``where`` or optimizer of another type.
+        ValueError: a network that cannot be changed (lazy, on the meta device, quantised, compiled, scripted, wrapped
+            in DDP or FSDP), a ``where`` or stage that matches nothing, a place without channels, a block that changes
+            the shape, a place that holds another inserted block. The model is unchanged.
+    """
+    _check_model(model)
+    build, label = _builder(block)
+    if start not in ('identity', 'paper'):
+        raise ValueError(f"start must be 'identity' or 'paper', got {start!r}")
+    _check_optimizer(optimizer, model)
+    places = find_places(model, where, stages)
+    new, already = _sort_out(places, label, start)
+    for place in new:
+        _check_not_compiled(model, place)
+
+    args, given = _example(model, input_size, example)
+    trace, note = _trace(model, args, given, new)
+    built = [_build(model, place, build, label, trace, note) for place in new]
+    if len({id(b.block) for b in built}) < len(built):
+        raise ValueError(f'{label} gave the same module twice; it must build a new one at every call')
+    attentions = [
+        b.block if start == 'paper' or b.is_identity else _like(model, place, IdentityStart(b.block))
+        for place, b in zip(new, built, strict=True)
+    ]
+
+    before = sum(p.numel() for p in model.parameters())
+    old_keys = set(model.state_dict())
+    groups = [] if optimizer is None else list(optimizer.param_groups)
+    try:
+        for place, attention in zip(new, attentions, strict=True):
+            attach(place.holder, place.how, attention, place.slot, label, start)
+        parameters = {id(p): p for attention in attentions for p in attention.parameters()}
+        if optimizer is not None:
+            _extend(optimizer, model, set(parameters))
+    except BaseException:
+        for place in new:
+            detach(place.holder)
+        if optimizer is not None:
+            optimizer.param_groups[:] = groups
+        raise
+    keys = list(model.state_dict())
+    counts = [sum(p.numel() for p in attention.parameters()) for attention in attentions]
+    return InsertReport(
+        network=type(model).__name__,
+        block=label,
+        start=start,
+        places=tuple(
+            InsertedPlace(place.path, b.channels, b.size, count, b.macs)
+            for place, b, count in zip(new, built, counts, strict=True)
+        ),
+        already=tuple(place.path for place in already),
+        keys=tuple(key for key in keys if key not in old_keys),
+        model_keys=tuple(keys),
+        model_parameters=before,
+        model_macs=trace.macs if trace else None,
+        parameters=tuple(parameters.values()),
+        note=note,
+    )
+
+
+def remove(model: nn.Module) -> list[str]:
+    """Take every inserted attention out again, in place: the network is what it was before ``insert``.
+
+    Returns:
+        The names of what was removed; empty if nothing had been inserted.
+
+    Raises:
+        ValueError: the network is wrapped (DDP, FSDP) or compiled.
+    """
+    found = [(name, module, mark) for name, module in model.named_modules() if (mark := mark_of(module)) is not None]
+    if found:
+        _check_unwrapped(model)
+    for _, module, _ in found:
+        detach(module)
+    return [f'{name}.{mark.child}' if name else mark.child for name, _, mark in found]
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise for a network that cannot take an attention, with the reason."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model must be an nn.Module, got {type(model).__name__}')
+    _check_unwrapped(model)
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(('torch.ao.nn', 'torch.nn.quantized', 'torchao')):
+            what = name or type(model).__name__
+            raise ValueError(f'{what} is quantised or prepared for it; insert before, and quantise the whole network')
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f'{name} is lazy and has no shape yet; run one forward of the network first')
+        if tensor.is_meta:
+            raise ValueError(f'{name} is on the meta device and has no values; load or initialise the network first')
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or 'torchao' in type(parameter).__module__:
+            kind = parameter.dtype if type(parameter) is nn.Parameter else type(parameter).__name__
+            raise ValueError(f'{name} is quantised ({kind}); insert before, and quantise the whole network')
+        if any(base.__name__ == 'DTensor' for base in type(parameter).__mro__):
+            raise ValueError(f'{name} is sharded (DTensor); insert before the network is parallelised')
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        for base in type(module).__mro__:
+            if base.__name__ in _WRAPPERS and base.__module__.partition('.')[0] in ('torch', 'deepspeed'):
+                raise ValueError(f'{name or type(model).__name__}: {_WRAPPERS[base.__name__]}')
+
+
+def _builder(block: Block) -> tuple[Callable[..., nn.Module], str]:
+    """A callable of (channels, feat_size=...) and its name for the report."""
+    if isinstance(block, str | Genotype):
+        return resolve_block(block), str(block)
+    if isinstance(block, nn.Module):
+        raise TypeError(
+            f'block is one module, a {type(block).__name__}, and every place needs its own: give the class, or a '
+            f'function channels -> module'
+        )
+    if not callable(block):
+        raise TypeError(f'block must be a name, a Genotype or its text, or a callable of channels, got {block!r}')
+    function, label = block, ''
+    if isinstance(block, partial):
+        function = block.func
+        label = ', '.join([*map(repr, block.args), *(f'{k}={v!r}' for k, v in block.keywords.items())])
+    name = getattr(function, '__qualname__', type(function).__name__)
+    try:
+        takes_size = 'feat_size' in inspect.signature(block).parameters
+    except ValueError:  # something written in C has no signature
+        takes_size = False
+    build = block if takes_size else lambda channels, feat_size: block(channels)
+    return build, f'{name}({label})' if label else name
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f'optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}')
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group['params']):
+        raise ValueError(f'the optimizer holds no parameter of this {type(model).__name__}: it is for another network')
+
+
+def _sort_out(places: list[Place], label: str, start: str) -> tuple[list[Place], list[Place]]:
+    """Places to fill, and those that are filled with just this; another block there is an error."""
+    new, already = [], []
+    for place in places:
+        mark = mark_of(place.holder)
+        if mark is None:
+            new.append(place)
+        elif (mark.block, mark.start) == (label, start):
+            already.append(place)
+        else:
+            raise ValueError(
+                f'{place.path!r} is already {mark.block} with start={mark.start!r}, inserted before: remove(model) '
+                f'first, or choose other places'
+            )
+    return new, already
+
+
+def _check_not_compiled(model: nn.Module, place: Place) -> None:
+    parts = place.name.split('.') if place.name else []
+    around = [model.get_submodule('.'.join(parts[:depth])) for depth in range(len(parts) + 1)]
+    if any(getattr(module, '_compiled_call_impl', None) is not None for module in (*around, place.holder)):
+        raise ValueError(
+            f'{place.name or type(model).__name__} is compiled (module.compile()); insert before compiling'
+        )
+
+
+def _example(model: nn.Module, input_size: Any, example: Any) -> tuple[tuple[Any, ...] | None, bool]:
+    """The arguments for one forward, None if nothing is known, and whether the caller gave them."""
+    if example is not None:
+        if input_size is not None:
+            raise ValueError('give input_size or example, not both')
+        return (example if isinstance(example, tuple) else (example,)), True
+    given = input_size is not None
+    if not given:
+        config = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None)
+        input_size = (config.get('input_size') if isinstance(config, dict) else None) or None
+        if input_size is None:
+            return None, False
+        input_size = tuple(input_size)[-2:]  # the channels may be others than in the configuration
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = 3 if first is None else first.in_channels
+    if isinstance(input_size, tuple | list) and len(input_size) == 3:
+        channels, *input_size = input_size
+    try:
+        height, width = check_feat_size(tuple(input_size) if isinstance(input_size, list) else input_size, '')
+    except ValueError:
+        raise ValueError(
+            f'input_size must be an int, (H, W) or (C, H, W), each at least 1, got {input_size!r}'
+        ) from None
+    tensor = next((p for p in model.parameters()), torch.empty(0))
+    x = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+    return (x.to(device=tensor.device, dtype=tensor.dtype),), given
+
+
+def _trace(
+    model: nn.Module, args: tuple[Any, ...] | None, given: bool, places: list[Place]
+) -> tuple[Trace | None, str]:
+    """One forward, and why there was none. A forward that the caller asked for must succeed."""
+    if args is None:
+        return None, 'feature sizes and MACs are not known without a forward: give input_size='
+    try:
+        trace = run(model, args, [place.probe for place in places])
+    except Exception as error:
+        what = f'{type(error).__name__}: {error}'.splitlines()[0]
+        shapes = ', '.join(str(tuple(a.shape)) if isinstance(a, Tensor) else type(a).__name__ for a in args)
+        if given:
+            raise ValueError(f'the forward of {type(model).__name__} fails for an input of {shapes}: {what}') from error
+        return None, f'feature sizes and MACs are not known: the forward fails for {shapes} ({what}); give input_size='
+    trace.square = all(a.ndim == 4 and a.shape[2] == a.shape[3] for a in args if isinstance(a, Tensor))
+    return trace, ''
+
+
+def _shape_at(place: Place, trace: Trace | None) -> tuple[int, tuple[int, int] | None]:
+    """Channels and feature size at a place."""
+    at = f'{place.name!r} ({type(place.holder).__name__})'
+    if trace is None:
+        if place.channels is None:
+            raise ValueError(
+                f'{at} does not say how many channels it gives: give input_size= or example=, so that one forward can'
+            )
+        return place.channels, None
+    shapes = trace.of(place.probe)
+    if not shapes:
+        raise ValueError(f'{at} was not run by the forward of the network: attention there would do nothing')
+    maps = [shape for shape in shapes if not isinstance(shape, str) and len(shape) == 4]
+    if len(maps) < len(shapes):
+        wrong = next(shape for shape in shapes if shape not in maps)
+        raise ValueError(f'{at} gives {wrong}: attention needs a feature map of shape (B, C, H, W) there')
+    channels = {shape[1] for shape in maps}
+    if len(channels) > 1:
+        raise ValueError(f'{at} runs more than once, with {sorted(channels)} channels: no single attention fits')
+    _, c, h, w = max(maps)  # the largest, if it is run at several sizes
+    if trace.square and c == h != w and place.channels != c:
+        raise ValueError(f'{at} gives {(1, c, h, w)}, which looks like channels last; attention needs (B, C, H, W)')
+    return c, (h, w)
+
+
+class _Built(NamedTuple):
+    block: nn.Module
+    channels: int
+    size: tuple[int, int] | None
+    macs: int | None
+    is_identity: bool  # already by its own initialisation: alpha would get no gradient then, and give it none
+
+
+def _build(model: nn.Module, place: Place, build: Any, label: str, trace: Trace | None, note: str) -> _Built:
+    """The block for one place, tried out there on a random map."""
+    channels, size = _shape_at(place, trace)
+    at = f'{label} for {channels} channels at {place.path!r}'
+    try:
+        block = build(channels, feat_size=size)
+    except (ValueError, TypeError) as error:
+        hint = f' ({note})' if note and 'feat_size' in str(error) else ''
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f'{at}: {error}{hint}') from error
+    if not isinstance(block, nn.Module):
+        raise TypeError(f'{at}: expected an nn.Module, got {block!r}')
+    if any(is_lazy(t) or t.is_meta for t in (*block.parameters(), *block.buffers())):
+        raise ValueError(f'{at} is lazy or on the meta device; build it with values')
+    some = size or (8, 8)
+    x, y, macs = run_block(_like(model, place, block), channels, some)
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        gave = tuple(y.shape) if isinstance(y, Tensor) else f'a {type(y).__name__}'
+        raise ValueError(f'{at} changes the shape: {tuple(x.shape)} became {gave}')
+    if not y.isfinite().all():
+        raise ValueError(f'{at} gives values that are not finite for a standard normal input')
+    is_identity = torch.equal(x, y)
+    if is_identity and x.dtype in (torch.float16, torch.bfloat16):  # in which a gate near 1 is 1
+        x, y, _ = run_block(copy.deepcopy(block).double(), channels, some)
+        is_identity = torch.equal(x, y)
+    return _Built(block, channels, size, macs if size else None, is_identity)
+
+
+def _like(model: nn.Module, place: Place, attention: nn.Module) -> nn.Module:
+    """``attention`` with the device, dtype, memory format and mode of its place."""
+    parts = place.name.split('.') if place.name else []
+    around = [model.get_submodule('.'.join(parts[:depth])) for depth in range(len(parts), -1, -1)]
+    tensors = (t for m in (place.holder, *around) for t in (*m.parameters(), *m.buffers()) if t.is_floating_point())
+    nearest = next(tensors, torch.empty(0))
+    attention.to(device=nearest.device, dtype=nearest.dtype)
+    if any(
+        p.is_contiguous(memory_format=torch.channels_last) > p.is_contiguous()
+        for p in model.parameters()
+        if p.ndim == 4
+    ):
+        attention.to(memory_format=torch.channels_last)
+    return attention.train(place.holder.training)
+
+
+def _extend(optimizer: torch.optim.Optimizer, model: nn.Module, new: set[int]) -> None:
+    """Add the new parameters: matrices with the weight decay of the network, vectors and scalars without."""
+    template = next((g for g in optimizer.param_groups if g.get('weight_decay')), optimizer.param_groups[0])
+    settings = {key: value for key, value in template.items() if key not in ('params', 'param_names')}
+    named = [(name, p) for name, p in model.named_parameters() if id(p) in new]
+    for vectors in (False, True):
+        group: list[Any] = [(n, p) if 'param_names' in template else p for n, p in named if (p.ndim <= 1) == vectors]
+        if group:
+            changed = {'weight_decay': 0.0} if vectors and 'weight_decay' in settings else {}
+            optimizer.add_param_group({**settings, **changed, 'params': group})

@@ -1,0 +1,133 @@
+"""What an insertion did, as a value that prints as a table, and what a checkpoint would find."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sase_blocks.checkpoint import read_checkpoint
+from sase_blocks.convert import unwrap_state_dict
+
+
+@dataclass(frozen=True)
+class InsertedPlace:
+    """One attention: ``model.get_submodule(name)``."""
+
+    name: str
+    channels: int
+    feat_size: tuple[int, int] | None  # (H, W); None if no forward was run
+    parameters: int
+    macs: int | None  # multiply-accumulates of one forward of one image; None if no forward was run
+
+
+@dataclass(frozen=True)
+class CheckpointKeys:
+    """How the keys of a checkpoint meet those of the network with its inserted attention."""
+
+    fits: list[str] = field(repr=False)
+    attention: list[str]  # missing, and of the inserted attention: what a plain checkpoint does not have
+    missing: list[str]  # missing otherwise
+    unexpected: list[str]
+
+    def __str__(self) -> str:
+        lines = [f'{len(self.fits)} keys fit']
+        for what, keys in (
+            ('missing, inserted attention', self.attention),
+            ('missing', self.missing),
+            ('unexpected', self.unexpected),
+        ):
+            more = f': {", ".join(keys[:3])}' + (f', ... ({len(keys) - 3} more)' if len(keys) > 3 else '')
+            lines.append(f'{len(keys)} {what}{more if keys else ""}')
+        return '\n'.join(lines)
+
+
+@dataclass(frozen=True)
+class InsertReport:
+    """What ``insert`` did; printed, a table.
+
+    Args:
+        network: class of the model.
+        block, start: what was inserted, and how it starts.
+        places: one entry a new attention.
+        already: names of attention that an earlier call inserted there, which were left alone.
+        keys: the new keys of the state dict.
+        model_keys: all keys of the state dict, the new ones among them.
+        model_parameters, model_macs: of the network before the insertion; MACs None if no forward was run.
+        parameters: the new parameters, for a parameter group of an optimiser.
+        note: why something is not known, or ''.
+    """
+
+    network: str
+    block: str
+    start: str
+    places: tuple[InsertedPlace, ...]
+    already: tuple[str, ...]
+    keys: tuple[str, ...] = field(repr=False)
+    model_keys: tuple[str, ...] = field(repr=False)
+    model_parameters: int
+    model_macs: int | None
+    parameters: tuple[nn.Parameter, ...] = field(repr=False, compare=False)
+    note: str = ''
+
+    @property
+    def added_parameters(self) -> int:
+        """The number of new parameters."""
+        return sum(place.parameters for place in self.places)
+
+    @property
+    def added_macs(self) -> int | None:
+        """New multiply-accumulates of convolutions and matrix products for one image; None if no forward was run."""
+        counts = [place.macs for place in self.places if place.macs is not None]
+        return sum(counts) if len(counts) == len(self.places) else None
+
+    def compare(self, checkpoint: str | Path | Mapping[str, Any]) -> CheckpointKeys:
+        """Which keys of a checkpoint (a file or a state dict) fit, are missing or are unexpected; nothing is loaded.
+
+        ``load_checkpoint(model, checkpoint)`` loads it: a file without any attention key is taken as a plain one.
+        """
+        raw = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
+        given = unwrap_state_dict(raw)
+        new = set(self.keys)
+        missing = [key for key in self.model_keys if key not in given]
+        return CheckpointKeys(
+            fits=[key for key in self.model_keys if key in given],
+            attention=[key for key in missing if key in new],
+            missing=[key for key in missing if key not in new],
+            unexpected=sorted(set(given) - set(self.model_keys)),
+        )
+
+    def __str__(self) -> str:
+        lines = [f'{self.block} (start={self.start!r}) in {self.network}: {len(self.places)} places']
+        if self.places:
+            rows = [('place', 'channels', 'feature size', 'parameters', 'MACs')]
+            for place in self.places:
+                size = '-' if place.feat_size is None else '{} x {}'.format(*place.feat_size)
+                rows.append((place.name, str(place.channels), size, f'{place.parameters:,}', _count(place.macs)))
+            rows.append(('added', '', '', f'{self.added_parameters:,}', _count(self.added_macs)))
+            rows.append(('network before', '', '', f'{self.model_parameters:,}', _count(self.model_macs)))
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            table = []
+            for first, *others in rows:
+                cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+                table.append('  '.join([first.ljust(widths[0]), *cells]))
+            rule = '-' * len(table[0])
+            lines += [table[0], rule, *table[1:-2], rule, *table[-2:]]
+        if self.already:
+            lines.append(f'{len(self.already)} places had it already and were left alone')
+        if self.note:
+            lines.append(self.note)
+        return '\n'.join(lines)
+
+
+def _count(macs: int | None) -> str:
+    """A number with three digits or so and its unit."""
+    if macs is None:
+        return '-'
+    for unit, size in (('G', 1e9), ('M', 1e6), ('k', 1e3)):
+        if macs >= size:
+            return f'{macs / size:.3g} {unit}' if macs < 999.5 * size else f'{macs / size:,.0f} {unit}'
+    return str(macs)
