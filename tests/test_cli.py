@@ -5,12 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
+from PIL import Image
 from test_data import make_images
 
 from sase_blocks import __version__, cli
-from sase_blocks.blocks import SASE_GENOTYPE, Genotype
-from sase_blocks.ops import SETS
+from sase_blocks.blocks import SASE_GENOTYPE, Genotype, list_blocks
+from sase_blocks.checkpoint import save_checkpoint
+from sase_blocks.cli.info import draw_genotype
+from sase_blocks.insert import insert
+from sase_blocks.ops import EXTENDED_SETS, SETS
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +42,17 @@ def run(capsys, *argv):
         (['info', 'resnet50_sase', '--attn-stages', '7'], '7'),
         (['info', 'resnet18', '--model-args', 'no_equals_sign'], "--model-args takes KEY=VALUE, got 'no_equals_sign'"),
         (['list', 'zzzzzzzzz'], "no block, primitive or model has 'zzzzzzzzz' in its name"),
+        (['draw', 'sasse', '-o', 'x.png'], "unknown attention block 'sasse'. Did you mean 'sase'?"),
+        (['draw', 'avg,mlp', '-o', 'x.png'], 'six choices'),
+        (['draw', 'se', '-o', 'x.jpg'], "a picture is written as .png, .svg or .pdf, got 'x.jpg'"),
+        (['draw', 'se', '-o', 'nowhere/x.png'], 'nowhere'),
+        (['attend', 'cat.jpg', '-o', 'maps'], 'give --model NAME'),
+        (['attend', 'cat.jpg', '-o', 'maps', '--model', 'resnet20_cifer'], 'did you mean resnet20_cifar'),
+        (['attend', 'cat.jpg', '-o', 'maps', '--model', 'resnet20_cifar', '--img-size', '0'], 'at least 1, got 0'),
+        (['attend', 'cat.jpg', '-o', 'maps', '--model', 'resnet20_cifar'], 'there is no image cat.jpg'),
+        (['attend', 'cat.jpg', '-o', 'maps', '--model', 'resnet10t', '--insert', 'sasse'], "Did you mean 'sase'?"),
+        (['attend', 'cat.jpg', '-o', 'maps', '--checkpoint', 'no.pt'], 'there is no checkpoint no.pt'),
+        (['run', 'nothing.py', '--help'], 'there is no script nothing.py'),
         (['demo', '--epochs', '0'], 'epochs must be at least 1'),
         (['train', '--data', '/nowhere/at/all'], 'there is no data folder /nowhere/at/all; expected ROOT/train/CLASS'),
         (['train', '--data', '.', '--model', 'resnet50_sasse'], 'did you mean resnet50_sase'),
@@ -61,6 +78,10 @@ def test_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, argv
         (['info', 'sase', '--channels', 'many'], 'invalid int value'),
         (['train', '--data', '.', '--opt', 'lion'], 'invalid choice'),
         (['train'], '--data'),
+        (['draw', 'se'], '-o/--out'),
+        (['attend', '--model', 'resnet20_cifar', '-o', 'maps'], 'IMAGE'),
+        (['attend', 'cat.jpg', '-o', 'maps', '--start', 'zero'], 'invalid choice'),
+        (['run'], 'SCRIPT'),
     ],
 )
 def test_wrong_options_exit_with_2(capsys, argv, says):
@@ -70,7 +91,7 @@ def test_wrong_options_exit_with_2(capsys, argv, says):
     assert err.splitlines()[-1].startswith('sase-blocks')
 
 
-@pytest.mark.parametrize('command', [[], ['list'], ['info'], ['demo'], ['train']])
+@pytest.mark.parametrize('command', [[], ['list'], ['info'], ['draw'], ['attend'], ['demo'], ['train'], ['run']])
 def test_help_has_examples(capsys, command):
     code, out, _ = run(capsys, *command, '--help')
     assert code == 0
@@ -110,10 +131,12 @@ def test_list_shows_everything_of_ours(capsys):
     code, out, _ = run(capsys, 'list')
     assert code == 0
     words = out.split()
-    for table in SETS.values():
+    for table in EXTENDED_SETS.values():
         assert set(table) <= set(words)
+    for table in SETS.values():
         assert all(str(cls.paper_key) in out for cls in table.values())
-    assert {'sase', 'se', 'cbam', 'resnet50_sase', 'resnet20_cifar'} <= set(words)
+    assert {*list_blocks(), 'resnet50_sase', 'resnet20_cifar'} <= set(words)
+    assert 'arXiv 1709.01507' in out
     assert 'vit_tiny_patch16_224' not in words
     code, out, _ = run(capsys, 'list', 'GAP+std')
     assert (code, out.count('avg_std'), 'avg_max' in out) == (0, 2, False)
@@ -134,6 +157,11 @@ def test_list_shows_everything_of_ours(capsys):
         (['resnet50_sase', '--attn-stages', '3', '4'], ['in 9 blocks, layer3.0.se to layer4.2.se']),
         (['resnet50_sase', '--genotype', 'avg,conv3,affine,avg,avg,affine'], ['[conv3]', 'in 16 blocks']),
         (['sase', '--channels', '64', '--img-size', '9'], ['output 64 x 9 x 9', '(the genotype of sase)']),
+        (
+            ['resnet50_cbam'],
+            ['in attention blocks', 'sigmoid(mlp(avg(x)) + mlp(max(x))) in 16 blocks, layer1.0.se.0 to'],
+        ),
+        (['resnet20_cifar', '--genotype', 'ge', '--attn-stages', '3'], ['in 3 blocks, layer3.0.se to layer3.2.se']),
         (['avg,conv3,affine,l2_norm,avg,conv5x5', '--channels', '8'], ['output 8 x 56 x 56', '[l2_norm]']),
     ],
 )
@@ -145,15 +173,23 @@ def test_info(capsys, argv, lines):
         assert any(line in found for found in text), out
 
 
+@pytest.mark.parametrize('name', list_blocks())
+def test_info_of_every_block(capsys, name):
+    code, out, err = run(capsys, 'info', name, '--channels', '64', '--img-size', '9')
+    assert (code, err) == (0, '')
+    assert 'output  64 x 9 x 9' in ' '.join(out.split()).replace('output ', 'output  ')
+    assert '\nformula y = x ' in out
+
+
 @pytest.mark.parametrize(
     'genotype', [SASE_GENOTYPE, *(Genotype.random(seed) for seed in range(4))], ids=lambda g: str(g)
 )
 def test_drawing_is_aligned_and_holds_the_six_operations(genotype):
     """Vertical strokes meet: below and above each | there is a stroke, a corner or a node."""
-    lines = cli.draw_genotype(genotype).splitlines()
+    lines = draw_genotype(genotype).splitlines()
     for name in genotype.to_dict().values():
         assert any(f'[{name}]' in line for line in lines)
-    assert cli.draw_genotype(genotype).count('[') == 6
+    assert draw_genotype(genotype).count('[') == 6
     width = max(map(len, lines))
     lines = [line.ljust(width) for line in lines]
     for above, line, below in zip(lines, lines[1:], lines[2:], strict=False):
@@ -185,3 +221,174 @@ def test_train_prints_the_result(capsys, tmp_path):
     assert (tmp_path / 'run' / 'best.pt').is_file()
     code, _, err = run(capsys, 'train', '--data', str(root), '--out', str(tmp_path / 'run'), *options)
     assert (code, 'holds a run already' in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ('argv', 'start'),
+    [
+        (['sase', '-o', 'a.png'], b'\x89PNG'),
+        (['cbam', '-o', 'a.svg', '--no-sets'], b'<?xml'),
+        (['avg,conv3,affine,p_norm,avg,conv7x7', '--out', 'a.pdf'], b'%PDF'),
+    ],
+)
+def test_draw(capsys, tmp_path, monkeypatch, argv, start):
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, 'draw', *argv) == (0, f'written: {argv[2]}\n', '')
+    (file,) = tmp_path.iterdir()
+    assert file.read_bytes().startswith(start)
+
+
+def photos(folder, *names):
+    folder.mkdir(exist_ok=True)
+    noise = np.random.default_rng(0)
+    for name in names:
+        Image.fromarray(noise.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(folder / name)
+    return [str(folder / name) for name in names]
+
+
+def trained_run(folder):
+    """A checkpoint as `sase-blocks train` writes it."""
+    model = timm.create_model('resnet20_cifar', genotype='se', num_classes=2)
+    config = {'model': 'resnet20_cifar', 'model_args': {'genotype': 'se'}, 'img_size': 16}
+    data = {'classes': ['cat', 'dog'], 'train': 4, 'val': 2}
+    save_checkpoint({'state_dict': model.state_dict(), 'config': config, 'data': data}, folder / 'best.pt')
+
+
+def inserted(folder):
+    model = timm.create_model('resnet10t', num_classes=3)
+    insert(model, 'coord')
+    save_checkpoint(model.state_dict(), folder / 'tuned.pt')
+
+
+@pytest.mark.parametrize(
+    ('prepare', 'argv', 'says'),
+    [
+        (None, ['--model', 'resnet20_cifar', '--genotype', 'cbam'], 'note: without --checkpoint'),
+        (
+            None,
+            ['--model', 'resnet20_cifar', '--genotype', 'se', '--model-args', 'num_classes=0', 'in_chans=1'],
+            'note',
+        ),
+        (trained_run, ['--checkpoint', 'best.pt'], 'best.pt: 146 tensors loaded'),
+        (trained_run, ['--checkpoint', 'best.pt', '--model', 'resnet20_cifar', '--img-size', '24'], 'tensors loaded'),
+        (
+            inserted,
+            ['--model', 'resnet10t', '--insert', 'coord', '--checkpoint', 'tuned.pt', '--model-args', 'num_classes=3'],
+            'tensors loaded',
+        ),
+    ],
+)
+def test_attend(capsys, tmp_path, monkeypatch, prepare, argv, says):
+    monkeypatch.chdir(tmp_path)
+    if prepare:
+        prepare(tmp_path)
+    paths = photos(tmp_path / 'a', 'cat.png', 'cat.jpg') + photos(tmp_path / 'b', 'cat.png')
+    code, out, err = run(capsys, 'attend', *paths, '-o', 'new/maps', *argv)
+    assert (code, err) == (0, '')
+    assert says in out
+    written = ['cat_attention.png', 'cat_attention_2.png', 'cat_attention_3.png']
+    assert sorted(file.name for file in (tmp_path / 'new' / 'maps').iterdir()) == sorted(written)
+    lines = out.splitlines()[-3:]
+    for line, path, name in zip(lines, paths, written, strict=True):
+        assert line.startswith(f'{path}: ')
+        assert line.endswith(f'written: new/maps/{name}')
+        with Image.open(tmp_path / 'new' / 'maps' / name) as picture:
+            assert picture.width > 400
+        if prepare is trained_run:
+            assert ': cat, 0.' in line or ': dog, 0.' in line
+        elif 'num_classes=0' in argv:
+            assert 'class' not in line
+        else:
+            assert ': class ' in line
+
+
+def test_attend_overwrites_no_image(capsys, tmp_path):
+    """Not even one that has the name of a picture."""
+    paths = photos(tmp_path, 'cat.png', 'cat_attention.png')
+    before = [Path(path).read_bytes() for path in paths]
+    code, out, _ = run(capsys, 'attend', *paths, '-o', str(tmp_path), '--model', 'resnet20_cifar', '--genotype', 'se')
+    assert (code, 'cat_attention_2.png' in out, 'cat_attention_attention.png' in out) == (0, True, True)
+    assert [Path(path).read_bytes() for path in paths] == before
+
+
+def broken(folder):
+    (folder / 'dog.jpg').write_bytes(Path(photos(folder, 'whole.jpg')[0]).read_bytes()[:400])
+
+
+@pytest.mark.parametrize(
+    ('prepare', 'argv', 'says'),
+    [
+        (lambda folder: (folder / 'dog.jpg').write_text('a text'), ['--genotype', 'se'], 'dog.jpg is no image'),
+        (broken, ['--genotype', 'se'], 'dog.jpg is a broken image'),
+        (lambda folder: (folder / 'dog.jpg').mkdir(), ['--genotype', 'se'], 'dog.jpg is a folder'),
+        (lambda folder: None, ['--genotype', 'se'], 'there is no image'),
+        (lambda folder: photos(folder, 'dog.jpg'), [], 'holds no attention block'),
+        (lambda folder: photos(folder, 'dog.jpg'), ['--genotype', 'se', '--model-args', 'in_chans=5'], '5 channels'),
+    ],
+)
+def test_attend_writes_nothing_unless_all_images_are_good(capsys, tmp_path, prepare, argv, says):
+    prepare(tmp_path)
+    paths = [*photos(tmp_path, 'cat.png'), str(tmp_path / 'dog.jpg')]
+    code, out, err = run(capsys, 'attend', *paths, '-o', str(tmp_path / 'maps'), '--model', 'resnet20_cifar', *argv)
+    assert (code, err.count('\n'), says in err) == (2, 1, True), err
+    assert 'written' not in out
+    assert not (tmp_path / 'maps').exists()
+
+
+SCRIPT = """
+import os, sys
+import neighbour
+import timm
+print(__name__, __file__ == sys.argv[0], sys.argv[1:], timm.is_model('resnet50_sase'), sys.path[0] == neighbour.FOLDER)
+if 'fail' in sys.argv:
+    raise ValueError('made by the script')
+if 'broken' in sys.argv:
+    os.open('nowhere', os.O_RDONLY)
+sys.exit({'seven': 7, 'text': 'a last word', 'none': None}.get(sys.argv[-1], 0))
+"""
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, 'neighbour', raising=False)
+    (tmp_path / 'script.py').write_text(SCRIPT)
+    (tmp_path / 'neighbour.py').write_text('import os\nFOLDER = os.path.dirname(os.path.realpath(__file__))\n')
+    return str(tmp_path / 'script.py')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'expected', 'says'),
+    [
+        (['none'], None, ''),
+        (['text'], 'a last word', ''),  # Python prints it and exits with 1
+        (['--help'], 0, ''),
+        (['-o', 'x', '--', '--traceback', '--model', 'resnet50_sase'], 0, ''),
+        (['fail'], 1, 'ValueError: made by the script'),
+        (['broken'], 1, "No such file or directory: 'nowhere'"),
+    ],
+)
+def test_run_is_as_python_runs_a_script(capsys, script, arguments, expected, says):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(['run', script, *arguments])
+    out, err = capsys.readouterr()
+    assert out == f'__main__ True {arguments} True True\n'
+    assert (exit_.value.code, says in err) == (expected, True)
+    assert 'runpy' not in err
+    assert 'sase-blocks: error' not in err
+
+
+def test_run_as_a_program(script):
+    done = subprocess.run(
+        [sys.executable, '-m', 'sase_blocks', 'run', script, 'seven'],
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (7, "__main__ True ['seven'] True True\n"), done.stderr
+
+
+def test_run_leaves_the_process_as_it_was(capsys, tmp_path):
+    (tmp_path / 'script.py').write_text('import sys\nprint(sys.argv[1], sys.path[0])\n')
+    before = sys.argv[:], sys.path[:], sys.modules['__main__']
+    assert run(capsys, 'run', str(tmp_path / 'script.py'), '-x') == (0, f'-x {tmp_path.resolve()}\n', '')
+    assert (sys.argv, sys.path, sys.modules['__main__']) == before

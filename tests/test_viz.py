@@ -7,11 +7,22 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from matplotlib.colors import to_hex
+from PIL import Image
 from torch import nn
 
 from sase_blocks import SASE, AttentionBlock, ChannelAttention, SpatialAttention, compile_blocks, create_block
-from sase_blocks.viz import capture_gates, network_color, plot_attention_maps, plot_learning_curves
+from sase_blocks.blocks import list_blocks
+from sase_blocks.insert import insert
+from sase_blocks.viz import (
+    capture_gates,
+    network_color,
+    plot_attention,
+    plot_attention_maps,
+    plot_learning_curves,
+    read_images,
+)
 
 GENOTYPE = 'avg,conv3,affine,avg,avg,conv7x7'
 
@@ -51,6 +62,61 @@ def test_capture_finds_the_gates(make, expected):
     for c, a in gates.values():
         assert c is None or (c.shape[0] == 2 and c.shape[2:] == (1, 1) and not c.requires_grad)
         assert a is None or (a.shape[:2] == (2, 1) and a.shape[2] == a.shape[3] and not a.requires_grad)
+
+
+# What the gate of each block has: one value a channel, one a position, or both.
+KINDS = {
+    (True, False): ['se', 'ese', 'eca', 'ecam', 'ceca', 'gc', 'gca', 'srm', 'gct', 'fca', 'gsop'],
+    (True, True): [
+        *('sase', 'bam', 'scse', 'ge', 'ge_theta', 'ge_plus', 'sge', 'ema', 'simam', 'triplet'),
+        *('coord', 'scoord', 'ela', 'strip', 'cbam', 'lcbam'),
+    ],
+}
+
+
+def test_every_block_has_a_kind():
+    assert sorted(name for names in KINDS.values() for name in names) == sorted(list_blocks())
+
+
+@pytest.mark.parametrize(('kind', 'name'), [(kind, name) for kind, names in KINDS.items() for name in names])
+def test_gates_of_every_block(kind, name):
+    torch.manual_seed(0)
+    block = create_block(name, 64, feat_size=(12, 10))
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 64, 12, 10)
+    gates = list(capture_gates(block, x).values())
+    assert (any(c is not None for c, _ in gates), any(a is not None for _, a in gates)) == kind
+    for c, a in gates:
+        assert c is None or (c.shape == (2, 64, 1, 1) and c.std() > 0)
+        assert a is None or (a.shape == (2, 1, 12, 10) and a.std() > 0)
+    if name not in ('sase', 'cbam', 'lcbam', 'gca'):
+        # y / x is the gate; what is drawn is its mean over the rest.
+        with torch.no_grad():
+            gate = block.eval()(x) / x
+        ((c, a),) = gates
+        torch.testing.assert_close(c, gate.mean((2, 3), keepdim=True), rtol=1e-3, atol=1e-5)
+        assert a is None or torch.allclose(a, gate.mean(1, keepdim=True), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('make', 'block', 'start', 'expected', 'heading'),
+    [
+        (lambda: timm.create_model('resnet10t'), 'sase', 'identity', 'layer4.0.se.block', 'layer4.0.se'),
+        (lambda: timm.create_model('resnet10t'), 'cbam', 'identity', 'layer4.0.se.block.1', 'layer4.0.se'),
+        (lambda: timm.create_model('resnet10t'), 'se', 'paper', 'layer4.0.se', 'layer4.0.se'),
+        (torchvision.models.resnet18, 'coord', 'identity', 'layer4.1.inserted_attention.block', 'layer4.1'),
+        (torchvision.models.mobilenet_v3_small, 'simam', 'paper', None, None),
+    ],
+)
+def test_gates_of_inserted_blocks(make, block, start, expected, heading):
+    model = make()
+    report = insert(model, block, start=start, input_size=64)
+    gates = capture_gates(model, images(height=64, width=64))
+    assert len(gates) == len(report.places) * (2 if block == 'cbam' else 1)
+    assert expected is None or expected in gates
+    figure = plot_attention(model, images(1, height=64, width=64))
+    assert heading is None or any(axis.get_title().startswith(f'{heading}\n') for axis in figure.axes)
 
 
 @pytest.mark.parametrize('compiled', [False, True])
@@ -95,11 +161,11 @@ class Unused(nn.Module):
         return x
 
 
-@pytest.mark.parametrize('function', [capture_gates, plot_attention_maps])
+@pytest.mark.parametrize('function', [capture_gates, plot_attention_maps, plot_attention])
 @pytest.mark.parametrize(
     ('model', 'batch', 'error', 'text'),
     [
-        (nn.Conv2d(3, 8, 3), images(), ValueError, r'\(Conv2d\) holds no attention module.*resnet50_sase'),
+        (nn.Conv2d(3, 8, 3), images(), ValueError, r'\(Conv2d\) holds no attention block.*resnet50_sase.*insert'),
         (Unused(), images(), ValueError, 'ran none of them'),
         (SASE(3), images()[0], ValueError, r'\(B, C, H, W\), got \(3, 8, 8\)'),
         (SASE(3), np.zeros((2, 3, 8, 8)), TypeError, 'torch.Tensor.*got ndarray'),
@@ -164,6 +230,148 @@ def test_maps_show_the_gates(model, batch, arguments, blocks):
     assert pixels[..., :3].std() > 30
 
 
+@pytest.mark.parametrize(
+    ('model', 'batch', 'arguments', 'blocks'),
+    [
+        (network(SASE(8), SASE(8)), images(1), {}, {'3': ('3', '3')}),
+        (network(SASE(8), SASE(8)), images(2), {'blocks': ['1', '3']}, {'1': ('1', '1'), '3': ('3', '3')}),
+        (network(ChannelAttention(8)), images(2), {}, {'1': ('1', None)}),
+        (network(SpatialAttention(8)), images(1, height=6, width=12), {}, {'1': (None, '1')}),
+        (network(create_block('cbam', 8)), images(1), {}, {'1': ('1.0', '1.1')}),
+        (
+            network(create_block('coord', 8), ChannelAttention(8)),
+            images(1),
+            {'blocks': ['1', '3']},
+            {'1': ('1', '1'), '3': ('3', None)},
+        ),
+        (create_block('cbam', 3), images(1), {}, {'': ('0', '1')}),
+        (ChannelAttention(100), images(1, channels=100), {}, {'': ('', None)}),
+        (
+            SASE(1),
+            images(2, channels=1),
+            {'titles': ['one', 'a name of more than twenty-four letters\nsecond line']},
+            {'': ('', '')},
+        ),
+        (
+            timm.create_model('resnet20_cifar', genotype='sase', in_chans=4),
+            images(1, channels=4, height=32, width=32),
+            {},
+            {f'layer{i}.2.se': (f'layer{i}.2.se', f'layer{i}.2.se') for i in (1, 2, 3)},
+        ),
+    ],
+)
+def test_attention_shows_the_gates(model, batch, arguments, blocks):
+    before = dict(matplotlib.rcParams)
+    figure = plot_attention(model, batch, **arguments)
+    assert dict(matplotlib.rcParams) == before
+    gates = capture_gates(model, batch)
+    maps = [axis for axis in figure.axes if len(axis.images) == 2]
+    bars = [axis for axis in figure.axes if axis.lines]  # the line at zero
+    expected_maps = [gates[a][1][i, 0] for i in range(len(batch)) for _, a in blocks.values() if a is not None]
+    for axis, a in zip(maps, expected_maps, strict=True):
+        np.testing.assert_array_equal(axis.images[1].get_array(), a.numpy())
+    expected_bars = [gates[c][0][i, :, 0, 0] for i in range(len(batch)) for c, _ in blocks.values() if c is not None]
+    for axis, c in zip(bars, expected_bars, strict=True):
+        values = c.sort(descending=True).values.numpy()
+        if axis.patches:
+            np.testing.assert_allclose([bar.get_height() for bar in axis.patches], values)
+        else:
+            assert axis.collections[0].get_paths()[0].vertices[:, 1].max() == pytest.approx(values[0])
+        assert f'{values[-1]:.3f} to {values[0]:.3f}' in axis.get_xlabel()
+    titles = [axis.get_title() for axis in figure.axes]
+    for name in blocks:
+        assert any(title.startswith(f'{name or type(model).__name__}\n') for title in titles)
+    if 'titles' in arguments:
+        assert ('one' in titles, 'a name of m…four letters\nsecond line' in titles) == (True, True)
+    assert drawn(figure)[..., :3].std() > 30
+
+
+def test_attention_draws_the_given_pictures():
+    pictures = torch.rand(2, 3, 8, 8)
+    figure = plot_attention(network(SASE(8)), images(2), pictures=pictures)
+    shown = [
+        axis.images[0].get_array()
+        for axis in figure.axes
+        if len(axis.images) == 1 and axis.images[0].get_extent()[1] == 8
+    ]
+    np.testing.assert_allclose(shown[0], pictures[0].permute(1, 2, 0))
+    np.testing.assert_allclose(shown[1], pictures[1].permute(1, 2, 0))
+
+
+def not_finite():
+    block = SASE(3)
+    nn.init.constant_(block.mix_weight, float('nan'))
+    return block
+
+
+@pytest.mark.parametrize(
+    ('model', 'arguments', 'text'),
+    [
+        (network(SASE(8)), {'blocks': ['2']}, r"got \['2'\]; there are \['1'\]"),
+        (network(SASE(8)), {'blocks': []}, r'got \[\]; there are'),
+        (network(SASE(8)), {'titles': ['one']}, 'got 1 for 2 images'),
+        (network(SASE(8)), {'pictures': torch.zeros(1, 3, 8, 8)}, r'got \(1, 3, 8, 8\), B = 2'),
+        (network(SASE(8)), {'pictures': torch.zeros(2, 8, 8)}, r'got \(2, 8, 8\)'),
+        (not_finite(), {}, 'cannot draw SASE: not all of its gates are finite'),
+    ],
+)
+def test_attention_refused(model, arguments, text):
+    with pytest.raises(ValueError, match=text):
+        plot_attention(model, images(), **arguments)
+
+
+def write_image(path, mode='RGB', size=(40, 30)):
+    array = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(array).convert(mode).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ('mode', 'suffix', 'channels', 'img_size'),
+    [
+        ('RGB', 'png', 3, None),
+        ('L', 'png', 3, 16),
+        ('RGBA', 'png', 3, None),
+        ('P', 'gif', 1, None),
+        ('RGB', 'jpg', 1, 48),
+    ],
+)
+def test_images_are_read_as_the_network_takes_them(tmp_path, mode, suffix, channels, img_size):
+    model = timm.create_model('resnet20_cifar', in_chans=channels)
+    paths = [write_image(tmp_path / f'{i}.{suffix}', mode) for i in range(2)]
+    batch, pictures = read_images(paths, model, img_size)
+    side = img_size or 32
+    assert batch.shape == pictures.shape == (2, channels, side, side)
+    assert (pictures.min() >= 0, pictures.max() <= 1, pictures.std() > 0.05) == (True, True, True)
+    cfg = model.pretrained_cfg
+    mean, std = (np.array(cfg[name]) for name in ('mean', 'std'))
+    if channels == 1:
+        mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
+    back = batch.numpy() * std[:, None, None] + mean[:, None, None]
+    np.testing.assert_allclose(back, pictures, atol=1e-6)
+    assert model(batch).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ('name', 'in_chans', 'error', 'text'),
+    [
+        ('missing.png', 3, FileNotFoundError, 'there is no image .*missing.png'),
+        ('folder', 3, ValueError, 'folder is a folder'),
+        ('text.png', 3, ValueError, 'text.png is no image that Pillow knows'),
+        ('short.png', 3, ValueError, 'short.png is a broken image: '),
+        ('good.png', 4, ValueError, 'takes images of 4 channels'),
+        (None, 3, ValueError, 'there is no image to read'),
+    ],
+)
+def test_images_refused(tmp_path, name, in_chans, error, text):
+    good = write_image(tmp_path / 'good.png', size=(200, 200))
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'text.png').write_text('no image')
+    (tmp_path / 'short.png').write_bytes(good.read_bytes()[:9000])
+    with pytest.raises(error, match=text):
+        read_images([good, tmp_path / name] if name else [], timm.create_model('resnet20_cifar', in_chans=in_chans))
+
+
 def drawn(figure):
     """The figure as an array of pixels (H, W, 4)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -212,7 +420,12 @@ def test_learning_curves_refused(history, text):
 
 
 @pytest.mark.parametrize(
-    'draw', [lambda: plot_attention_maps(SASE(3), images()), lambda: plot_learning_curves({'sase': []})]
+    'draw',
+    [
+        lambda: plot_attention_maps(SASE(3), images()),
+        lambda: plot_attention(SASE(3), images()),
+        lambda: plot_learning_curves({'sase': []}),
+    ],
 )
 def test_matplotlib_missing(draw, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)

@@ -1,4 +1,4 @@
-"""The command line, ``sase-blocks`` or ``python -m sase_blocks``: list, info, demo, train.
+"""The command line, ``sase-blocks`` or ``python -m sase_blocks``: list, info, draw, attend, demo, train, run.
 
 A user's mistake ends with exit code 2 and one line on stderr, an interruption with 130; ``--traceback`` shows where an
 error came from.
@@ -7,8 +7,6 @@ error came from.
 from __future__ import annotations
 
 import argparse
-import difflib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -16,12 +14,14 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 import timm
-import torch
-from torch import Tensor, nn
 
-from . import __version__
-from .blocks import BLOCKS, SASE_GENOTYPE, AttentionBlock, Genotype, create_block, list_blocks
-from .ops import SETS
+from sase_blocks import __version__
+from sase_blocks.blocks import BLOCKS
+from sase_blocks.ops import EXTENDED_SETS
+
+from .model_args import is_ours, model_arguments
+
+__all__ = ['main']
 
 PROG = 'sase-blocks'
 
@@ -30,6 +30,8 @@ EXAMPLES = {
 examples:
   sase-blocks list                          blocks, primitives and models
   sase-blocks info resnet50_sase            its size, and its genotype as a drawing
+  sase-blocks draw sase -o sase.png         a block as a picture
+  sase-blocks attend --checkpoint runs/train/best.pt cat.jpg -o maps
   sase-blocks demo                          train four networks on real images, in a few minutes
   sase-blocks train --data DIR --model resnet50_sase --epochs 100
 """,
@@ -47,6 +49,24 @@ examples:
   sase-blocks info avg,conv3,affine,p_norm,avg,conv7x7
 
 MACs are counted over convolutions and matrix products; squeezes are none of these and cost time all the same.
+""",
+    'draw': """
+examples:
+  sase-blocks draw sase -o sase.png
+  sase-blocks draw cbam -o cbam.svg --no-sets
+  sase-blocks draw avg,conv3,affine,p_norm,avg,conv7x7 -o mine.pdf
+
+Each list in the picture is a set of operations, with the chosen one filled.
+""",
+    'attend': """
+examples:
+  sase-blocks attend --checkpoint runs/train/best.pt cat.jpg dog.jpg -o maps
+  sase-blocks attend --model resnet50_sase --checkpoint weights.pth photos/*.jpg -o maps
+  sase-blocks attend --model resnet20_cifar --genotype cbam --checkpoint best.pt cat.jpg -o maps
+  sase-blocks attend --model convnext_tiny --insert se --checkpoint tuned.pth cat.jpg -o maps
+
+One picture an image: the last block at each resolution, its spatial gate over the image and its channel gates as
+bars. Images are brought to the model's size and normalisation by timm's transforms for evaluation.
 """,
     'demo': """
 examples:
@@ -68,6 +88,15 @@ training, which takes about 2 ms for an ImageNet-sized JPEG and core; --no-check
 ends the run with its name when it is met.
 The batch size counts images over all processes, so the same command gives the same run on any number of them, but
 for batch norm's statistics and dropout, which each process has of its own.
+""",
+    'run': """
+examples:
+  sase-blocks run train.py DATA --model resnet50_sase       any of the scripts of timm, or your own
+  sase-blocks run validate.py DATA --model resnet50_cbam --checkpoint best.pth
+  torchrun --nproc-per-node 8 -m sase_blocks run train.py DATA --model resnet50_sase
+
+What stands behind SCRIPT is the script's own, --help too. It runs as `python SCRIPT` does, except that the models of
+sase_blocks are in timm's registry.
 """,
 }
 
@@ -133,6 +162,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--channels', type=int, default=256, help='channels of the input of a block (default: 256)')
     _add_model_options(sub)
 
+    sub = command('draw', _draw, 'draw a block as a graph of its operations')
+    sub.add_argument('name', help='a block, or the text of a genotype')
+    sub.add_argument('-o', '--out', required=True, metavar='FILE', help='the picture: .png, .svg or .pdf')
+    sub.add_argument('--no-sets', dest='sets', action='store_false', help='do not list what else could be chosen')
+
+    sub = command('attend', _attend, 'draw what the attention of a model does to images')
+    sub.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
+    sub.add_argument('-o', '--out', required=True, metavar='DIR', help='folder for the pictures')
+    sub.add_argument('--model', metavar='NAME', help='any timm model (default: that of a checkpoint of `train`)')
+    sub.add_argument('--checkpoint', metavar='FILE', help='its weights (.pt, .pth, .safetensors); without: untrained')
+    sub.add_argument('--insert', metavar='BLOCK', help='put this block into a model that has none, before its weights')
+    sub.add_argument(
+        '--start', choices=('identity', 'paper'), default='identity', help='of --insert, as it was in training'
+    )
+    sub.add_argument('--img-size', type=int, help="height and width in px (default: the model's)")
+    _add_model_options(sub)
+
     sub = command('demo', _demo, 'train ResNet-20 with four kinds of attention on real images, and draw the results')
     sub.add_argument('--out', default='demo_out', help='folder for the pictures (default: demo_out)')
     sub.add_argument('--epochs', type=int, default=argparse.SUPPRESS, help='passes over the images (default: 2)')
@@ -141,6 +187,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command('train', _train, 'train any model of timm on your images')
     _add_train_options(sub)
     _add_model_options(sub)
+
+    sub = command('run', _run, 'run a Python script with the models of sase_blocks registered')
+    sub.add_argument('script', metavar='SCRIPT', help='the script')
+    sub.add_argument('arguments', nargs=argparse.REMAINDER, metavar='ARGS', help="the script's own options")
     return parser
 
 
@@ -158,7 +208,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_train_options(parser: argparse.ArgumentParser) -> None:
     """One option for each setting of TrainConfig, with its default and its text."""
-    from .train import TrainConfig
+    from sase_blocks.train import TrainConfig
 
     kinds = {'int': int, 'float': float, 'str': str}
     for setting in fields(TrainConfig):
@@ -190,38 +240,25 @@ def _metavar(setting: Field[Any]) -> str:
     )
 
 
-def _model_args(pairs: Sequence[str], genotype: str | None, attn_stages: Sequence[int] | None) -> dict[str, Any]:
-    args: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition('=')
-        if not equals or not key.isidentifier():
-            raise ValueError(f'--model-args takes KEY=VALUE, got {pair!r}')
-        try:
-            args[key] = json.loads(value)
-        except json.JSONDecodeError:  # plain text, such as avg
-            args[key] = {'True': True, 'False': False, 'None': None}.get(value, value)
-    if genotype is not None:
-        args['genotype'] = genotype
-    if attn_stages is not None:
-        args['attn_stages'] = list(attn_stages)
-    return args
-
-
 def _list(filter: str) -> None:
     def wanted(*names: str) -> bool:
         return any(filter.lower() in name.lower() for name in names)
 
     shown = []
-    blocks = [f'  {name}' for name in list_blocks() if wanted(name)]
+    blocks = []
+    for name, build in BLOCKS.items():
+        if wanted(name):
+            about = (build.__doc__ or '').strip().splitlines()[0].replace('``', '')
+            blocks.append(f'  {name:<14}{about}')
     if blocks:
         shown.append('blocks\n' + '\n'.join(blocks))
-    for set_name, table in SETS.items():
+    for set_name, table in EXTENDED_SETS.items():
         rows = [(name, str(cls.paper_key or '')) for name, cls in table.items()]
         rows = [row for row in rows if wanted(*row)]
         if rows:
             lines = [f'  {name:<14}{key}'.rstrip() for name, key in rows]
             shown.append(f'{set_name.replace("_", " ")} (name, key in the paper)\n' + '\n'.join(lines))
-    models = [name for name in timm.list_models() if wanted(name) and (filter or _is_ours(name))]
+    models = [name for name in timm.list_models() if wanted(name) and (filter or is_ours(name))]
     if models:
         title = 'models of timm' if filter else 'models (and every other one of timm)'
         shown.append(f'{title}\n' + '\n'.join(f'  {name}' for name in models))
@@ -230,132 +267,43 @@ def _list(filter: str) -> None:
     print('\n\n'.join(shown))
 
 
-def _is_ours(name: str) -> bool:
-    return bool(timm.model_entrypoint(name).__module__.startswith('sase_blocks.'))
+def _info(**options: Any) -> None:
+    from .info import show_info
+
+    show_info(**options)
 
 
-def _info(
-    name: str,
-    img_size: int | None,
-    channels: int,
-    model_args: Sequence[str],
-    genotype: str | None,
-    attn_stages: Sequence[int] | None,
-) -> None:
-    if img_size is not None and img_size < 1:
-        raise ValueError(f'--img-size must be at least 1, got {img_size}')
-    args = _model_args(model_args, genotype, attn_stages)
-    is_block = name in BLOCKS or ',' in name or name.lstrip().startswith('{')
-    if not is_block and ':' not in name and not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*list_blocks(), *timm.list_models()], n=3)
-        raise ValueError(
-            f'there is no model or block {name!r}{"; did you mean " + " or ".join(near) + "?" if near else ""} '
-            f'(`{PROG} list TEXT` searches)'
-        )
-    # On the meta device nothing is computed or stored, only shapes.
-    with torch.device('meta'):
-        if is_block:
-            size = img_size or 56
-            module = create_block(name, channels, feat_size=size, **args)
-            shape = (1, channels, size, size)
-        else:
-            from .train import build_model
+def _draw(name: str, out: str, sets: bool) -> None:
+    from sase_blocks.viz import draw_block, save_figure
 
-            module = build_model(name, **args)
-            cfg = getattr(module, 'pretrained_cfg', None) or {}
-            depth, height, width = cfg.get('input_size', (3, 224, 224))
-            shape = (1, args.get('in_chans', depth), img_size or height, img_size or width)
-    macs, shapes = _measure(module, shape)
-    parameters = sum(p.numel() for p in module.parameters())
-    attention = {id(p) for m in module.modules() if isinstance(m, AttentionBlock) for p in m.parameters()}
-    inside = sum(p.numel() for p in module.parameters() if id(p) in attention)
-    print(f'{name}')
-    print(f'  parameters  {parameters:,}' + (f' ({inside:,} in attention blocks)' if inside and not is_block else ''))
-    print(f'  MACs        {macs:,} for one input of {_by(shape[1:])}')
-    width = max(len(child) for child in shapes)
-    print('\noutput shapes')
-    for child, out in shapes.items():
-        print(f'  {child:<{width}}  {_by(out[1:])}')
-    genotypes: dict[Genotype, list[str]] = {}
-    for path, block in module.named_modules():
-        if isinstance(block, AttentionBlock):
-            genotypes.setdefault(block.genotype, []).append(path)
-    for found, paths in genotypes.items():
-        where = '' if is_block else f' in {len(paths)} blocks, {paths[0]} to {paths[-1]}'
-        known = ' (the genotype of sase)' if found == SASE_GENOTYPE else ''
-        print(f'\ngenotype {found}{known}{where}\n\n{draw_genotype(found)}')
+    print(f'written: {save_figure(draw_block(name, sets=sets), out)}')
 
 
-def _by(shape: Sequence[int]) -> str:
-    return ' x '.join(str(n) for n in shape)
+def _attend(**options: Any) -> None:
+    from .attend import attend
 
-
-def _measure(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, dict[str, tuple[int, ...]]]:
-    """MACs of one forward pass, and the output shapes of the module's children and of itself."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def note(child: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                shapes[child] = tuple(output.shape)
-
-        return hook
-
-    hooks = [child.register_forward_hook(note(path)) for path, child in module.named_children()]
-    hooks.append(module.register_forward_hook(note('output')))
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            module.eval()(torch.empty(shape, device='meta'))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'{type(module).__name__} does not take an input of {_by(shape[1:])}: {error}') from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return counter.get_total_flops() // 2, shapes
-
-
-def draw_genotype(genotype: Genotype) -> str:
-    """The graph of a block as text, with its six operations on the edges."""
-    e = [f'[{name}]' for name in genotype.to_dict().values()]
-    n0, n12, n34, n5 = len(e[0]), max(len(e[1]), len(e[2])), max(len(e[3]), len(e[4])), len(e[5])
-    q = n0 + 9  # the column of q
-    d = q + n12 + 9  # the column of d
-    s = d + n34 + 11  # the column of s
-    end = s + n5 + 10  # the column where c and a meet
-
-    def row(*parts: tuple[int, str], fill: str = ' ') -> str:
-        line = ''
-        for column, text in parts:
-            gap = column - len(line)
-            line += (fill if line.endswith('-') else ' ') * gap + text
-        return line
-
-    rows = [
-        row((0, f'x --{e[0]}-'), (q - 2, '> q --' + e[1] + '-'), (d - 2, '> c -'), (end, '+'), fill='-'),
-        row((0, '|'), (q, "'---" + e[2] + '-'), (d - 2, '> d'), (end, '|'), fill='-'),
-        row((0, '|'), (d, '|'), (end, '+--> y = x * (1 + (c + a) / 2)')),
-        row((0, '+-'), (d - 2, '> d*x --' + e[3] + '-'), (s - 4, '+'), (end, '|'), fill='-'),
-        row((0, '|'), (s - 4, '+-> s --' + e[5] + '-'), (end - 4, '> a +'), fill='-'),
-        row((0, '+-'), (d + 6, e[4] + '-'), (s - 4, '+'), fill='-'),
-    ]
-    return '\n'.join('  ' + line.rstrip() for line in rows)
+    attend(**options)
 
 
 def _demo(**options: Any) -> None:
-    from .demo import run_demo
+    from sase_blocks.demo import run_demo
 
     run_demo(**options)
 
 
 def _train(model_args: Sequence[str], genotype: str | None, attn_stages: Sequence[int] | None, **settings: Any) -> None:
-    from .train import TrainConfig, train
+    from sase_blocks.train import TrainConfig, train
 
-    result = train(TrainConfig(model_args=_model_args(model_args, genotype, attn_stages), **settings))
+    result = train(TrainConfig(model_args=model_arguments(model_args, genotype, attn_stages), **settings))
     if os.environ.get('RANK', '0') == '0':
         print(
             f'finished: accuracy {result["acc1"]:.2f} % after epoch {result["epochs"]}, '
             f'best {result["best_acc1"]:.2f} % after epoch {result["best_epoch"]}; '
             f'weights in {result["checkpoint"]} and best.pt beside it'
         )
+
+
+def _run(script: str, arguments: Sequence[str]) -> None:
+    from .run import run_script
+
+    run_script(script, arguments)

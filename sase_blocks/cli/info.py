@@ -1,0 +1,144 @@
+"""``sase-blocks info``: size, shapes and formulas of a model or block."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from sase_blocks.blocks import (
+    BLOCKS,
+    SASE_GENOTYPE,
+    AttentionBlock,
+    AttentionModule,
+    Genotype,
+    block_graph,
+    create_block,
+    list_blocks,
+)
+from sase_blocks.train import build_model
+
+from .model_args import model_arguments
+
+__all__ = ['draw_genotype', 'show_info']
+
+
+def show_info(
+    name: str,
+    img_size: int | None,
+    channels: int,
+    model_args: Sequence[str],
+    genotype: str | None,
+    attn_stages: Sequence[int] | None,
+) -> None:
+    if img_size is not None and img_size < 1:
+        raise ValueError(f'--img-size must be at least 1, got {img_size}')
+    args = model_arguments(model_args, genotype, attn_stages)
+    is_block = name in BLOCKS or ',' in name or name.lstrip().startswith('{')
+    if not is_block and ':' not in name and not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*list_blocks(), *timm.list_models()], n=3)
+        raise ValueError(
+            f'there is no model or block {name!r}{"; did you mean " + " or ".join(near) + "?" if near else ""} '
+            f'(`sase-blocks list TEXT` searches)'
+        )
+    # On the meta device nothing is computed or stored, only shapes.
+    with torch.device('meta'):
+        if is_block:
+            size = img_size or 56
+            module = create_block(name, channels, feat_size=size, **args)
+            shape = (1, channels, size, size)
+        else:
+            module = build_model(name, **args)
+            cfg = getattr(module, 'pretrained_cfg', None) or {}
+            depth, height, width = cfg.get('input_size', (3, 224, 224))
+            shape = (1, args.get('in_chans', depth), img_size or height, img_size or width)
+    macs, shapes = _measure(module, shape)
+    parameters = sum(p.numel() for p in module.parameters())
+    attention = {id(p) for m in module.modules() if isinstance(m, AttentionModule) for p in m.parameters()}
+    inside = sum(p.numel() for p in module.parameters() if id(p) in attention)
+    print(f'{name}')
+    print(f'  parameters  {parameters:,}' + (f' ({inside:,} in attention blocks)' if inside and not is_block else ''))
+    print(f'  MACs        {macs:,} for one input of {_by(shape[1:])}')
+    width = max(len(child) for child in shapes)
+    print('\noutput shapes')
+    for child, out in shapes.items():
+        print(f'  {child:<{width}}  {_by(out[1:])}')
+    genotypes: dict[Genotype, list[str]] = {}
+    formulas: dict[str, list[str]] = {}
+    for path, block in module.named_modules():
+        if isinstance(block, AttentionBlock):
+            genotypes.setdefault(block.genotype, []).append(path)
+        elif isinstance(block, AttentionModule) and not is_block:
+            formulas.setdefault(block_graph(block).formula, []).append(path)
+    if is_block:
+        print(f'\nformula {block_graph(module).formula}')
+    for formula, paths in formulas.items():
+        print(f'\nattention {formula}{_where(paths)}')
+    for found, paths in genotypes.items():
+        known = ' (the genotype of sase)' if found == SASE_GENOTYPE else ''
+        print(f'\ngenotype {found}{known}{"" if is_block else _where(paths)}\n\n{draw_genotype(found)}')
+
+
+def _where(paths: Sequence[str]) -> str:
+    return f' in {paths[0]}' if len(paths) == 1 else f' in {len(paths)} blocks, {paths[0]} to {paths[-1]}'
+
+
+def _by(shape: Sequence[int]) -> str:
+    return ' x '.join(str(n) for n in shape)
+
+
+def _measure(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """MACs of one forward pass, and the output shapes of the module's children and of itself."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(child: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                shapes[child] = tuple(output.shape)
+
+        return hook
+
+    hooks = [child.register_forward_hook(note(path)) for path, child in module.named_children()]
+    hooks.append(module.register_forward_hook(note('output')))
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module.eval()(torch.empty(shape, device='meta'))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'{type(module).__name__} does not take an input of {_by(shape[1:])}: {error}') from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counter.get_total_flops() // 2, shapes
+
+
+def draw_genotype(genotype: Genotype) -> str:
+    """The graph of a block as text, with its six operations on the edges."""
+    e = [f'[{name}]' for name in genotype.to_dict().values()]
+    n0, n12, n34, n5 = len(e[0]), max(len(e[1]), len(e[2])), max(len(e[3]), len(e[4])), len(e[5])
+    q = n0 + 9  # the column of q
+    d = q + n12 + 9  # the column of d
+    s = d + n34 + 11  # the column of s
+    end = s + n5 + 10  # the column where c and a meet
+
+    def row(*parts: tuple[int, str], fill: str = ' ') -> str:
+        line = ''
+        for column, text in parts:
+            gap = column - len(line)
+            line += (fill if line.endswith('-') else ' ') * gap + text
+        return line
+
+    rows = [
+        row((0, f'x --{e[0]}-'), (q - 2, '> q --' + e[1] + '-'), (d - 2, '> c -'), (end, '+'), fill='-'),
+        row((0, '|'), (q, "'---" + e[2] + '-'), (d - 2, '> d'), (end, '|'), fill='-'),
+        row((0, '|'), (d, '|'), (end, '+--> y = x * (1 + (c + a) / 2)')),
+        row((0, '+-'), (d - 2, '> d*x --' + e[3] + '-'), (s - 4, '+'), (end, '|'), fill='-'),
+        row((0, '|'), (s - 4, '+-> s --' + e[5] + '-'), (end - 4, '> a +'), fill='-'),
+        row((0, '+-'), (d + 6, e[4] + '-'), (s - 4, '+'), fill='-'),
+    ]
+    return '\n'.join('  ' + line.rstrip() for line in rows)

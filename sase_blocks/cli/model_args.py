@@ -1,0 +1,34 @@
+"""Arguments of a model, as the commands take them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+
+__all__ = ['is_ours', 'model_arguments']
+
+
+def model_arguments(pairs: Sequence[str], genotype: str | None, attn_stages: Sequence[int] | None) -> dict[str, Any]:
+    """The three options as keyword arguments of a model. Raises ValueError for what is not KEY=VALUE."""
+    args: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition('=')
+        if not equals or not key.isidentifier():
+            raise ValueError(f'--model-args takes KEY=VALUE, got {pair!r}')
+        try:
+            args[key] = json.loads(value)
+        except json.JSONDecodeError:  # plain text, such as avg
+            args[key] = {'True': True, 'False': False, 'None': None}.get(value, value)
+    if genotype is not None:
+        args['genotype'] = genotype
+    if attn_stages is not None:
+        args['attn_stages'] = list(attn_stages)
+    return args
+
+
+def is_ours(name: str) -> bool:
+    """Whether a model of timm is one that this package registered."""
+    return bool(timm.model_entrypoint(name).__module__.startswith('sase_blocks.'))

@@ -1,0 +1,22 @@
+"""Pictures: blocks as graphs, the attention of a network over its images, and learning curves (extra ``viz``).
+
+Figures are made with matplotlib's object-oriented interface, so nothing here needs a display, touches pyplot's global
+state or changes the reader's settings: ``plot_attention(model, images).savefig('attention.png')``.
+"""
+
+from .attention import capture_gates, plot_attention, plot_attention_maps
+from .curves import plot_learning_curves
+from .drawing import draw_block
+from .images import read_images
+from .style import network_color, save_figure
+
+__all__ = [
+    'capture_gates',
+    'draw_block',
+    'network_color',
+    'plot_attention',
+    'plot_attention_maps',
+    'plot_learning_curves',
+    'read_images',
+    'save_figure',
+]

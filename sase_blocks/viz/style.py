@@ -1,0 +1,78 @@
+"""What all pictures share: matplotlib, loaded late, its settings, and one colour for one meaning."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which the common kinds of colour blindness tell apart, without its yellow (unreadable on
+# white). The networks of the documentation have a fixed colour, so that one colour means one network in every picture.
+FIXED_COLORS = {'none': '#4d4d4d', 'se': '#e69f00', 'cbam': '#009e73', 'sase': '#0072b2'}
+SPARE_COLORS = ('#d55e00', '#cc79a7', '#56b4e9', '#000000')
+CHANNEL_COLOR, SPATIAL_COLOR = '#0072b2', '#d55e00'  # attention along the channels, and over the positions
+INK, GREY, FAINT = '#222222', '#6e6e6e', '#d4d4d4'
+STYLE: dict[str, Any] = {
+    'font.size': 9,
+    'axes.titlesize': 10,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.grid': True,
+    'axes.axisbelow': True,
+    'grid.color': '#e4e4e4',
+    'grid.linewidth': 0.7,
+    'legend.frameon': False,
+    'figure.dpi': 160,
+}
+
+
+def network_color(name: str, index: int = 0) -> str:
+    """Colour of a network in every picture of this package.
+
+    Args:
+        name: A block name of ``list_blocks()`` or ``'none'``; a name without a fixed colour gets a spare one.
+        index: Position of a network of another name among those drawn; chooses the spare colour.
+
+    Returns:
+        A hexadecimal RGB colour.
+    """
+    return FIXED_COLORS.get(name, SPARE_COLORS[index % len(SPARE_COLORS)])
+
+
+def load_matplotlib() -> tuple[type[Figure], Any]:
+    """The class of figures and the context for settings. Raises ImportError that names the extra."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('drawing needs matplotlib: pip install "sase-blocks[viz]"') from error
+    return Figure, rc_context
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure as PNG, SVG or PDF, by the suffix of ``path``; the same figure gives the same file.
+
+    Raises:
+        ValueError: another suffix.
+        OSError: the file cannot be written; what stood there is still there.
+    """
+    path = Path(path)
+    dates = {'.png': {}, '.svg': {'Date': None}, '.pdf': {'CreationDate': None}}
+    suffix = path.suffix.lower()
+    if suffix not in dates:
+        raise ValueError(f'a picture is written as .png, .svg or .pdf, got {str(path)!r}')
+    _, style = load_matplotlib()
+    buffer = io.BytesIO()
+    with style({'svg.hashsalt': 'sase_blocks'}):
+        figure.savefig(buffer, format=suffix[1:], metadata=dates[suffix])
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        temporary.write_bytes(buffer.getvalue())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
