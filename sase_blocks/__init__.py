@@ -16,6 +16,7 @@ from .blocks import (
     list_blocks,
 )
 from .convert import convert_paper_state_dict, load_checkpoint
+from .deploy import export_onnx, fuse
 from .insert import insert, remove
 from .models import register_resnet
 
@@ -33,6 +34,8 @@ __all__ = [
     'compile_blocks',
     'convert_paper_state_dict',
     'create_block',
+    'export_onnx',
+    'fuse',
     'insert',
     'list_blocks',
     'load_checkpoint',

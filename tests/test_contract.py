@@ -284,6 +284,22 @@ def test_reset_parameters_and_state_dict(row):
     assert torch.equal(module.eval()(x), other.eval()(x))
 
 
+@every_row
+def test_recalibration_of_batch_norms(row):
+    """torch's update_bn sets each momentum to None, for a plain mean over all batches."""
+    module = row.make().train()
+    batches = [row.input(4, seed=seed) for seed in range(3)]
+    torch.optim.swa_utils.update_bn(batches, module)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            assert part.momentum == 0.1
+            assert int(part.num_batches_tracked) == 3
+    if row.name == 'norm':  # the input is what is normalised
+        (norm,) = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+        expected = torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0)
+        torch.testing.assert_close(norm.running_mean, expected)
+
+
 WRONG_INPUTS = [
     ('3-d', lambda x: x[0], ValueError, '4|dimensions'),
     ('integers', lambda x: x.int(), TypeError, 'floating'),

@@ -45,9 +45,9 @@ def test_the_extended_space():
         assert {getattr(g, edge) for g in draws} == set(EXTENDED_SETS[set_name])
     g = Genotype.parse('dct,norm,affine,project,avg,conv7x7_norm')
     assert Genotype.parse(str(g)) == Genotype.from_json(g.to_json()) == g
-    with pytest.raises(ValueError, match="the paper has no operation for channel_squeeze='dct', channel_excite='norm'"):
+    with pytest.raises(ValueError, match="no operation for channel_squeeze='dct', channel_excite='norm'"):
         g.to_paper()
-    only = {'channel_squeeze': ['avg'], 'channel_excite': ['fc'], 'spatial_squeeze': ['max'], 'spatial_excite': ['norm']}
+    only = dict(zip(EXTENDED_SETS, (['avg'], ['fc'], ['max'], ['norm']), strict=True))
     assert str(Genotype.random(sets=only)) == 'avg,fc,fc,max,max,norm'
 
 

@@ -614,7 +614,7 @@ REFUSED = {
         lambda: nn.Sequential(torch.compile(tiny(), backend='eager')),
         {},
         ValueError,
-        r'\(0\): it is compiled',
+        '^0: it is compiled',
     ),
     'compiled in place': (compiled_in_place, {}, ValueError, 'layer1.0 is compiled'),
     'scripted': (

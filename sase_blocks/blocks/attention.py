@@ -26,6 +26,7 @@ from sase_blocks.ops import (
     EXTENDED_SPATIAL_SQUEEZE,
     BatchNorm2d,
 )
+from sase_blocks.ops.normalization import ChannelShift, scale_and_shift
 from sase_blocks.ops.primitive import check_feat_size, mix
 
 from .base import AttentionModule
@@ -79,6 +80,14 @@ class AttentionBlock(AttentionModule):
         nn.init.constant_(self.mix_weight, 0.5)
         super().reset_parameters()
 
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """For inference, in place: the mixer's batch norm goes into the two weights and a bias."""
+        if not isinstance(self.norm, ChannelShift):
+            scale, shift = scale_and_shift(self.norm)
+            self.mix_weight.copy_(self.mix_weight * scale)
+            self.norm = ChannelShift(shift.to(self.mix_weight.dtype))  # type: ignore[assignment]
+
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The channel attention c (B, C, 1, 1) and the spatial attention a (B, 1, H, W) for x (B, C, H, W)."""
         q = self.channel_squeeze(x)
@@ -117,7 +126,7 @@ class AttentionBlock(AttentionModule):
 
 
 class SASE(AttentionBlock):
-    """The block that the paper's search found: ``avg_max,mlp,affine,p_norm,avg,conv3x3_x2``.
+    """The block that the search of SASE found (arXiv 2411.08333): ``avg_max,mlp,affine,p_norm,avg,conv3x3_x2``.
 
     In the paper it stands in every bottleneck of ResNet-50/101, after the third batch norm and before the shortcut
     is added; it fits timm's ``attn_layer=``. Shape: (B, C, H, W) -> (B, C, H, W).

@@ -40,6 +40,13 @@ class AttentionModule(nn.Module):
         """
         self.reset_parameters()
 
+    def reparameterize(self) -> None:
+        """For inference, in place: fold what the block can fold by itself, after which it gives the same.
+
+        ``fuse`` calls it, and folds batch norms directly behind a convolution or a linear layer in any case. The name
+        is timm's, whose ``reparameterize_model`` calls it, too.
+        """
+
     @abstractmethod
     def gate(self, x: Tensor) -> Tensor:
         """The attention for a checked x, of a shape that broadcasts to it."""

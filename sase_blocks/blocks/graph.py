@@ -59,7 +59,7 @@ def chain(graphs: list[Graph]) -> Graph:
     formulas = []
     for i, graph in enumerate(graphs):
         first, last = i == 0, i == len(graphs) - 1
-        names = {name: name if len(graphs) == 1 else f'{name}{i + 1}' for name in graph.nodes}
+        names = {name: f'{name}{i + 1}' if name in nodes else name for name in graph.nodes}
         names['x'] = 'x' if first else f'y{i}'
         names['y'] = 'y' if last else f'y{i + 1}'
         nodes |= {names[name]: shape for name, shape in graph.nodes.items()}

@@ -45,8 +45,11 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        momentum = 0.0 if self.momentum is None else self.momentum
         if self.training:
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+            if self.momentum is None:  # a plain mean over all batches, as torch.optim.swa_utils.update_bn asks for
+                momentum = 1.0 / float(self.num_batches_tracked)  # type: ignore[arg-type]
         return batch_norm(
             input,
             self.running_mean,  # type: ignore[arg-type]
@@ -54,9 +57,29 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.weight,
             self.bias,
             self.training,
-            self.momentum,  # type: ignore[arg-type]
+            momentum,
             self.eps,
         )
+
+
+def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """What a batch norm does in eval mode, y = scale * x + shift, in float64. -> (C,), (C,)."""
+    scale = norm.weight.detach().double() * torch.rsqrt(norm.running_var.double() + norm.eps)  # type: ignore[union-attr]
+    return scale, norm.bias.detach().double() - scale * norm.running_mean.double()  # type: ignore[union-attr]
+
+
+class ChannelShift(nn.Module):
+    """y = x + bias, one number a channel: what is left of a batch norm whose scale is in the weights before it.
+
+    Shape: (B, C, H, W) -> (B, C, H, W). bias: (C,).
+    """
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias.reshape(1, -1, 1, 1)
 
 
 class GroupNorm(nn.GroupNorm):

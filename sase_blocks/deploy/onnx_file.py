@@ -1,0 +1,233 @@
+"""An ONNX file of a network, by torch's dynamo exporter, compared with torch before it is written."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sase_blocks.insert.measure import quietly
+from sase_blocks.ops.primitive import check_feat_size
+
+from .plain import check_plain
+
+MIN_OPSET = 18  # what torch's exporter writes by itself; for less it converts, and keeps 18 in silence where it cannot
+TOLERANCE = 1e-4
+MAX_BYTES = 2_000_000_000  # a protobuf holds 2 GB
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What ``export_onnx`` wrote.
+
+    Args:
+        file: the ONNX file.
+        opset: its operator set.
+        input_shape: of the input, a number or the name of what may change.
+        bytes: size of the file.
+        checks: shape of each input that onnxruntime and torch were given, and the largest difference of their outputs,
+            relative to the largest output or 1.
+    """
+
+    file: Path
+    opset: int
+    input_shape: tuple[int | str, ...]
+    bytes: int
+    checks: tuple[tuple[tuple[int, ...], float], ...]
+
+    def __str__(self) -> str:
+        shape = ' x '.join(map(str, self.input_shape))
+        lines = [f'{self.file}: opset {self.opset}, input {shape}, {self.bytes / 1e6:.1f} MB']
+        lines += [f'  onnxruntime differs by {d:.1e} at {" x ".join(map(str, shape))}' for shape, d in self.checks]
+        return '\n'.join(lines if self.checks else [*lines, '  not checked'])
+
+
+def export_onnx(
+    model: nn.Module,
+    file: str | os.PathLike[str],
+    input_size: int | tuple[int, ...] | None = None,
+    *,
+    dynamic: bool | str = True,
+    opset_version: int | None = None,
+    check: bool = True,
+) -> OnnxReport:
+    """Write a network as an ONNX file, in eval mode, by torch's dynamo exporter, and compare it with torch.
+
+    The file appears only when it is complete and has passed its check; an older one of the name is replaced.
+
+    Args:
+        model: the network, of one image batch (B, C, H, W); its mode stays as it is. ``fuse`` it first for a smaller
+            file.
+        file: where; its folder must exist.
+        input_size: of an image: an int, (H, W) or (C, H, W). Default: what a timm model says of itself.
+        dynamic: True: batch, height and width may change; 'batch': the batch alone; False: nothing (the batch is 1).
+        opset_version: at least 18; default: the exporter's choice.
+        check: run it in onnxruntime on the CPU, at the exported size and, where sizes may change, at another size and
+            batch; outputs must be within 1e-4 of torch's.
+
+    Raises:
+        ImportError: onnx, onnxscript or, for the check, onnxruntime is missing: the extra ``export``.
+        TypeError: not a module.
+        ValueError: an opset that cannot be written, an unknown input size, a network that cannot be exported (compiled,
+            scripted, lazy, on the meta device, wrapped in DDP or FSDP, over 2 GB), or half precision with ``check``.
+        FileNotFoundError: no such folder.
+        RuntimeError: the exporter failed, or onnxruntime's outputs differ. Nothing is written.
+    """
+    check_plain(model, 'export')
+    target = Path(file)
+    if dynamic not in (True, False, 'batch'):
+        raise ValueError(f"dynamic must be True, False or 'batch', got {dynamic!r}")
+    if opset_version is not None and (not isinstance(opset_version, int) or opset_version < MIN_OPSET):
+        raise ValueError(
+            f'opset_version must be an int of at least {MIN_OPSET}, which onnxruntime reads from its version 1.14 on, '
+            f'got {opset_version!r}: what is older the exporter does not write'
+        )
+    if target.is_dir() or not target.parent.is_dir():
+        what = 'is a folder' if target.is_dir() else 'is in no folder that exists'
+        raise FileNotFoundError(f'{target} {what}: give a file in an existing folder')
+    weights = [*model.parameters(), *model.buffers()]
+    if sum(t.numel() * t.element_size() for t in weights) > MAX_BYTES:
+        raise ValueError('the network has more than 2 GB, which one ONNX file cannot hold: use torch.onnx.export')
+    if check and any(t.dtype in (torch.float16, torch.bfloat16) for t in weights):
+        raise ValueError(f'half precision cannot agree to {TOLERANCE:g}: export model.float(), or give check=False')
+    _import_onnx(check)
+
+    image = _image(model, input_size, 2 if dynamic else 1)
+    with quietly(model), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of the exporter's own parts
+        program = _onnx_program(model, image, dynamic, opset_version)
+        proto = program.model_proto
+        opset = next(i.version for i in proto.opset_import if i.domain in ('', 'ai.onnx'))
+        if opset_version is not None and opset != opset_version:
+            raise ValueError(
+                f'opset_version={opset_version} cannot be written for this network: the exporter gave {opset}; '
+                f'leave opset_version out, or choose one from {MIN_OPSET} on that it has'
+            )
+        data = proto.SerializeToString()
+        checks = _checked(model, data, image, dynamic) if check else ()
+    _write(target, data)
+    dims = proto.graph.input[0].type.tensor_type.shape.dim
+    shape = tuple(dim.dim_param or dim.dim_value for dim in dims)
+    return OnnxReport(target, opset, shape, len(data), checks)
+
+
+def _import_onnx(check: bool) -> None:
+    for name in ('onnx', 'onnxscript', *(['onnxruntime'] if check else [])):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f'ONNX export needs {name}: pip install "sase-blocks[export]"') from error
+
+
+def _image(model: nn.Module, input_size: Any, batch: int) -> Tensor:
+    """A batch of random images of the size that is given or that a timm model says of itself."""
+    if input_size is None:
+        config = getattr(model, 'pretrained_cfg', None)
+        input_size = config.get('input_size') if isinstance(config, dict) else None
+        if input_size is None:
+            raise ValueError(f'{type(model).__name__} does not say for which images it is: give input_size=(H, W)')
+        input_size = tuple(input_size)[1:]
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = 3 if first is None else first.in_channels
+    if isinstance(input_size, tuple | list) and len(input_size) == 3:
+        channels, *input_size = input_size
+    try:
+        height, width = check_feat_size(tuple(input_size) if isinstance(input_size, list) else input_size, '')
+    except ValueError:
+        raise ValueError(
+            f'input_size must be an int, (H, W) or (C, H, W), each at least 1, got {input_size!r}'
+        ) from None
+    like = next(model.parameters(), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, channels, height, width, generator=generator).to(like)
+
+
+def _onnx_program(model: nn.Module, image: Tensor, dynamic: bool | str, opset_version: int | None) -> Any:
+    names = {0: 'batch', 2: 'height', 3: 'width'} if dynamic is True else {0: 'batch'}
+    try:
+        outputs = pytree.tree_leaves(model(image))
+    except Exception as error:
+        raise ValueError(
+            f'the forward of {type(model).__name__} fails for an input of {tuple(image.shape)}: {_cause(error)}; give '
+            f'an input_size that it takes'
+        ) from error
+    try:
+        return torch.onnx.export(
+            model,
+            (image,),
+            dynamo=True,
+            dynamic_shapes=(names,) if dynamic else None,
+            opset_version=opset_version,
+            input_names=['input'],
+            output_names=['output'] if len(outputs) == 1 else [f'output{i}' for i in range(len(outputs))],
+            verbose=False,
+        )
+    except Exception as error:
+        smaller = {True: "; dynamic='batch' asks for less", 'batch': '; dynamic=False asks for less'}.get(dynamic, '')
+        raise RuntimeError(
+            f'{type(model).__name__} cannot be exported for an input of {tuple(image.shape)}: {_cause(error)}{smaller}'
+        ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong first: the exporter wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
+
+
+def _checked(
+    model: nn.Module, data: bytes, image: Tensor, dynamic: bool | str
+) -> tuple[tuple[tuple[int, ...], float], ...]:
+    """Differences of onnxruntime from torch, for the exported shape and, if there may be others, for another one."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(data, providers=['CPUExecutionProvider'])
+    shapes = [tuple(image.shape)]
+    if dynamic:
+        _, channels, height, width = image.shape
+        # Multiples of 32 are added: many networks take no others.
+        shapes.append((1, channels, height + 32, width + 64) if dynamic is True else (1, channels, height, width))
+    found = []
+    for shape in shapes:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(image)
+        expected = [y.cpu() for y in pytree.tree_leaves(model(x))]
+        try:
+            actual = [torch.from_numpy(y) for y in session.run(None, {'input': x.cpu().numpy()})]
+        except Exception as error:
+            raise RuntimeError(
+                f'onnxruntime fails for an input of {shape}: {_cause(error)}; nothing was written'
+            ) from error
+        worst = 0.0
+        for y, z in zip(actual, expected, strict=True):
+            scale = max(1.0, z.abs().max().item())
+            difference = (y - z).abs().max().item() / scale if y.shape == z.shape else math.inf
+            if not difference <= TOLERANCE:
+                raise RuntimeError(
+                    f'onnxruntime differs from torch by {difference:.1e} for an input of {shape}, and {TOLERANCE:g} is '
+                    f'allowed; nothing was written'
+                )
+            worst = max(worst, difference)
+        found.append((shape, worst))
+    return tuple(found)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name and rename it, so that there is never half of one."""
+    temporary = path.with_name(f'{path.name}.tmp')
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
