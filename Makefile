@@ -1,24 +1,29 @@
-# One environment, .venv, with everything; each target makes it when it is missing and then runs. The stamp inside it is
-# newer than pyproject.toml once the installation has succeeded, so a second run installs nothing.
+# One environment, .venv; each target makes it when it is missing and then runs. The stamp inside it is newer than
+# pyproject.toml once the installation has succeeded, so a second run installs nothing. What only test-ecosystem and docs
+# need is large and is added by them, with a stamp each.
 #   make demo            make test PYTEST_ARGS='-k genotype -x'            make PYTHON=python3.12 demo
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+ECOSYSTEM := $(VENV)/.installed-ecosystem
+DOCS := $(VENV)/.installed-docs
 # Few processes, for a machine of many cores would otherwise start one each; see tests/conftest.py for their threads.
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 MODELS ?=
+# A clone of timm's repository for test-timm-scripts, which otherwise clones it.
+TIMM_REPO ?=
 BENCH_ARGS ?= --quick
 DEMO_ARGS ?= --out demo_out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-timm lint format bench build install clean
+.PHONY: help demo test test-slow test-ecosystem test-timm test-timm-scripts docs lint format bench build install clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP)  ## make .venv and install the package with every extra (the other targets do it themselves)
+install: $(STAMP)  ## make .venv and install the package for its tests (the other targets do it themselves)
 
 $(STAMP): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { \
@@ -32,17 +37,31 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+$(ECOSYSTEM) $(DOCS): $(VENV)/.installed-%: $(STAMP)
+	@echo "Installing what the extra '$*' of pyproject.toml names into $(VENV)"
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,$*]'
+	@touch $@
+
 demo: $(STAMP)  ## train four small networks on real digits, some minutes on 2 cores; writes demo_out/
 	$(BIN)/sase-blocks demo $(DEMO_ARGS)
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not slow and not ecosystem' $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## run the tests marked slow
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
+test-ecosystem: $(ECOSYSTEM)  ## run the tests with other libraries: segmentation, detection, transformers, the Hub, ...
+	$(BIN)/python -m pytest -m ecosystem $(PYTEST_ARGS)
+
 test-timm: $(STAMP)  ## run timm's own model tests for ours: make test-timm MODELS='resnet50_sase resnet20_cifar'
 	$(BIN)/python tests/timm_upstream.py $(MODELS)
+
+test-timm-scripts: $(STAMP)  ## run timm's train, validate, benchmark and onnx_export: TIMM_REPO=DIR, or it clones
+	$(BIN)/python tests/timm_scripts.py $(if $(TIMM_REPO),--repo '$(TIMM_REPO)')
+
+docs: $(DOCS)  ## build the documentation into site/, a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(STAMP)  ## run ruff and mypy
 	$(BIN)/ruff check .
@@ -61,5 +80,5 @@ build: $(STAMP)  ## build the wheel and the source distribution into dist/
 	$(BIN)/python -m build
 
 clean:  ## remove what the targets made, the environment too
-	rm -rf $(VENV) .timm-tests dist build demo_out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .timm-tests dist build site demo_out .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

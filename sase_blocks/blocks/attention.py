@@ -131,8 +131,9 @@ class SASE(AttentionBlock):
     In the paper it stands in every bottleneck of ResNet-50/101, after the third batch norm and before the shortcut
     is added; it fits timm's ``attn_layer=``. Shape: (B, C, H, W) -> (B, C, H, W).
 
-    >>> SASE(64)(torch.randn(2, 64, 28, 28)).shape
-    torch.Size([2, 64, 28, 28])
+    Examples:
+        >>> SASE(64)(torch.randn(2, 64, 28, 28)).shape
+        torch.Size([2, 64, 28, 28])
     """
 
     def __init__(

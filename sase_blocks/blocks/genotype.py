@@ -29,11 +29,12 @@ class Genotype:
     Raises:
         ValueError: an unknown name; the text lists the valid ones and suggests the nearest.
 
-    >>> g = Genotype.parse('avg_max,mlp,affine,p_norm,avg,conv3x3_x2')
-    >>> g.gated_squeeze
-    'p_norm'
-    >>> Genotype.parse(g.to_json()) == Genotype.parse(str(g)) == g
-    True
+    Examples:
+        >>> g = Genotype.parse('avg_max,mlp,affine,p_norm,avg,conv3x3_x2')
+        >>> g.gated_squeeze
+        'p_norm'
+        >>> Genotype.parse(g.to_json()) == Genotype.parse(str(g)) == g
+        True
     """
 
     channel_squeeze: str

@@ -168,8 +168,9 @@ def create_block(block: str | Genotype, channels: int, *, act_layer: Any = None,
     Raises:
         ValueError: an unknown name or a bad genotype; the text says what there is.
 
-    >>> create_block('se', 64)  # doctest: +ELLIPSIS
-    ChannelAttention(...
+    Examples:
+        >>> create_block('se', 64)  # doctest: +ELLIPSIS
+        ChannelAttention(...
     """
     return resolve_block(block)(channels, **kwargs)
 

@@ -1,0 +1,205 @@
+"""Hooks of MkDocs (mkdocs.yml): the pages of the site that are no file in docs/.
+
+README, CONTRIBUTING, CHANGELOG, benchmarks/README and the examples stay where GitHub shows them and become pages; links
+between them are rewritten. The gallery is made from the table of blocks, each drawn, counted and timed on the machine
+that builds the site. Nothing generated is written into the repository.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import platform
+import posixpath
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sase_blocks
+from sase_blocks.blocks import BLOCKS, block_graph
+
+ROOT = Path(__file__).parent.parent
+
+# Files of the repository that are pages of the site under another name.
+PAGES = {
+    'README.md': 'index.md',
+    'CONTRIBUTING.md': 'contributing.md',
+    'CHANGELOG.md': 'changelog.md',
+    'benchmarks/README.md': 'benchmarks.md',
+    **{f'examples/{path.name}': f'examples/{path.stem}.md' for path in sorted((ROOT / 'examples').glob('*.py'))},
+}
+CHANNELS = (64, 256, 1024)
+SIZE = 56  # height and width of the map that MACs and time are for
+BATCH = 8
+GALLERY = """# Gallery
+
+Every block of `list_blocks()`, drawn and counted: what it is and how it differs stands in [Blocks](blocks.md), the
+operations in [Primitives](primitives.md). MACs are those of convolutions and matrix products for one map of 56 x 56;
+squeezes are none of these and cost time all the same.
+
+| block | parameters, C = 256 | MACs, C = 256 | time / SE |
+|---|---:|---:|---:|
+{rows}
+
+Time: a forward pass of {batch} maps of 256 x 56 x 56 in multiples of that of SE, eager, one thread of {machine}, torch
+{torch}, measured when this page was built. Compiled blocks stand in [Benchmarks](benchmarks.md).
+
+{sections}"""
+
+
+def on_config(config: Any) -> Any:
+    """Put the examples into the navigation, and rebuild for them in `mkdocs serve`."""
+    examples = [page for page in PAGES.values() if page.startswith('examples/')]
+    config.nav.insert(2, {'Examples': [{f'{Path(page).stem}.py': page} for page in examples]})
+    config.watch += [str(ROOT / source) for source in PAGES]
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages from outside docs/ and the drawings of the blocks."""
+    from mkdocs.structure.files import File
+
+    for source, page in PAGES.items():
+        text = (ROOT / source).read_text(encoding='utf-8')
+        content = example_page(source, text) if source.endswith('.py') else text
+        files.append(File.generated(config, page, content=content))
+    files.append(File.generated(config, 'gallery.md', content=gallery(times())))
+    for name in BLOCKS:
+        files.append(File.generated(config, f'images/blocks/{name}.svg', content=drawing(name)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Fill in what is generated, and make the links of the repository links of the site."""
+    if page.file.src_uri == 'reference.md':
+        markdown = markdown.replace('<!-- public names -->', public_names())
+    return site_links(markdown, page.file.src_uri)
+
+
+def example_page(source: str, code: str) -> str:
+    """A program as a page, in a fence longer than any inside it."""
+    fence = '`' * (1 + max(map(len, re.findall('`{3,}', code)), default=2))
+    return f'---\nhide: [toc]\n---\n# {Path(source).name}\n\n{fence}python title="{source}"\n{code.rstrip()}\n{fence}\n'
+
+
+def site_links(markdown: str, page: str) -> str:
+    """Links as GitHub takes them, from a file of the repository, as links between pages of the site.
+
+    A link to a file that is no page keeps its text alone. Code is left as it is.
+    """
+    source = next((source for source, name in PAGES.items() if name == page), f'docs/{page}')
+
+    def replace(match: re.Match[str]) -> str:
+        mark, text, target = match['mark'], match['text'], match['target']
+        if target is None or re.match(r'[a-z]+:|#', target):
+            return match[0]
+        path, _, anchor = target.partition('#')
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+        path = PAGES.get(path, path.removeprefix('docs/') if path.startswith('docs/') else '')
+        if not path:
+            return text
+        path = posixpath.relpath(path, posixpath.dirname(page) or '.')
+        return f'{mark}[{text}]({path}{"#" + anchor if anchor else ""})'
+
+    code = r'^(?P<fence>`{3,}).*?^(?P=fence)|`[^`\n]+`'
+    link = r'(?P<mark>!?)\[(?P<text>[^\]\n]*(?:\n[^\]\n]+)?)\]\((?P<target>[^)\s]+)\)'
+    return re.sub(f'{code}|{link}', replace, markdown, flags=re.MULTILINE | re.DOTALL)
+
+
+def public_names() -> str:
+    """mkdocstrings' directives for whatever the package exports."""
+    return '\n\n'.join(f'::: {public_path(name)}' for name in sase_blocks.__all__)
+
+
+def public_path(name: str) -> str:
+    """Where an exported name is defined, for a function may have the name of the file it is in."""
+    thing = getattr(sase_blocks, name)
+    return f'{thing.__module__}.{thing.__qualname__}'
+
+
+def drawing(name: str) -> str:
+    """The graph of a block as SVG."""
+    import matplotlib as mpl
+
+    mpl.use('Agg')
+    import matplotlib.pyplot as plt
+
+    from sase_blocks.viz import draw_block
+
+    # A fixed salt and no date, so that the same block is the same file.
+    with mpl.rc_context({'svg.hashsalt': name}):
+        figure = draw_block(name)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format='svg', bbox_inches='tight', metadata={'Date': None})
+        plt.close(figure)
+    return buffer.getvalue()
+
+
+def cost(name: str, channels: int) -> tuple[int, int]:
+    """Parameters, and MACs of one map of 56 x 56 in convolutions and matrix products."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device('meta'):
+        block = sase_blocks.create_block(name, channels, feat_size=SIZE).eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            block(torch.empty(1, channels, SIZE, SIZE))
+    return sum(p.numel() for p in block.parameters()), counter.get_total_flops() // 2
+
+
+@lru_cache
+def times(channels: int = 256) -> dict[str, float]:
+    """Seconds of each block's forward pass, eager, in eval mode, on one thread of this machine."""
+    from torch.utils.benchmark import Timer
+
+    x = torch.randn(BATCH, channels, SIZE, SIZE)
+    seconds = {}
+    for name in BLOCKS:
+        block = sase_blocks.create_block(name, channels, feat_size=SIZE).eval()
+        with torch.no_grad():
+            timer = Timer('block(x)', globals={'block': block, 'x': x}, num_threads=1)
+            seconds[name] = timer.blocked_autorange(min_run_time=0.5).median
+    return seconds
+
+
+def machine() -> str:
+    """The processor, as far as the system tells."""
+    cpuinfo = Path('/proc/cpuinfo')
+    names = re.findall(r'model name\s*: (.*)', cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def gallery(seconds: dict[str, float]) -> str:
+    """The page of all blocks: a table of their costs and a section for each.
+
+    Args:
+        seconds: the time of each block.
+    """
+    rows, sections = [], []
+    for name in BLOCKS:
+        costs = {channels: cost(name, channels) for channels in CHANNELS}
+        relative = f'{seconds[name] / seconds["se"]:.2f}'
+        parameters, macs = costs[256]
+        rows.append(f'| [`{name}`](#{name}) | {parameters:,} | {macs:,} | {relative} |')
+        sections.append(
+            f'## `{name}` {{ #{name} }}\n\n{paper(name)}\n\n'
+            f'```text\n{block_graph(name).formula}\n```\n\n'
+            f'![{name}: what flows where](images/blocks/{name}.svg)\n\n'
+            '| C | parameters | MACs |\n|---:|---:|---:|\n'
+            + ''.join(f'| {channels:,} | {p:,} | {m:,} |\n' for channels, (p, m) in costs.items())
+        )
+    return GALLERY.format(
+        rows='\n'.join(rows),
+        batch=BATCH,
+        machine=machine(),
+        torch=torch.__version__,
+        sections='\n'.join(sections),
+    )
+
+
+def paper(name: str) -> str:
+    """The first paragraph of a block's docstring, its arXiv number a link."""
+    text = inspect.cleandoc(BLOCKS[name].__doc__ or '').split('\n\n')[0].replace('\n', ' ')
+    return re.sub(r'arXiv (\d{4}\.\d{4,5})', r'[arXiv \1](https://arxiv.org/abs/\1)', text)
