@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import runpy
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
@@ -441,6 +443,15 @@ def test_a_shared_module_gets_it_once_and_stays_shared():
     assert sum('alpha' in name for name, _ in model.named_parameters()) == 1
 
 
+def test_a_module_of_an_inserted_attention_is_no_place():
+    model, where = Net(), lambda name, module: isinstance(module, nn.Conv2d) and name != 'unused'
+    report = insert(model, OwnAttention, where)
+    assert [place.name for place in report.places] == ['stem.0.inserted_attention', 'mix.inserted_attention']
+    assert insert(model, OwnAttention, where).already == tuple(place.name for place in report.places)
+    with pytest.raises(ValueError, match='matches no module'):
+        insert(model, 'se', '*.block.conv')
+
+
 def test_channels_and_size_come_from_a_forward_where_the_module_does_not_tell():
     model = Net()
     report = insert(model, 'sase', 'act', input_size=(3, 24, 16))
@@ -859,3 +870,12 @@ def test_macs_are_what_the_flop_counter_says():
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(x)
     assert report.model_macs + report.added_macs == counter.get_total_flops() // 2
+
+
+def test_the_example(tmp_path, monkeypatch, capsys):
+    path = Path(__file__).parent.parent / 'examples' / 'finetune_pretrained.py'
+    monkeypatch.setattr('sys.argv', ['finetune_pretrained.py', '--quick', '--out', str(tmp_path / 'figure.png')])
+    runpy.run_path(str(path), run_name='__main__')
+    printed = capsys.readouterr().out
+    assert all(f'\n{way}  ' in printed for way in ('no insertion', "SASE, start='identity'", "SASE, start='paper'"))
+    assert (tmp_path / 'figure.png').stat().st_size > 10_000
