@@ -354,7 +354,7 @@ class Sized(OwnAttention):
         (timm.layers.EcaModule, 'EcaModule'),
         (Sized, 'Sized'),
     ],
-    ids=str,
+    ids=lambda v: None if callable(v) else str(v),
 )
 def test_a_block_may_be_any_callable_of_channels(block, label):
     plain, x = tiny().eval(), images()
@@ -421,7 +421,7 @@ def network(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize('input_size', [None, 32])
-@pytest.mark.parametrize(('name', 'where', 'expected'), WHERE, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(('name', 'where', 'expected'), WHERE, ids=lambda v: None if callable(v) else str(v)[:40])
 def test_where(name, where, expected, input_size):
     plain, x = network(name), images(size=32)
     model = copy.deepcopy(plain)
