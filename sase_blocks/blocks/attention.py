@@ -86,7 +86,8 @@ class AttentionBlock(AttentionModule):
         if not isinstance(self.norm, ChannelShift):
             scale, shift = scale_and_shift(self.norm)
             self.mix_weight.copy_(self.mix_weight * scale)
-            self.norm = ChannelShift(shift.to(self.mix_weight.dtype))  # type: ignore[assignment]
+            shift = shift.to(self.mix_weight.dtype)
+            self.norm = ChannelShift(shift).train(self.training)  # type: ignore[assignment]
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The channel attention c (B, C, 1, 1) and the spatial attention a (B, 1, H, W) for x (B, C, H, W)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import math
@@ -62,7 +63,9 @@ def export_onnx(
 ) -> OnnxReport:
     """Write a network as an ONNX file, in eval mode, by torch's dynamo exporter, and compare it with torch.
 
-    The file appears only when it is complete and has passed its check; an older one of the name is replaced.
+    The file appears only when it is complete and has passed its check; an older one of the name is replaced. Its input
+    is called ``input``, its output ``output`` (``output0``, ... if there are several), and a node has the path of its
+    module in its name: ``layer1.0.se.spatial_excite.convs.0/node_conv2d_3``.
 
     Args:
         model: the network, of one image batch (B, C, H, W); its mode stays as it is. ``fuse`` it first for a smaller
@@ -112,6 +115,8 @@ def export_onnx(
                 f'opset_version={opset_version} cannot be written for this network: the exporter gave {opset}; '
                 f'leave opset_version out, or choose one from {MIN_OPSET} on that it has'
             )
+        _tidy(proto.graph)
+        proto.ClearField('metadata_props')
         data = proto.SerializeToString()
         checks = _checked(model, data, image, dynamic) if check else ()
     _write(target, data)
@@ -178,6 +183,20 @@ def _onnx_program(model: nn.Module, image: Tensor, dynamic: bool | str, opset_ve
         ) from error
 
 
+def _tidy(graph: Any) -> None:
+    """Put the path of its module into the name of each node, and take the exporter's notes out.
+
+    They are a third of a small file and hold the paths of source files on this machine.
+    """
+    for node in graph.node:
+        notes = {note.key: note.value for note in node.metadata_props}
+        scopes = ast.literal_eval(notes.get('pkg.torch.onnx.name_scopes', '[]'))  # the modules, then the node itself
+        if len(scopes) > 1 and scopes[-2]:
+            node.name = f'{scopes[-2]}/{node.name}'
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField('metadata_props')
+
+
 def _cause(error: BaseException) -> str:
     """The first line of what went wrong first: the exporter wraps it in pages of advice."""
     while error.__cause__ is not None:
@@ -201,6 +220,11 @@ def _checked(
     for shape in shapes:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(image)
         expected = [y.cpu() for y in pytree.tree_leaves(model(x))]
+        if not all(y.isfinite().all() for y in expected):
+            raise RuntimeError(
+                f'torch itself gives values that are not finite for standard normal noise of {shape}, so that nothing '
+                f'can be compared: load trained weights first, or give check=False; nothing was written'
+            )
         try:
             actual = [torch.from_numpy(y) for y in session.run(None, {'input': x.cpu().numpy()})]
         except Exception as error:
