@@ -1,0 +1,1 @@
+"""Architecture search: of an attention block (``sase``)."""

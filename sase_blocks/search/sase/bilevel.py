@@ -1,0 +1,148 @@
+"""The gradient of the held-out loss for the logits: DARTS' bilevel problem (arXiv 1806.09055, eq. 5 to 8).
+
+With weights w, logits l and the virtual step w' = w - lr (momentum buffer + grad_w L_train(w, l) + decay w):
+
+- first order: grad_l L_val(w, l).
+- second order, exact: grad_l L_val(w', l) - lr grad^2_(l,w) L_train(w, l) . grad_w' L_val(w', l), by double backward.
+- 'second order, finite difference': the same, the product by a central difference with step 0.01 / norm. In a ReLU
+  network it is off by a factor (the kinks), and is here for comparison only.
+
+On several processes every gradient is the mean over all of them, taken by one reduction of one flat tensor each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .network import SearchNetwork
+
+__all__ = ['ORDERS', 'LogitsGradient', 'VirtualStep', 'logits_gradient']
+
+ORDERS = ('1', '2', '2-fd')
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Batch = tuple[Tensor, Tensor]
+
+
+class VirtualStep(NamedTuple):
+    """The step of SGD that the second order looks through."""
+
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    buffers: Mapping[str, Tensor] = {}  # momentum buffers by the weight's name; none before the first step
+
+
+class LogitsGradient(NamedTuple):
+    """The gradient for the logits, and the held-out batch's loss and outputs at the weights they were taken at."""
+
+    gradient: Tensor
+    loss: Tensor
+    outputs: Tensor
+
+
+def logits_gradient(
+    network: SearchNetwork,
+    loss: Loss,
+    order: str,
+    held_out: Batch,
+    training: Batch | None = None,
+    step: VirtualStep | None = None,
+    *,
+    mean: Callable[[Tensor], Tensor] = lambda flat: flat,
+    autocast: Callable[[], Any] | None = None,
+) -> LogitsGradient:
+    """The gradient of the held-out loss for the logits. Batch-norm statistics are left as they are.
+
+    Args:
+        network: in train mode.
+        loss: of (outputs, labels).
+        order: '1', '2' or '2-fd'.
+        held_out: images and labels that the logits are trained on.
+        training: images and labels of the virtual step; for the second orders.
+        step: the virtual step; for the second orders.
+        mean: the mean of a flat tensor over all processes.
+        autocast: makes the context of the forward passes; the products of gradients are taken outside of it, in fp32.
+
+    Raises:
+        ValueError: an unknown order, or a second order without ``training`` and ``step``.
+    """
+    if order not in ORDERS:
+        raise ValueError(f'order must be one of {", ".join(ORDERS)}, got {order!r}')
+    if order != '1' and (training is None or step is None):
+        raise ValueError(f'order {order} needs a training batch and the virtual step')
+
+    def forward(batch: Batch, weights: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        with autocast() if autocast else torch.enable_grad():
+            outputs = network(batch[0], weights)
+            return loss(outputs, batch[1]), outputs
+
+    logits = network.logits
+    with network.statistics_kept():
+        if order == '1':
+            value, outputs = forward(held_out)
+            (gradient,) = torch.autograd.grad(value, logits)
+            return LogitsGradient(mean(gradient.flatten()).view_as(logits), value.detach(), outputs.detach())
+
+        assert training is not None and step is not None
+        weights = network.weights()
+        names, tensors = list(weights), list(weights.values())
+        train_value, _ = forward(training)
+        grads = _grad(train_value, tensors, create_graph=order == '2')
+        reduced = _unflatten(mean(_flatten([g.detach() for g in grads])), tensors)
+        moved = {
+            name: (w.detach() - step.lr * _velocity(step, name, w.detach(), g)).requires_grad_()
+            for name, w, g in zip(names, tensors, reduced, strict=True)
+        }
+        value, outputs = forward(held_out, moved)
+        *by_weight, direct = _grad(value, [*moved.values(), logits])
+        vector = _unflatten(mean(_flatten(by_weight)), tensors)
+        if order == '2':
+            # d/dl of <grad_w L_train, vector>, where the vector is a constant.
+            product = sum((g * v).sum() for g, v in zip(grads, vector, strict=True))
+            assert isinstance(product, Tensor)
+            (implicit,) = torch.autograd.grad(product, logits)
+        else:
+            implicit = _finite_difference(forward, network, training, names, tensors, vector)
+    gradient = mean((direct - step.lr * implicit).flatten()).view_as(logits)
+    return LogitsGradient(gradient, value.detach(), outputs.detach())
+
+
+def _velocity(step: VirtualStep, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
+    velocity = gradient + step.weight_decay * weight
+    return velocity + step.momentum * step.buffers[name] if name in step.buffers else velocity
+
+
+def _finite_difference(
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    network: SearchNetwork,
+    training: Batch,
+    names: Sequence[str],
+    tensors: Sequence[Tensor],
+    vector: Sequence[Tensor],
+) -> Tensor:
+    r = 0.01 / torch.linalg.vector_norm(_flatten(vector))
+    sides = []
+    for sign in (1, -1):
+        shifted = {n: w.detach() + sign * r * v for n, w, v in zip(names, tensors, vector, strict=True)}
+        value, _ = forward(training, shifted)
+        sides.append(torch.autograd.grad(value, network.logits)[0])
+    return (sides[0] - sides[1]) / (2 * r)
+
+
+def _grad(value: Tensor, tensors: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
+    """Gradients, zeros for what the value does not depend on."""
+    found = torch.autograd.grad(value, tensors, create_graph=create_graph, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors, strict=True)]
+
+
+def _flatten(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def _unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in like]), like, strict=True)]

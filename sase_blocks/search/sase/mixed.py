@@ -1,0 +1,154 @@
+"""The mixed block of the SASE search (arXiv 2411.08333): on each edge the softmax-weighted sum of its operations.
+
+::
+
+    q = mixed channel squeeze(x)       c, d = two mixed channel excitations(q)
+    s = ReLU(norm(mix(mixed spatial squeeze(d * x), mixed spatial squeeze(x))))
+    a = mixed spatial excitation(s)    y = x * (1 + (c + a) / 2)
+
+The norm has no affine parameters during the search, as in the authors' code. With ``fair=False`` this is the authors'
+mixture. What is ours is ``fair=True``: the outputs of a squeeze differ by factors of 10,000 and one of the fourteen
+excitations has no sigmoid, so that in the authors' mixture scale decides. Fair mixing brings each squeeze's output to
+mean 0 and variance 1 over the batch (one number each, without affine parameters) and gives each excitation that has
+none a sigmoid. A found block is built without these norms.
+
+Two forms give the same: 'plain' calls each operation by itself and is the definition; 'shared' lets the operations of
+an edge share what they have in common (``shared.py``).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sase_blocks.blocks import AttentionModule
+from sase_blocks.ops import EXTENDED_SETS
+from sase_blocks.ops.primitive import check_feat_size, mix
+
+from .shared import SharedExcites, SharedSqueezes
+from .space import EDGES, SearchSpace
+
+__all__ = ['FORMS', 'MixedBlock']
+
+FORMS = ('plain', 'shared')
+
+# Gets the edge's number, and the stack (operations, B, ...) of what its operations gave, as it is mixed.
+Observer = Callable[[int, Tensor], None]
+
+
+class MixedBlock(AttentionModule):
+    """All blocks of a space at once. Shape: (B, C, H, W) -> (B, C, H, W), any H and W.
+
+    Args:
+        channels: C, at least 1.
+        space: the operations of each edge.
+        feat_size: (H, W) or an int; needed where the space has operations with per-position parameters.
+        fair: normalise and gate the operations before they are mixed (see above); False is the authors' mixture.
+        form: 'shared' or 'plain'.
+        device, dtype: of the parameters.
+
+    Attributes:
+        probabilities: six tensors, one an edge, of one weight an operation; set by ``SearchNetwork`` before each
+            forward. None stands for equal weights.
+
+    Raises:
+        ValueError: bad channels, feat_size or form.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        space: SearchSpace,
+        feat_size: int | tuple[int, int] | None = None,
+        *,
+        fair: bool = True,
+        form: str = 'shared',
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels)
+        if form not in FORMS:
+            raise ValueError(f'form must be one of {", ".join(FORMS)}, got {form!r}')
+        self.space = space
+        self.feat_size = None if feat_size is None else check_feat_size(feat_size, type(self).__name__)
+        self.fair = fair
+        self.form = form
+        args: dict[str, Any] = {'feat_size': self.feat_size, 'device': device, 'dtype': dtype}
+        for edge, names in space:
+            table = EXTENDED_SETS[self._set_of(edge)]
+            self.add_module(edge, nn.ModuleDict({name: table[name](channels, **args) for name in names}))
+        self.mix_weight = nn.Parameter(torch.full((2,), 0.5, device=device, dtype=dtype))
+        self.norm = nn.BatchNorm2d(1, affine=False, device=device, dtype=dtype)
+        # One channel an operation, over everything else.
+        self.scales = nn.ModuleDict(
+            {
+                edge: nn.BatchNorm2d(len(names), affine=False, device=device, dtype=dtype)
+                for edge, names in space
+                if fair and self._set_of(edge).endswith('squeeze')
+            }
+        )
+        self.probabilities: tuple[Tensor, ...] | None = None
+        self.observer: Observer | None = None
+
+    @staticmethod
+    def _set_of(edge: str) -> str:
+        return {'gate_excite': 'channel_excite', 'gated_squeeze': 'spatial_squeeze'}.get(edge, edge)
+
+    def operations(self, edge: int) -> list[Any]:
+        """The modules of an edge, in the order of the space."""
+        return list(getattr(self, EDGES[edge]).values())
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.mix_weight, 0.5)
+        for edge in range(len(EDGES)):
+            for operation in self.operations(edge):
+                operation.reset_parameters()
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The channel attention c (B, C, 1, 1) and the spatial attention a (B, 1, H, W) for x (B, C, H, W)."""
+        ops = [self.operations(edge) for edge in range(len(EDGES))]
+        if self.form == 'shared':
+            squeezes = SharedSqueezes(x)
+            q = self._mixed(0, squeezes.channel(ops[0]))
+            excites = SharedExcites(q, [*ops[1], *ops[2]])
+            c = self._mixed(1, excites.outputs[: len(ops[1])])
+            d = self._mixed(2, excites.outputs[len(ops[1]) :])
+            gated, plain = squeezes.spatial(ops[3], d), squeezes.spatial(ops[4], None)
+        else:
+            q = self._mixed(0, [op(x) for op in ops[0]])
+            c = self._mixed(1, [op(q) for op in ops[1]])
+            d = self._mixed(2, [op(q) for op in ops[2]])
+            gated, plain = [op(x, d) for op in ops[3]], [op(x) for op in ops[4]]
+        s = torch.relu(self.norm(mix(self._mixed(3, gated), self._mixed(4, plain), self.mix_weight)))
+        a = self._mixed(5, SharedExcites(s, ops[5]).outputs if self.form == 'shared' else [op(s) for op in ops[5]])
+        return c, a
+
+    def _mixed(self, edge: int, outputs: Sequence[Tensor]) -> Tensor:
+        """The weighted sum of the outputs of an edge's operations."""
+        if self.fair and EDGES[edge] not in self.scales:
+            outputs = [
+                y if op.gated else torch.sigmoid(y) for op, y in zip(self.operations(edge), outputs, strict=True)
+            ]
+        stack = torch.stack(list(outputs))  # (operations, B, ...)
+        if self.fair and EDGES[edge] in self.scales:
+            batch = stack.transpose(0, 1)
+            stack = self.scales[EDGES[edge]](batch.flatten(2).unsqueeze(3)).reshape(batch.shape).transpose(0, 1)
+        if self.observer is not None:
+            self.observer(edge, stack)
+        if self.probabilities is None:
+            return stack.mean(0)
+        weights = self.probabilities[edge].to(stack.dtype)
+        return torch.tensordot(weights, stack, 1)
+
+    def gate(self, x: Tensor) -> Tensor:
+        c, a = self.gates(x)
+        return (1 + c / 2) + a / 2
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, '{self.space}', fair={self.fair}, form='{self.form}'"
+
+
+def mixed_blocks(model: nn.Module) -> Iterable[MixedBlock]:
+    """The mixed blocks of a network, in its order."""
+    return (module for module in model.modules() if isinstance(module, MixedBlock))

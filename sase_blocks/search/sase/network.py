@@ -1,0 +1,149 @@
+"""The search network: any network with a mixed block in every attention place, and the logits that weigh them.
+
+The paper's setting is ``resnet20_cifar``, one set of logits for all blocks. One set a stage is ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sase_blocks.blocks import Genotype
+from sase_blocks.insert import insert
+
+from .mixed import MixedBlock, Observer
+from .space import SearchSpace
+
+__all__ = ['LOGITS_STD', 'SearchNetwork']
+
+LOGITS_STD = 1e-3  # of the paper: logits start at 1e-3 * N(0, 1)
+
+
+class SearchNetwork(nn.Module):
+    """A network whose attention is a mixture, and the logits of the mixture.
+
+    Shape: as the network's; (B, in_chans, H, W) -> (B, classes) for a classifier.
+
+    Args:
+        model: a network that ``insert`` knows or a timm model with an attention slot; it is changed in place.
+        space: the operations of each edge.
+        per_stage: one set of logits for each stage instead of one for all blocks (ours).
+        fair: see ``MixedBlock``.
+        form: see ``MixedBlock``.
+        where, stages, input_size: see ``insert``.
+        seed: of the logits' start.
+
+    Attributes:
+        model: the network; its parameters are the weights of the search.
+        logits: (sets, sum of ``space.sizes``), not a parameter of ``model``.
+        blocks: the mixed blocks by name.
+
+    Raises:
+        ValueError: whatever ``insert`` refuses; per_stage without stages in the names of the places.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: SearchSpace,
+        *,
+        per_stage: bool = False,
+        fair: bool = True,
+        form: str = 'shared',
+        where: Any = None,
+        stages: Any = None,
+        input_size: Any = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.space = space
+
+        def build(channels: int, feat_size: Any = None) -> MixedBlock:
+            return MixedBlock(channels, space, feat_size, fair=fair, form=form)
+
+        self.report = insert(model, build, where, 'paper', stages=stages, input_size=input_size)
+        _wake_residual_branches(model)
+        self.model = model
+        self.blocks = {name: module for name, module in model.named_modules() if isinstance(module, MixedBlock)}
+        if not self.blocks:
+            raise ValueError('no place for a mixed block was found in the network')
+        self.set_of = _stage_of(list(self.blocks)) if per_stage else dict.fromkeys(self.blocks, 0)
+        sets = max(self.set_of.values()) + 1
+        generator = torch.Generator().manual_seed(seed)
+        start = LOGITS_STD * torch.randn(sets, sum(space.sizes), generator=generator)
+        self.logits = nn.Parameter(start)
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The weights by name: every trainable parameter but the logits."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def forward(self, x: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The output of the mixture; with ``weights``, tensors by name take the place of the network's own."""
+        probabilities = self.space.probabilities(self.logits)
+        for name, block in self.blocks.items():
+            number = self.set_of[name]
+            block.probabilities = tuple(p[number] for p in probabilities)
+        try:
+            if weights is None:
+                return self.model(x)
+            return torch.func.functional_call(self.model, dict(weights), (x,))
+        finally:
+            for block in self.blocks.values():
+                block.probabilities = None  # or a deepcopy would find tensors that are no leaves
+
+    def genotypes(self) -> list[Genotype]:
+        """The leading genotype of each set of logits."""
+        return [self.space.genotype(row) for row in self.logits.detach()]
+
+    @contextmanager
+    def observed(self, observer: Any) -> Iterator[None]:
+        """Within this context ``observer(block name, edge, outputs)`` sees what is mixed; see ``mixed.Observer``."""
+
+        def seen(name: str) -> Observer:
+            return lambda edge, outputs: observer(name, edge, outputs)
+
+        for name, block in self.blocks.items():
+            block.observer = seen(name)
+        try:
+            yield
+        finally:
+            for block in self.blocks.values():
+                block.observer = None
+
+    @contextmanager
+    def statistics_kept(self) -> Iterator[None]:
+        """Within this context a forward in train mode leaves batch-norm statistics as they are, once it is over."""
+        buffers = list(self.model.buffers())
+        kept = [buffer.clone() for buffer in buffers]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, old in zip(buffers, kept, strict=True):
+                    buffer.copy_(old)
+
+
+def _wake_residual_branches(model: nn.Module) -> None:
+    """timm starts the last norm of a residual branch at zero, where attention would see nothing but zeros."""
+    for module in model.modules():
+        weight = getattr(module, 'weight', None)
+        norm = isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm))
+        if norm and isinstance(weight, nn.Parameter) and not weight.detach().any():
+            nn.init.ones_(weight)
+
+
+def _stage_of(names: list[str]) -> dict[str, int]:
+    """The stage of each place, from 0, by the part of the name before the number of the block in its stage."""
+    stage_of: dict[str, str] = {}
+    for name in names:
+        match = re.match(r'(.+?)\.\d+\.', name)
+        if match is None:
+            raise ValueError(f'per_stage needs places in stages (layer1.0., stages.1.2., ...), got {name}')
+        stage_of[name] = match[1]
+    order = {stage: i for i, stage in enumerate(dict.fromkeys(stage_of.values()))}
+    return {name: order[stage] for name, stage in stage_of.items()}
