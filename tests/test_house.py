@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / 'sase_blocks'
 # and `__init__` is what `import sase_blocks` runs.
 ROOMS = (
     'checkpoint', 'ops', 'blocks', 'convert', 'models', 'insert', 'deploy', '__init__',
-    'data', 'viz', 'train', 'demo', 'cli', '__main__',
+    'data', 'runs', 'viz', 'train', 'search', 'demo', 'cli', '__main__',
 )  # fmt: skip
 
 # What every installation has, by the name it is imported by: the three dependencies and what these bring along (tqdm

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from golden_data import GOLDEN, load
 
+from sase_blocks.blocks import Genotype
 from sase_blocks.convert import convert_paper_state_dict
 from sase_blocks.ops import SETS
-from sase_blocks.blocks import Genotype
 from sase_blocks.search.sase.bilevel import VirtualStep, logits_gradient
 from sase_blocks.search.sase.network import SearchNetwork
 from sase_blocks.search.sase.space import EDGES, SearchSpace

@@ -88,7 +88,8 @@ def logits_gradient(
             (gradient,) = torch.autograd.grad(value, logits)
             return LogitsGradient(mean(gradient.flatten()).view_as(logits), value.detach(), outputs.detach())
 
-        assert training is not None and step is not None
+        assert training is not None
+        assert step is not None
         weights = network.weights()
         names, tensors = list(weights), list(weights.values())
         train_value, _ = forward(training)

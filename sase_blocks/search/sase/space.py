@@ -117,7 +117,7 @@ class SearchSpace:
         paper = SearchSpace.of({})
         return '; '.join(f'{edge}={",".join(names)}' for edge, names in self if names != getattr(paper, edge))
 
-    def __iter__(self) -> Iterator[tuple[str, tuple[str, ...]]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """(edge, names) in edge order."""
         return ((f.name, getattr(self, f.name)) for f in fields(self))
 

@@ -1,0 +1,236 @@
+"""What every long run has: settings that are options too, a folder, a progress line, a resumable log, one launcher.
+
+``train.py`` and ``search/`` stand on it. Everything random in a run is a function of the seed and of the place in the
+run, so that its checkpoint needs no random states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint import read_checkpoint
+from .data import Samples, find_broken
+
+LOOK_EVERY = 20  # steps between looks at the loss; a look waits for the GPU
+LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
+
+
+# ---- settings ----
+
+
+def setting(default: Any, help: str, **more: Any) -> Any:
+    """A field of a configuration with the text that the command line shows for it.
+
+    More: ``choices``; ``free=True`` for a setting that a resumed run may change; ``place=True`` for where something
+    lies, which may change too, while what lies there is compared otherwise.
+    """
+    return field(default=default, metadata={'help': help, **more})
+
+
+def demand(config: Any, good: bool, name: str, expected: str) -> None:
+    """Raise a ValueError that names the setting and its value unless ``good``."""
+    if not good:
+        raise ValueError(f'{name} must be {expected}, got {getattr(config, name)!r}')
+
+
+def demand_choices(config: Any) -> None:
+    """``demand`` for every setting with ``choices``."""
+    for entry in fields(config):
+        choices = entry.metadata.get('choices')
+        demand(config, not choices or getattr(config, entry.name) in choices, entry.name, f'one of {choices}')
+
+
+def saved_run(config: Any, last: Path, needed: tuple[str, ...], command: str) -> dict[str, Any] | None:
+    """The checkpoint ``last`` to resume from, None for a fresh start.
+
+    Raises:
+        ValueError: there is one and ``config.resume`` is off, it lacks a key of ``needed``, or its settings differ.
+    """
+    if not last.exists():
+        return None
+    if not config.resume:
+        raise ValueError(f'{last.parent} holds a run already: --resume continues it, another --out starts a new one')
+    saved = read_checkpoint(last)
+    if not all(name in saved for name in needed):
+        raise ValueError(f'{last} is not a checkpoint of `{command}`, it cannot be resumed')
+    differing = []
+    for entry in fields(config):
+        now = getattr(config, entry.name)
+        before = saved['config'].get(entry.name, now)
+        if before != now and not entry.metadata.get('free') and not entry.metadata.get('place'):
+            differing.append(f'{entry.name} was {before!r} and is {now!r}')
+    if differing:
+        raise ValueError(f'{last} was made with other settings: {"; ".join(differing)}; set them back or change --out')
+    return saved
+
+
+# ---- the launcher ----
+
+
+@contextlib.contextmanager
+def launched(config: Any, purpose: str) -> Iterator[Any]:
+    """accelerate's ``Accelerator`` for one run, with the settings cpu, mixed_precision and tensorboard of ``config``.
+
+    Raises:
+        ImportError: accelerate or tensorboard is missing (extra ``train``).
+    """
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import DataLoaderConfiguration
+
+        if config.tensorboard:
+            import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f'{purpose} needs accelerate and tensorboard ({error}): pip install "sase-blocks[train]"'
+        ) from error
+    accelerator = Accelerator(
+        cpu=config.cpu,
+        mixed_precision=config.mixed_precision,
+        # A batch is cut among the processes, so that their number does not change the run.
+        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+    )
+    try:
+        yield accelerator
+    finally:
+        accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)  # or a second run would get this one's settings
+
+
+def be_deterministic() -> None:
+    """Only algorithms that give the same result every time."""
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+# ---- the data ----
+
+
+def leave_out_broken(skip: bool, accelerator: Any, *splits: Samples) -> list[Samples]:
+    """The main process looks at all images; every process then raises the same error, or leaves out the same ones."""
+    from accelerate.utils import broadcast_object_list
+
+    found = [find_broken(samples) if accelerator.is_main_process else {} for samples in splits]
+    broadcast_object_list(found)
+    broken = [text for positions in found for text in positions.values()]
+    if broken and not skip:
+        more = f' (and {len(broken) - 1} more)' if len(broken) > 1 else ''
+        raise ValueError(f'broken image {broken[0]}{more}; replace or remove it, or leave it out with --skip-broken')
+    if broken and accelerator.is_main_process:
+        shown = '\n'.join(f'  {text}' for text in broken[:10]) + ('\n  ...' if len(broken) > 10 else '')
+        print(f'warning: {len(broken)} broken image{"s"[: len(broken) > 1]} left out:\n{shown}', flush=True)
+    kept = [samples.without(positions) for samples, positions in zip(splits, found, strict=True)]
+    for samples in kept:
+        if len(samples) == 0:
+            raise ValueError(f'every image of the {samples.split} split is broken, the first one: {broken[0]}')
+    return kept
+
+
+def named_errors(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, where an error in a loading process is raised as that error and not as its printed traceback."""
+    try:
+        yield from loader
+    except ValueError as error:
+        if str(error).startswith('Caught ValueError'):
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix('ValueError: ')) from None
+        raise
+
+
+# ---- the folder ----
+
+
+def check_writable(out: Path) -> None:
+    """Make the folder ``out``. Raises OSError if nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise OSError(f'the output folder {out} cannot be written: {error.strerror or error}') from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is at every moment either the old one or the whole new one."""
+    temporary = path.with_name(path.name + '.tmp')
+    temporary.write_text(text, encoding='utf-8')
+    temporary.replace(path)
+
+
+def rows_until(metrics: Path, epoch: int) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl up to an epoch; what a killed run wrote after its last checkpoint is left out."""
+    rows = []
+    for line in metrics.read_text(encoding='utf-8').splitlines() if metrics.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # a line cut short
+            rows.append(json.loads(line))
+    return [row for row in rows if row['epoch'] <= epoch]
+
+
+def write_rows(metrics: Path, rows: list[dict[str, Any]]) -> None:
+    """metrics.jsonl with these rows and no others."""
+    write_text(metrics, ''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def append_row(metrics: Path, row: Mapping[str, Any]) -> None:
+    """One more line of metrics.jsonl."""
+    with metrics.open('a', encoding='utf-8') as file:
+        file.write(json.dumps(row) + '\n')
+
+
+def check_finite(losses: list[float], first_step: int, last: Path, advice: str) -> None:
+    """Raise a FloatingPointError with the step and the last good checkpoint unless all losses are finite."""
+    for step, loss in enumerate(losses, first_step):
+        if not math.isfinite(loss):
+            kept = f'the last good checkpoint is {last}' if last.exists() else 'no checkpoint was written yet'
+            raise FloatingPointError(f'the loss is {loss} at step {step}; {kept}. {advice}')
+
+
+# ---- progress ----
+
+
+class Progress:
+    """A bar over all steps with the time left on a terminal, and plain lines now and then elsewhere."""
+
+    def __init__(self, total: int, done: int, *, enabled: bool) -> None:
+        self.bar = tqdm(total=total, initial=done, unit='step', disable=None if enabled else True)
+        self.enabled = enabled
+        self.total, self.first, self.done = total, done, done
+        self.began = self.last_line = time.perf_counter()
+
+    def update(self, done: int, label: str, loss: float) -> None:
+        self.bar.set_description(label, refresh=False)
+        self.bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
+        self.bar.update(done - self.done)
+        self.done = done
+        if self.bar.disable and time.perf_counter() - self.last_line > LINE_EVERY:
+            self.line(f'{label}: step {done}/{self.total}, loss {loss:.4f}, {self.left()} left')
+
+    def left(self) -> str:
+        """Time left of the run as H:MM:SS."""
+        rate = (time.perf_counter() - self.began) / max(self.done - self.first, 1)
+        return str(tqdm.format_interval(rate * (self.total - self.done)))
+
+    def line(self, text: str) -> None:
+        if self.enabled:
+            self.last_line = time.perf_counter()
+            if self.bar.disable:
+                print(text, flush=True)
+            else:
+                self.bar.write(text)
+
+    def close(self) -> None:
+        self.bar.close()

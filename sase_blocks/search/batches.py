@@ -1,0 +1,372 @@
+"""Two halves of one training set, as batches on the device: one trains the weights, the other is held out.
+
+Images up to 64 px are decoded once, kept on the device as bytes and augmented there, a whole batch at a time; larger
+ones come from loading processes. In both ways what a step gets is a function of (seed, epoch, step) alone, whatever
+the number of processes, and only the weights' half is augmented.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import ImageDataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torchvision import transforms
+from tqdm import tqdm
+
+from sase_blocks.data import (
+    AUGMENT,
+    SHUFFLE,
+    SMALL,
+    Samples,
+    TransformedSamples,
+    create_transforms,
+    derive_seed,
+)
+from sase_blocks.runs import named_errors
+
+__all__ = ['Batches', 'Halves', 'LoadedBatches', 'MemoryBatches', 'decode', 'fingerprint', 'halves', 'labels_of']
+
+SPLIT, RELABEL = 101, 102  # streams of random numbers, see derive_seed
+PADDING = 4  # px, of the random crop of small images
+
+
+class Batches(Protocol):
+    """One half of the data."""
+
+    def __len__(self) -> int:
+        """Images."""
+
+    def epoch(self, epoch: int, batch_size: int, first: int, last: int, rank: int, world: int) -> Iterator[Any]:
+        """(images, labels) on the device for the steps ``first`` to ``last`` of an epoch: this process's part."""
+
+
+def order_of(count: int, seed: int, stream: int, epoch: int, wanted: int) -> Tensor:
+    """``wanted`` positions below ``count``, shuffled as a function of (seed, stream, epoch), repeated if needed."""
+    parts, have, again = [], 0, 0
+    while have < wanted:
+        generator = torch.Generator().manual_seed(derive_seed(seed, SHUFFLE, stream, epoch, again))
+        parts.append(torch.randperm(count, generator=generator))
+        have, again = have + count, again + 1
+    return torch.cat(parts)[:wanted]
+
+
+def share(batch_size: int, rank: int, world: int) -> slice:
+    """The part of a batch that one process works on."""
+    size = batch_size // world
+    return slice(rank * size, (rank + 1) * size)
+
+
+class MemoryBatches:
+    """Small images that lie on the device as bytes.
+
+    Args:
+        images: (N, C, H, W), uint8.
+        labels: (N,), int64.
+        mean, std: of each channel, in parts of 255.
+        augment: whether to crop at random (4 px of padding, black) and to flip.
+        hflip: probability of a flip.
+        seed, stream: of order and augmentation; ``stream`` tells the halves apart.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: bool,
+        hflip: float = 0.5,
+        seed: int = 0,
+        stream: int = 0,
+        device: torch.device | str = 'cpu',
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.mean = torch.tensor(mean, device=device).mul(255).reshape(1, -1, 1, 1)
+        self.std = torch.tensor(std, device=device).mul(255).reshape(1, -1, 1, 1)
+        self.augment, self.hflip = augment, hflip
+        self.seed, self.stream = seed, stream
+        self.memory_format = memory_format
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def epoch(
+        self, epoch: int, batch_size: int, first: int, last: int, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.images.device
+        order = order_of(len(self), self.seed, self.stream, epoch, last * batch_size).to(device)
+        part = share(batch_size, rank, world)
+        draws = None
+        if self.augment:
+            # Of every image: what happens to it in an epoch does not depend on when its turn comes.
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, AUGMENT, self.stream, epoch))
+            corner = torch.randint(0, 2 * PADDING + 1, (len(self), 2), generator=generator)
+            flip = torch.rand(len(self), 1, generator=generator) < self.hflip
+            draws = torch.cat([corner, flip], 1).to(device)
+        for step in range(first, last):
+            index = order[step * batch_size : (step + 1) * batch_size][part]
+            images = self.images[index]
+            if draws is not None:
+                images = cropped(images, draws[index])
+            images = (images - self.mean) / self.std
+            yield images.contiguous(memory_format=self.memory_format), self.labels[index]
+
+
+def cropped(images: Tensor, draws: Tensor) -> Tensor:
+    """(B, C, H, W) padded by 4 px of zeros, cut to its size at a corner of its own and flipped or not. draws: (B, 3)."""
+    b, _, h, w = images.shape
+    padded = F.pad(images, (PADDING,) * 4).permute(0, 2, 3, 1)
+    rows = draws[:, 0, None] + torch.arange(h, device=images.device)
+    columns = torch.arange(w, device=images.device)
+    columns = torch.where(draws[:, 2, None] > 0, w - 1 - columns, columns) + draws[:, 1, None]
+    which = torch.arange(b, device=images.device)[:, None, None]
+    return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+class _Plan(Sampler[list[tuple[int, int]]]):
+    """A batch sampler whose batches are set before each epoch, also for workers that live through many."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class LoadedBatches:
+    """Images that processes load and transform. ``labels`` takes the place of the data's, which may be shuffled."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        labels: Tensor,
+        transform: Any,
+        *,
+        seed: int,
+        stream: int,
+        workers: int,
+        device: torch.device | str,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        self.samples, self.labels = samples, labels
+        self.seed, self.stream = seed, stream
+        self.device, self.memory_format = torch.device(device), memory_format
+        self.plan = _Plan()
+        self.loader = DataLoader(
+            _Numbered(TransformedSamples(samples, transform, derive_seed(seed, AUGMENT, stream))),
+            batch_sampler=self.plan,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.device.type == 'cuda',
+        )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def epoch(
+        self, epoch: int, batch_size: int, first: int, last: int, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        order = order_of(len(self), self.seed, self.stream, epoch, last * batch_size).tolist()
+        part = share(batch_size, rank, world)
+        self.plan.batches = [
+            [(epoch, position) for position in order[step * batch_size : (step + 1) * batch_size][part]]
+            for step in range(first, last)
+        ]
+        for images, positions in named_errors(self.loader):
+            images = images.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
+            yield images, self.labels[positions].to(self.device, non_blocking=True)
+
+
+class _Numbered(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """The transformed samples with their position in the place of their label."""
+
+    def __init__(self, samples: TransformedSamples) -> None:
+        self.samples = samples
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        return self.samples[key][0], key[1]
+
+
+@dataclass
+class Halves:
+    """What a search learns from.
+
+    Attributes:
+        weights: the half that trains the weights.
+        held_out: the half that trains the logits.
+        facts: classes, counts, the fingerprint of the data and the indices of the held-out half, for the checkpoint.
+    """
+
+    weights: Batches
+    held_out: Batches
+    facts: dict[str, Any]
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.facts['classes'])
+
+
+def halves(
+    samples: Samples,
+    data_config: Mapping[str, Any],
+    *,
+    fraction: float = 0.5,
+    null: bool = False,
+    hflip: float = 0.5,
+    seed: int = 0,
+    workers: int = 0,
+    device: torch.device | str = 'cpu',
+    memory_format: torch.memory_format = torch.contiguous_format,
+    progress: bool = True,
+) -> Halves:
+    """Cut a training set in two, with the same share of every class in both.
+
+    Args:
+        samples: the training set.
+        data_config: of ``timm.data.resolve_data_config``: input_size, mean, std, ...
+        fraction: of each class that trains the weights, between 0 and 1.
+        null: give every image the label of another one, at random, within each half: nothing can then be learned
+            that holds in the other half, and what still wins does so by construction.
+        hflip: probability of a flip of the weights' images.
+        seed: of the split, the order and the augmentation.
+        workers: processes that load images above 64 px.
+
+    Raises:
+        ValueError: a class with fewer than two images, a broken image.
+    """
+    labels = torch.as_tensor(labels_of(samples))
+    first, second = split_classes(labels, samples.classes, fraction, seed)
+    used = relabelled(labels, (first, second), seed) if null else labels
+    facts = {
+        'classes': samples.classes,
+        'weights': len(first),
+        'held_out': len(second),
+        'fingerprint': fingerprint(samples, labels),
+        'held_out_indices': torch.tensor(second),
+    }
+    _, height, width = data_config['input_size']
+    batches: list[Batches] = []
+    if max(height, width) <= SMALL:
+        images = decode(samples, (height, width), progress=progress)
+        for stream, positions in enumerate((first, second)):
+            batches.append(
+                MemoryBatches(
+                    images[positions],
+                    used[positions],
+                    mean=data_config['mean'],
+                    std=data_config['std'],
+                    augment=stream == 0,
+                    hflip=hflip,
+                    seed=seed,
+                    stream=stream,
+                    device=device,
+                    memory_format=memory_format,
+                )
+            )
+        return Halves(batches[0], batches[1], facts)
+    for stream, (positions, transform) in enumerate(
+        zip((first, second), create_transforms(data_config, hflip=hflip), strict=True)
+    ):
+        part = Samples(samples.source, samples.classes, [samples.indices[i] for i in positions], samples.split)
+        batches.append(
+            LoadedBatches(
+                part,
+                used[positions],
+                transform,
+                seed=seed,
+                stream=stream,
+                workers=workers,
+                device=device,
+                memory_format=memory_format,
+            )
+        )
+    return Halves(batches[0], batches[1], facts)
+
+
+def labels_of(samples: Samples) -> list[int]:
+    """The label of every image of a split, without decoding where the data set lists them."""
+    source = samples.source
+    if isinstance(source, ImageDataset) and isinstance(source.reader, ReaderImageFolder):
+        return [int(source.reader.samples[i][1]) for i in samples.indices]
+    targets = getattr(source, 'targets', None)
+    if targets is not None:
+        return [int(targets[i]) for i in samples.indices]
+    return [samples.load(position)[1] for position in range(len(samples))]
+
+
+def split_classes(labels: Tensor, classes: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Positions of the two parts, each sorted; ``fraction`` of every class, and at least one image of it, in each."""
+    first: list[int] = []
+    second: list[int] = []
+    generator = torch.Generator().manual_seed(derive_seed(seed, SPLIT))
+    for number, name in enumerate(classes):
+        members = torch.nonzero(labels == number).flatten()
+        if len(members) < 2:
+            raise ValueError(f'class {name!r} has {len(members)} training images, a split in two parts needs 2 or more')
+        members = members[torch.randperm(len(members), generator=generator)]
+        cut = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        first += members[:cut].tolist()
+        second += members[cut:].tolist()
+    return sorted(first), sorted(second)
+
+
+def relabelled(labels: Tensor, parts: Sequence[Sequence[int]], seed: int) -> Tensor:
+    """The labels shuffled among the images of each part."""
+    new = labels.clone()
+    for stream, positions in enumerate(parts):
+        generator = torch.Generator().manual_seed(derive_seed(seed, RELABEL, stream))
+        index = torch.tensor(positions)
+        new[index] = labels[index[torch.randperm(len(index), generator=generator)]]
+    return new
+
+
+def decode(samples: Samples, size: tuple[int, int], *, progress: bool = True) -> Tensor:
+    """All images of a split, resized and cut to ``size``. -> (N, 3, H, W), uint8.
+
+    Raises:
+        ValueError: an image cannot be decoded, the text names it.
+    """
+    fit = transforms.Compose([transforms.Resize(min(size)), transforms.CenterCrop(size)])
+    out = np.empty((len(samples), *size, 3), dtype=np.uint8)
+
+    def load(position: int) -> None:
+        out[position] = np.asarray(fit(samples.load(position)[0]))
+
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=len(samples), desc='reading images', unit='img', disable=None if progress else True) as bar,
+    ):
+        for _ in pool.map(load, range(len(samples))):
+            bar.update()
+    return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
+
+
+def fingerprint(samples: Samples, labels: Tensor) -> str:
+    """A short hash of the classes, the labels and, for files, their names and sizes: the same data, the same text."""
+    digest = hashlib.sha256()
+    digest.update('\0'.join(samples.classes).encode())
+    digest.update(labels.numpy().tobytes())
+    source = samples.source
+    if isinstance(source, ImageDataset) and isinstance(source.reader, ReaderImageFolder):
+        root = source.reader.root
+        for index in samples.indices:
+            path = str(source.reader.samples[index][0])
+            size = os.path.getsize(path) if os.path.exists(path) else 0
+            digest.update(f'{os.path.relpath(path, root)}\0{size}\0'.encode())
+    return digest.hexdigest()[:16]
