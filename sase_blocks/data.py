@@ -114,20 +114,9 @@ def open_data(
         FileNotFoundError: no such folder.
         ValueError: no images, a single class, classes that differ between the splits, an unknown name.
     """
-    folder = Path(root)
-    if dataset:
-        train = _open_named(dataset, folder, train_split, download, num_classes)
-        val = _open_named(dataset, folder, val_split, download, num_classes)
-    else:
-        if not folder.is_dir():
-            raise FileNotFoundError(f'there is no data folder {folder}; {LAYOUT}')
-        train = _open_folder(_split_folder(folder, TRAIN_FOLDERS), 'train')
-        val = _open_folder(_split_folder(folder, VAL_FOLDERS), 'val')
-    for split in (train, val):
-        if len(split) == 0:
-            raise ValueError(f'the {split.split} split of {dataset or folder} holds no images')
-    if len(train.classes) < 2:
-        raise ValueError(f'the data has one class ({", ".join(train.classes)}), training needs two or more; {LAYOUT}')
+    options: dict[str, Any] = {'download': download, 'num_classes': num_classes}
+    train = open_training_data(root, dataset, split=train_split, **options)
+    val = _open_split(Path(root), dataset, val_split if dataset else 'val', VAL_FOLDERS, **options)
     if train.classes != val.classes:
         only_train = sorted(set(train.classes) - set(val.classes))
         only_val = sorted(set(val.classes) - set(train.classes))
@@ -136,6 +125,37 @@ def open_data(
             f'only in {train.split}: {_some(only_train)}; only in {val.split}: {_some(only_val)}'
         )
     return train, val
+
+
+def open_training_data(
+    root: str | os.PathLike[str],
+    dataset: str = '',
+    *,
+    split: str = 'train',
+    download: bool = False,
+    num_classes: int | None = None,
+) -> Samples:
+    """Open the training split alone; ``open_data`` says what the arguments are and what is raised."""
+    train = _open_split(
+        Path(root), dataset, split if dataset else 'train', TRAIN_FOLDERS, download=download, num_classes=num_classes
+    )
+    if len(train.classes) < 2:
+        raise ValueError(f'the data has one class ({", ".join(train.classes)}), training needs two or more; {LAYOUT}')
+    return train
+
+
+def _open_split(
+    root: Path, dataset: str, split: str, folders: Sequence[str], *, download: bool, num_classes: int | None
+) -> Samples:
+    if dataset:
+        samples = _open_named(dataset, root, split, download, num_classes)
+    else:
+        if not root.is_dir():
+            raise FileNotFoundError(f'there is no data folder {root}; {LAYOUT}')
+        samples = _open_folder(_split_folder(root, folders), split)
+    if len(samples) == 0:
+        raise ValueError(f'the {samples.split} split of {dataset or root} holds no images')
+    return samples
 
 
 def _some(names: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ import json
 import random as _random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
+from pathlib import Path
 from typing import ClassVar
 
 from sase_blocks.ops import EXTENDED_SETS, SETS, primitive_name
@@ -108,6 +109,25 @@ class Genotype:
         if not isinstance(value, dict) or set(value) != set(cls.SET_OF):
             raise ValueError(f'a genotype in JSON is an object with the keys {", ".join(cls.SET_OF)}, got {text}')
         return cls(**value)
+
+    @classmethod
+    def read(cls, path: str | Path) -> tuple[Genotype, ...]:
+        """From a file: a genotype as JSON, or a search's result; one, or one for each stage.
+
+        Raises:
+            ValueError: no such file, or nothing of this kind in it; the text names the file.
+        """
+        try:
+            text = Path(path).read_text(encoding='utf-8')
+        except OSError as error:
+            raise ValueError(f'the genotype file {path} cannot be read: {error.strerror or error}') from None
+        try:
+            value = json.loads(text)
+            if isinstance(value, dict) and isinstance(value.get('genotypes'), list) and value['genotypes']:
+                return tuple(cls.parse(str(entry)) for entry in value['genotypes'])
+            return (cls.from_json(text),)
+        except ValueError as error:
+            raise ValueError(f'{path}: {error}') from None
 
     def to_paper(self) -> tuple[str, ...]:
         """The authors' six keys in edge order. Raises ValueError where an operation is not one of the paper's."""

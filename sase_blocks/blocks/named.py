@@ -160,7 +160,8 @@ def create_block(block: str | Genotype, channels: int, *, act_layer: Any = None,
     ``functools.partial(create_block, 'cbam')`` fits ``attn_layer=`` or ``se_layer=`` of every timm model with a slot.
 
     Args:
-        block: a name from ``list_blocks()``, a ``Genotype``, or a genotype's text or JSON.
+        block: a name from ``list_blocks()``, a ``Genotype``, a genotype's text or JSON, or a .json file that a search
+            wrote.
         channels: C, at least 1.
         act_layer: ignored; some of timm's models hand their activation to the attention, and a block has its paper's.
         **kwargs: ``feat_size``, ``device``, ``dtype``.
@@ -179,6 +180,14 @@ def resolve_block(block: str | Genotype) -> Callable[..., nn.Module]:
     """What ``create_block`` would build, as a callable of channels; raises as it does, before anything is built."""
     if isinstance(block, str) and block in BLOCKS:
         return BLOCKS[block]
+    if isinstance(block, str) and block.endswith('.json'):
+        found = Genotype.read(block)
+        if len(found) > 1:
+            raise ValueError(
+                f'{block} holds {len(found)} genotypes, one for each stage; genotype= of our models takes them all, '
+                f'here give one of them: {"; ".join(map(str, found))}'
+            )
+        block = found[0]
     if isinstance(block, str):
         if ',' not in block and not block.lstrip().startswith(('{', '[')):
             near = difflib.get_close_matches(block, BLOCKS, n=1, cutoff=0.4)

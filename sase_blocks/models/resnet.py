@@ -27,7 +27,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from sase_blocks.blocks import BLOCKS, ChannelAttention, Genotype, SpatialAttention
 from sase_blocks.convert import checkpoint_filter_fn
 
-from .slots import BlockBuilder, block_builder, fill_slots, refuse_block_attention
+from .slots import BlockBuilder, Genotypes, block_builder, fill_slots, refuse_block_attention
 
 __all__ = ['register_resnet']
 
@@ -54,7 +54,12 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _resnet(build: BlockBuilder | None, attn_stages: Any, img_size: int | tuple[int, int], **kwargs: Any) -> ResNet:
+def _resnet(
+    build: BlockBuilder | tuple[BlockBuilder, ...] | None,
+    attn_stages: Any,
+    img_size: int | tuple[int, int],
+    **kwargs: Any,
+) -> ResNet:
     refuse_block_attention(kwargs)
     model = ResNet(**kwargs)
     fill_slots(model, build, attn_stages, img_size, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
@@ -65,7 +70,7 @@ def _create(
     variant: str,
     pretrained: bool,
     depth: int,
-    build: BlockBuilder | None,
+    build: BlockBuilder | tuple[BlockBuilder, ...] | None,
     attn_stages: Any = ALL_STAGES,
     img_size: int | tuple[int, int] = 224,
     **kwargs: Any,
@@ -93,7 +98,7 @@ def _register(name: str, doc: str, create: Callable[..., ResNet]) -> None:
 
 
 def _register_genotype(name: str, depth: int, default: str | Genotype, **defaults: Any) -> None:
-    def create(pretrained: bool, genotype: str | Genotype | None = default, **kwargs: Any) -> ResNet:
+    def create(pretrained: bool, genotype: Genotypes = default, **kwargs: Any) -> ResNet:
         return _create(name, pretrained, depth, block_builder(genotype), **{**defaults, **kwargs})
 
     _register(
@@ -102,7 +107,8 @@ def _register_genotype(name: str, depth: int, default: str | Genotype, **default
 
         Args:
             pretrained: there are no published weights; False.
-            genotype: a block's name, a genotype's text or JSON, or 'none'.
+            genotype: a block's name, a genotype's text or JSON, a search's .json file, or 'none'; several genotypes,
+                with semicolons between them, are one for each stage.
             attn_stages: the stages that get the block, from 1 to 4; all by default.
             img_size: the image size that per-position parameters are laid out for, 224 by default.
             **kwargs: timm's ResNet arguments.

@@ -16,10 +16,10 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, make_blocks
 from torch import Tensor, nn
 
-from sase_blocks.blocks import Genotype
+
 from sase_blocks.convert import checkpoint_filter_fn
 
-from .slots import block_builder, fill_slots, refuse_block_attention
+from .slots import Genotypes, block_builder, fill_slots, refuse_block_attention
 
 __all__ = ['CifarResNet']
 
@@ -216,7 +216,7 @@ def _cifar_resnet(genotype: Any, attn_stages: Any, img_size: int | tuple[int, in
 @register_model
 def resnet20_cifar(
     pretrained: bool = False,
-    genotype: str | Genotype | None = None,
+    genotype: Genotypes = None,
     attn_stages: tuple[int, ...] = ALL_STAGES,
     img_size: int | tuple[int, int] = 32,
     **kwargs: Any,
@@ -225,7 +225,8 @@ def resnet20_cifar(
 
     Args:
         pretrained: there are no published weights; False.
-        genotype: a block's name, a genotype's text or JSON, or None for no attention.
+        genotype: a block's name, a genotype's text or JSON, a search's .json file, or None for no attention; several
+            genotypes, with semicolons between them, are one for each stage.
         attn_stages: the stages that get the block, from 1 to 3; all by default.
         img_size: the image size that per-position parameters are laid out for, 32 by default.
         **kwargs: arguments of ``CifarResNet``.

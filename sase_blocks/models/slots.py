@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,13 +14,30 @@ from sase_blocks.ops.primitive import check_feat_size
 BlockBuilder = Callable[..., nn.Module]
 
 
-def block_builder(genotype: str | Genotype | None) -> BlockBuilder | None:
+Genotypes = str | Genotype | Sequence[str | Genotype] | None
+
+
+def block_builder(genotype: Genotypes) -> BlockBuilder | tuple[BlockBuilder, ...] | None:
     """The callable of channels behind an entry point's ``genotype=``; None and 'none' mean no attention.
 
+    Several genotypes, in a sequence, with semicolons between them or in a search's .json file, are one for each stage
+    and give a tuple.
+
     Raises:
-        ValueError: an unknown block name or a bad genotype, with the valid ones.
+        ValueError: an unknown block name, a bad genotype or file, with what is valid.
     """
-    return None if genotype is None or genotype == 'none' else resolve_block(genotype)
+    if genotype is None or genotype == 'none':
+        return None
+    if isinstance(genotype, str) and genotype.endswith('.json'):
+        genotype = Genotype.read(genotype)
+    elif isinstance(genotype, str) and ';' in genotype:
+        genotype = [text.strip() for text in genotype.split(';')]
+    if isinstance(genotype, (str, Genotype)):
+        return resolve_block(genotype)
+    if not isinstance(genotype, Sequence) or not genotype:
+        raise TypeError(f'genotype takes a block name, a genotype or a sequence of them, got {genotype!r}')
+    builders = tuple(resolve_block(one) for one in genotype)
+    return builders[0] if len(builders) == 1 else builders
 
 
 def check_stages(stages: Any, depth: int, argument: str = 'attn_stages') -> tuple[int, ...]:
@@ -33,7 +50,7 @@ def check_stages(stages: Any, depth: int, argument: str = 'attn_stages') -> tupl
 
 def fill_slots(
     model: nn.Module,
-    build: BlockBuilder | None,
+    build: BlockBuilder | tuple[BlockBuilder, ...] | None,
     stages: Any,
     img_size: int | tuple[int, int],
     **factory_kwargs: Any,
@@ -41,19 +58,26 @@ def fill_slots(
     """Put ``build(channels, feat_size=...)`` into ``block.se`` of every residual block of the given stages.
 
     The slot is filled after timm has initialised the network, which re-draws every Conv2d it finds. ``img_size`` and
-    the stage's reduction give the feature size that per-position parameters are laid out for.
+    the stage's reduction give the feature size that per-position parameters are laid out for. A tuple of builders holds
+    one for each stage of the network.
+
+    Raises:
+        ValueError: bad stages or image size, or as many builders as there are not stages.
     """
     info: Any = model.feature_info
     chosen = check_stages(stages, len(info) - 1)
     if build is None:
         return
+    builders = build if isinstance(build, tuple) else (build,) * (len(info) - 1)
+    if len(builders) != len(info) - 1:
+        raise ValueError(f'got {len(builders)} genotypes, one for each stage, for a network of {len(info) - 1} stages')
     height, width = check_feat_size(img_size, 'img_size')
     for stage in chosen:
         reduction = info[stage]['reduction']
         feat_size = (math.ceil(height / reduction), math.ceil(width / reduction))
         blocks: Any = model.get_submodule(f'layer{stage}')
         for block in blocks:
-            block.se = build(info[stage]['num_chs'], feat_size=feat_size, **factory_kwargs)
+            block.se = builders[stage - 1](info[stage]['num_chs'], feat_size=feat_size, **factory_kwargs)
 
 
 def refuse_block_attention(kwargs: dict[str, Any]) -> None:

@@ -35,7 +35,17 @@ from sase_blocks.data import (
 )
 from sase_blocks.runs import named_errors
 
-__all__ = ['Batches', 'Halves', 'LoadedBatches', 'MemoryBatches', 'decode', 'fingerprint', 'halves', 'labels_of']
+__all__ = [
+    'Batches',
+    'Halves',
+    'LoadedBatches',
+    'MemoryBatches',
+    'decode',
+    'fingerprint',
+    'halves',
+    'halves_of_images',
+    'labels_of',
+]
 
 SPLIT, RELABEL = 101, 102  # streams of random numbers, see derive_seed
 PADDING = 4  # px, of the random crop of small images
@@ -126,7 +136,7 @@ class MemoryBatches:
 
 
 def cropped(images: Tensor, draws: Tensor) -> Tensor:
-    """(B, C, H, W) padded by 4 px of zeros, cut to its size at a corner of its own and flipped or not. draws: (B, 3)."""
+    """(B, C, H, W) padded by 4 px of zeros, cut to its size at the corner draws[:, :2], flipped where draws[:, 2]."""
     b, _, h, w = images.shape
     padded = F.pad(images, (PADDING,) * 4).permute(0, 2, 3, 1)
     rows = draws[:, 0, None] + torch.arange(h, device=images.device)
@@ -251,52 +261,95 @@ def halves(
         ValueError: a class with fewer than two images, a broken image.
     """
     labels = torch.as_tensor(labels_of(samples))
-    first, second = split_classes(labels, samples.classes, fraction, seed)
-    used = relabelled(labels, (first, second), seed) if null else labels
-    facts = {
-        'classes': samples.classes,
-        'weights': len(first),
-        'held_out': len(second),
-        'fingerprint': fingerprint(samples, labels),
-        'held_out_indices': torch.tensor(second),
-    }
+    print_of = fingerprint(samples, labels)
     _, height, width = data_config['input_size']
-    batches: list[Batches] = []
+    placed: dict[str, Any] = {'device': device, 'memory_format': memory_format}
     if max(height, width) <= SMALL:
         images = decode(samples, (height, width), progress=progress)
-        for stream, positions in enumerate((first, second)):
-            batches.append(
-                MemoryBatches(
-                    images[positions],
-                    used[positions],
-                    mean=data_config['mean'],
-                    std=data_config['std'],
-                    augment=stream == 0,
-                    hflip=hflip,
-                    seed=seed,
-                    stream=stream,
-                    device=device,
-                    memory_format=memory_format,
-                )
-            )
-        return Halves(batches[0], batches[1], facts)
-    for stream, (positions, transform) in enumerate(
-        zip((first, second), create_transforms(data_config, hflip=hflip), strict=True)
-    ):
-        part = Samples(samples.source, samples.classes, [samples.indices[i] for i in positions], samples.split)
-        batches.append(
-            LoadedBatches(
-                part,
-                used[positions],
-                transform,
-                seed=seed,
-                stream=stream,
-                workers=workers,
-                device=device,
-                memory_format=memory_format,
-            )
+        statistics = (data_config['mean'], data_config['std'])
+        return halves_of_images(
+            images, labels, samples.classes, fraction=fraction, null=null, hflip=hflip, seed=seed,
+            statistics=statistics, print_of=print_of, **placed,
+        )  # fmt: skip
+    parts, used, facts = _cut(labels, samples.classes, fraction, null, seed, print_of)
+    weights, held_out = (
+        LoadedBatches(
+            Samples(samples.source, samples.classes, [samples.indices[i] for i in part], samples.split),
+            used[part],
+            transform,
+            seed=seed,
+            stream=stream,
+            workers=workers,
+            **placed,
         )
-    return Halves(batches[0], batches[1], facts)
+        for stream, (part, transform) in enumerate(zip(parts, create_transforms(data_config, hflip=hflip), strict=True))
+    )
+    return Halves(weights, held_out, facts)
+
+
+def halves_of_images(
+    images: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    *,
+    fraction: float = 0.5,
+    null: bool = False,
+    hflip: float = 0.5,
+    seed: int = 0,
+    statistics: tuple[Sequence[float], Sequence[float]] | None = None,
+    print_of: str | None = None,
+    device: torch.device | str = 'cpu',
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Halves:
+    """``halves`` of images that are a tensor already.
+
+    Args:
+        images: (N, C, H, W), uint8.
+        labels: (N,), int64.
+        statistics: mean and standard deviation of each channel, in parts of 255; None: those of the weights' half.
+        print_of: the fingerprint of the data; None: a hash of images and labels.
+    """
+    if images.dtype != torch.uint8 or images.dim() != 4 or len(images) != len(labels):
+        raise ValueError(
+            f'expected uint8 images (N, C, H, W) and N labels, got {images.dtype} {tuple(images.shape)} and '
+            f'{len(labels)} labels'
+        )
+    if print_of is None:
+        print_of = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
+    parts, used, facts = _cut(labels, classes, fraction, null, seed, print_of)
+    if statistics is None:
+        std, mean = torch.std_mean(images[parts[0]].float() / 255, dim=(0, 2, 3))
+        statistics = (mean.tolist(), std.clamp_min(1e-3).tolist())
+    weights, held_out = (
+        MemoryBatches(
+            images[part],
+            used[part],
+            mean=statistics[0],
+            std=statistics[1],
+            augment=stream == 0,
+            hflip=hflip,
+            seed=seed,
+            stream=stream,
+            device=device,
+            memory_format=memory_format,
+        )
+        for stream, part in enumerate(parts)
+    )
+    return Halves(weights, held_out, facts)
+
+
+def _cut(
+    labels: Tensor, classes: Sequence[str], fraction: float, null: bool, seed: int, print_of: str
+) -> tuple[tuple[list[int], list[int]], Tensor, dict[str, Any]]:
+    parts = split_classes(labels, classes, fraction, seed)
+    facts = {
+        'classes': list(classes),
+        'weights': len(parts[0]),
+        'held_out': len(parts[1]),
+        'fingerprint': print_of,
+        'held_out_indices': parts[1],
+    }
+    return parts, relabelled(labels, parts, seed) if null else labels, facts
 
 
 def labels_of(samples: Samples) -> list[int]:

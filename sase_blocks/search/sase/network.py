@@ -118,14 +118,20 @@ class SearchNetwork(nn.Module):
     @contextmanager
     def statistics_kept(self) -> Iterator[None]:
         """Within this context a forward in train mode leaves batch-norm statistics as they are, once it is over."""
-        buffers = list(self.model.buffers())
-        kept = [buffer.clone() for buffer in buffers]
+        # By dtype, as one launch each: there are hundreds of them, and a search has no time for hundreds of launches.
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in self.model.buffers():
+            groups.setdefault(buffer.dtype, []).append(buffer)
+        with torch.no_grad():
+            kept = {dtype: [torch.empty_like(b) for b in buffers] for dtype, buffers in groups.items()}
+            for dtype, buffers in groups.items():
+                torch._foreach_copy_(kept[dtype], buffers)
         try:
             yield
         finally:
             with torch.no_grad():
-                for buffer, old in zip(buffers, kept, strict=True):
-                    buffer.copy_(old)
+                for dtype, buffers in groups.items():
+                    torch._foreach_copy_(buffers, kept[dtype])
 
 
 def _wake_residual_branches(model: nn.Module) -> None:

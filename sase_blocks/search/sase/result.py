@@ -1,0 +1,119 @@
+"""What a search leaves: ``genotype.json``, the logits over time, and pictures of both."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import einops
+import numpy as np
+import timm
+import torch
+from torch import Tensor
+
+from sase_blocks.blocks import Genotype
+from sase_blocks.runs import write_text
+
+from .space import SearchSpace
+from .watch import describe_edges
+
+__all__ = ['describe_result', 'draw_result', 'read_logits', 'read_result', 'write_logits', 'write_result']
+
+
+def describe_result(
+    space: SearchSpace, logits: Tensor, *, config: dict[str, Any], facts: dict[str, Any], epoch: int, **more: Any
+) -> dict[str, Any]:
+    """The result as plain data.
+
+    Args:
+        space: of the search.
+        logits: (sets, sum of sizes).
+        config: the settings.
+        facts: of the data: classes, counts, fingerprint.
+        epoch: how many were run.
+        **more: further entries.
+
+    Returns:
+        'genotype' (text; of several sets with semicolons between them, as the models' ``genotype=`` takes it),
+        'genotypes' (a list of texts), 'edges' (leader, probability, margin, entropy of each, a list by set),
+        'logits', 'space', 'seed', 'epoch', 'settings', 'data', 'versions', 'machine'.
+    """
+    found = [str(space.genotype(row)) for row in logits]
+    return {
+        'genotype': '; '.join(found),
+        'genotypes': found,
+        'edges': [describe_edges(space, row) for row in logits],
+        'logits': logits.tolist(),
+        'space': space.to_dict(),
+        'seed': config['seed'],
+        'epoch': epoch,
+        'settings': config,
+        'data': {key: value for key, value in facts.items() if key != 'held_out_indices'},
+        'versions': {
+            'python': platform.python_version(),
+            'torch': torch.__version__,
+            'timm': timm.__version__,
+            'einops': einops.__version__,
+        },
+        'machine': {'platform': platform.platform(), 'threads': torch.get_num_threads()},
+        **more,
+    }
+
+
+def write_result(result: dict[str, Any], out: Path) -> Path:
+    """``genotype.json`` in ``out``, atomically; ``timm.create_model('resnet50_sase', genotype=PATH)`` reads it."""
+    path = out / 'genotype.json'
+    write_text(path, json.dumps(result, indent=2) + '\n')
+    return path
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """A genotype.json, or that of a run folder.
+
+    Raises:
+        ValueError: no such file, or not a search's result.
+    """
+    path = Path(path)
+    path = path / 'genotype.json' if path.is_dir() else path
+    try:
+        result = json.loads(path.read_text(encoding='utf-8'))
+        for text in result['genotypes']:
+            Genotype.parse(text)
+        SearchSpace.of(result['space'])
+        return dict(result)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path} is not the result of a search: {error}') from None
+
+
+def write_logits(history: list[Tensor], space: SearchSpace, out: Path) -> Path:
+    """``alphas.npz`` in ``out``: 'logits' (epochs + 1, sets, sum of sizes) and 'labels' ('EDGE.NAME' of each)."""
+    path, temporary = out / 'alphas.npz', out / 'alphas.npz.tmp'
+    with temporary.open('wb') as file:
+        np.savez(file, logits=torch.stack(history).double().cpu().numpy(), labels=np.array(space.labels))
+    temporary.replace(path)
+    return path
+
+
+def read_logits(path: str | Path) -> tuple[np.ndarray, list[str]]:
+    """(epochs + 1, sets, sum of sizes) and the label of each logit from an alphas.npz."""
+    with np.load(path, allow_pickle=False) as file:
+        return file['logits'], file['labels'].tolist()
+
+
+def draw_result(history: list[Tensor], space: SearchSpace, out: Path) -> list[Path]:
+    """``logits.png`` and, for each set, ``genotype.png`` or ``genotype-STAGE.png``.
+
+    Raises:
+        ImportError: matplotlib is missing (extra ``viz``).
+    """
+    from sase_blocks.viz import draw_block, plot_logits, save_figure
+
+    array = torch.stack(history).double().cpu().numpy()
+    written = [save_figure(plot_logits(array, space.to_dict()), out / 'logits.png')]
+    found = [space.genotype(row) for row in history[-1]]
+    for stage, genotype in enumerate(found, start=1):
+        name = 'genotype.png' if len(found) == 1 else f'genotype-{stage}.png'
+        written.append(save_figure(draw_block(genotype), out / name))
+    return [Path(path) for path in written]

@@ -1,0 +1,469 @@
+"""One SASE search (arXiv 2411.08333, section 4 of the authors' code; extra ``search``): the loop, and what it leaves.
+
+A step is one update of the logits on held-out images and one of the weights. What differs from the authors' code:
+fair mixing by default, an exact second order, a held-out half without augmentation, statistics of batch norm that the
+logits' passes leave alone, a result on disk. Everything random is a function of the seed and of the step, so a run
+that is killed at any moment and resumed arrives at the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_data_config
+from torch import Tensor
+
+from sase_blocks.checkpoint import save_checkpoint
+from sase_blocks.data import MODEL, derive_seed, open_training_data
+from sase_blocks.runs import (
+    LOOK_EVERY,
+    Progress,
+    append_row,
+    be_deterministic,
+    check_finite,
+    check_writable,
+    launched,
+    leave_out_broken,
+    rows_until,
+    saved_run,
+    write_rows,
+)
+from sase_blocks.search.batches import Halves, halves, halves_of_images
+from sase_blocks.search.synchronize import synchronize_norms
+from sase_blocks.train import build_model, check_model_name
+
+from .bilevel import VirtualStep, logits_gradient
+from .config import SearchConfig
+from .network import SearchNetwork
+from .result import describe_result, draw_result, write_logits, write_result
+from .space import SearchSpace
+from .watch import dead_operations, describe_edges, hessian_eigenvalue, warnings_of
+
+__all__ = ['search']
+
+ADVICE = 'Try a lower --lr or --clip-grad.'
+HESSIAN_IMAGES = 32  # of a held-out batch, for the look at the Hessian
+ARRAYS = tuple[Tensor, Tensor, Sequence[str]]
+
+
+def search(config: SearchConfig, images: ARRAYS | None = None) -> dict[str, Any]:
+    """Search an attention block.
+
+    Writes into ``config.out``: after each epoch, and every ``save_minutes``, ``last.pt``, which is all that resuming
+    needs; after each epoch ``metrics.jsonl``, ``alphas.npz``, ``genotype.json`` and ``tensorboard/``; at the end
+    ``genotype.png`` and ``logits.png``.
+
+    Args:
+        config: the settings.
+        images: in place of ``config.data``: uint8 images (N, C, H, W), labels (N,) and the names of the classes.
+
+    Returns:
+        What genotype.json holds, see ``describe_result``.
+
+    Raises:
+        ImportError: accelerate or tensorboard is missing.
+        ValueError, FileNotFoundError: a wrong setting, wrong data, a run that cannot be resumed; before any work.
+        OSError: ``config.out`` cannot be written, before any work; a full disk, after which the last good checkpoint
+            is still there.
+        FloatingPointError: the loss is no longer finite.
+    """
+    with launched(config, 'a search') as accelerator:
+        return _Search(config, accelerator, images).run()
+
+
+class _Search:
+    def __init__(self, config: SearchConfig, accelerator: Any, images: ARRAYS | None) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.device = accelerator.device
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.out = Path(config.out)
+        self.last, self.metrics = self.out / 'last.pt', self.out / 'metrics.jsonl'
+
+        # What can be wrong is found out first, and what takes long to find out last.
+        check_writable(self.out)
+        saved = saved_run(config, self.last, ('config', 'logits_history'), 'sase-blocks search sase')
+        if config.batch_size % self.world:
+            raise ValueError(f'batch_size {config.batch_size} cannot be cut among {self.world} processes')
+        check_model_name(config.model)
+        self.space = SearchSpace.parse(config.space)
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        if config.deterministic:
+            be_deterministic()
+        samples = None
+        if images is None:
+            with accelerator.main_process_first():  # it may download
+                samples = open_training_data(
+                    config.data,
+                    config.dataset,
+                    split=config.train_split,
+                    download=config.download,
+                    num_classes=config.num_classes,
+                )
+        classes = list(images[2]) if images is not None else samples.classes  # type: ignore[union-attr]
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, len(classes), **config.model_args)
+        size = {} if config.img_size is None else {'img_size': config.img_size}
+        data_config = resolve_data_config(size, model=model)
+        channels = 3 if images is None else images[0].shape[1]
+        self.network = SearchNetwork(
+            model,
+            self.space,
+            per_stage=config.per_stage,
+            fair=not config.paper_mixing,
+            form=config.form,
+            input_size=(channels, *data_config['input_size'][1:]),
+            seed=derive_seed(config.seed, MODEL),
+        )
+        if samples is not None:
+            (samples,) = leave_out_broken(config.skip_broken, accelerator, samples)
+        common: dict[str, Any] = {
+            'fraction': config.fraction,
+            'null': config.null,
+            'hflip': config.hflip,
+            'seed': config.seed,
+            'device': self.device,
+            'memory_format': self.memory_format,
+        }
+        self.halves: Halves
+        if images is not None:
+            self.halves = halves_of_images(images[0], images[1], classes, **common)
+        else:
+            assert samples is not None
+            workers, main = min(config.workers, os.cpu_count() or 1), accelerator.is_main_process
+            self.halves = halves(samples, data_config, workers=workers, progress=main, **common)
+        self.steps = len(self.halves.weights) // config.batch_size  # a last partial batch is dropped
+        for part, images_of in (('weights', self.halves.weights), ('logits', self.halves.held_out)):
+            if len(images_of) < config.batch_size:
+                raise ValueError(
+                    f'{len(images_of)} images for the {part} are fewer than one batch of {config.batch_size}; '
+                    f'lower --batch-size or change --fraction'
+                )
+        if saved and saved['data'] != self.halves.facts:
+            raise ValueError(
+                f'{self.last} is a search on other data: {_describe(saved["data"])}, '
+                f'this is {_describe(self.halves.facts)}'
+            )
+        self._prepare(saved)
+
+    def _prepare(self, saved: dict[str, Any] | None) -> None:
+        config, network = self.config, self.network
+        network.to(self.device).to(memory_format=self.memory_format)
+        if self.world > 1:
+            synchronize_norms(network.model)
+        self.named = network.weights()
+        self.weights = list(self.named.values())
+        self.optimizer = torch.optim.SGD(
+            self.weights, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        self.arch = torch.optim.Adam(
+            [network.logits], config.arch_lr, betas=(0.5, 0.999), weight_decay=config.arch_weight_decay
+        )
+        self.step = 0
+        self.sums = torch.zeros(4, dtype=torch.float64)  # of the epoch: training loss, held-out loss, right, gradient
+        self.history: list[Tensor] = [network.logits.detach().cpu().clone()]
+        self.rows: list[dict[str, Any]] = []
+        if saved:
+            network.load_state_dict(saved['network'])
+            self.optimizer.load_state_dict(saved['optimizer'])
+            self.arch.load_state_dict(saved['arch'])
+            self.step, self.sums, self.history = saved['step'], saved['sums'], list(saved['logits_history'])
+            self.rows = rows_until(self.metrics, self.step // self.steps)
+        self.resumed = saved is not None
+        if config.compile:
+            from .shared import compile_mixed_blocks
+
+            compile_mixed_blocks(network)
+
+    # ---- one step ----
+
+    def _mean(self, flat: Tensor) -> Tensor:
+        return self.accelerator.reduce(flat, 'mean') if self.world > 1 else flat
+
+    def _autocast(self) -> Any:
+        return self.accelerator.autocast() if self.config.mixed_precision != 'no' else nullcontext()
+
+    def _loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.float() if outputs.dtype == torch.bfloat16 else outputs, labels)
+
+    def _train_step(
+        self, training: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], lr: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One update of the logits and one of the weights. -> both losses, and how many held-out images were right."""
+        config, network = self.config, self.network
+        # Dropout and the like: a function of the step, whatever drew random numbers in between.
+        torch.manual_seed(derive_seed(config.seed, MODEL, self.step, self.rank))
+        held_loss = right = torch.zeros((), device=self.device)
+        if self.step % config.arch_every == 0:
+            look = VirtualStep(lr, config.momentum, config.weight_decay, self._momentum())
+            found = logits_gradient(
+                network,
+                self._loss,
+                config.order,
+                held_out,
+                training,
+                look,
+                mean=self._mean,
+                autocast=self._autocast,
+            )
+            network.logits.grad = found.gradient
+            self.arch.step()
+            held_loss = found.loss
+            right = (found.outputs.argmax(1) == held_out[1]).sum()
+        with self._autocast():
+            loss = self._loss(network(training[0]), training[1])
+        grads = torch.autograd.grad(loss, self.weights, allow_unused=True)
+        flat = self._mean(
+            torch.cat(
+                [(torch.zeros_like(w) if g is None else g).flatten() for w, g in zip(self.weights, grads, strict=True)]
+            )
+        )
+        if config.clip_grad is not None:
+            flat = flat * (config.clip_grad / (torch.linalg.vector_norm(flat) + 1e-6)).clamp(max=1.0)
+        for weight, part in zip(self.weights, flat.split([w.numel() for w in self.weights]), strict=True):
+            weight.grad = part.view_as(weight)
+        self.optimizer.step()
+        return loss.detach(), held_loss.detach(), right
+
+    def _momentum(self) -> dict[str, Tensor]:
+        state = self.optimizer.state
+        return {n: state[w]['momentum_buffer'] for n, w in self.named.items() if 'momentum_buffer' in state[w]}
+
+    # ---- the run ----
+
+    def run(self) -> dict[str, Any]:
+        config, main = self.config, self.accelerator.is_main_process
+        writer = None
+        if main:
+            write_rows(self.metrics, self.rows)
+            if config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                writer = SummaryWriter(str(self.out / 'tensorboard'), purge_step=self.step)
+        self.progress = Progress(config.epochs * self.steps, self.step, enabled=main)
+        self._announce()
+        result = self._result()
+        for epoch in range(self.step // self.steps, config.epochs):
+            result = self._epoch(epoch)
+            if main and writer:
+                for name, value in _scalars(self.rows[-1]):
+                    writer.add_scalar(name, value, self.step)
+                writer.flush()
+            self.accelerator.wait_for_everyone()
+        self.progress.close()
+        if main:
+            if writer:
+                writer.close()
+            write_result(result, self.out)
+            try:
+                draw_result(self.history, self.space, self.out)
+            except ImportError as error:
+                print(f'no pictures were drawn: {error}', flush=True)
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def _epoch(self, epoch: int) -> dict[str, Any]:
+        config, network, network_steps = self.config, self.network, self.steps
+        first = self.step - epoch * network_steps
+        lr = config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
+        for group in self.optimizer.param_groups:
+            group['lr'] = lr
+        network.train()
+        at = (epoch, config.batch_size, first, network_steps, self.rank, self.world)
+        began = last_save = time.perf_counter()
+        unseen: list[Tensor] = []
+        held_out = (0.0, 0.0)
+        pairs = zip(self.halves.weights.epoch(*at), self.halves.held_out.epoch(*at), strict=True)
+        for number, (training, held) in enumerate(pairs, start=first + 1):
+            loss, held_loss, right = self._train_step(training, held, lr)
+            self.step += 1
+            unseen.append(torch.stack([loss.double(), held_loss.double(), right.double()]))
+            if len(unseen) == LOOK_EVERY or number == network_steps:
+                seen = self._mean(torch.stack(unseen)).cpu()
+                check_finite((seen[:, 0] + seen[:, 1]).tolist(), self.step - len(unseen) + 1, self.last, ADVICE)
+                self.sums[:3] += seen.sum(0)
+                unseen = []
+                held_out = (float(seen[-1, 0]), float(seen[-1, 1]))
+                self.progress.update(self.step, f'epoch {epoch + 1}/{config.epochs}', held_out[0])
+                if number < network_steps and time.perf_counter() - last_save > 60 * config.save_minutes:
+                    self._save()
+                    last_save = time.perf_counter()
+        seconds = (time.perf_counter() - began) / max(network_steps - first, 1)
+        row = self._row(epoch, lr, seconds, held)
+        self.rows.append(row)
+        row['warnings'] = warnings_of(self.rows, len(self.halves.classes))
+        self.history.append(network.logits.detach().cpu().clone())
+        self.sums = torch.zeros_like(self.sums)
+        if self.accelerator.is_main_process:
+            # In this order: whatever a kill leaves undone is done again, the same, by the resumed epoch.
+            append_row(self.metrics, row)
+            write_logits(self.history, self.space, self.out)
+            write_result(self._result(), self.out)
+        self._save()
+        self._report(row)
+        return self._result()
+
+    def _row(self, epoch: int, lr: float, seconds: float, held: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        """The line of metrics.jsonl. Held-out figures are means over the batches of the epoch, each met before the
+        logits learned from it, in train mode."""
+        config, network = self.config, self.network
+        updates = sum(1 for s in range(epoch * self.steps, self.step) if s % config.arch_every == 0)
+        looked = max(updates, 1)
+        hessian = None
+        if config.hessian_every and (epoch + 1) % config.hessian_every == 0:
+            n = max(HESSIAN_IMAGES // self.world, 2)
+            hessian = hessian_eigenvalue(network, self._loss, held[0][:n], held[1][:n], self._mean)
+        dead = dead_operations(network, held[0])
+        logits = network.logits.detach().cpu()
+        edges = {
+            (f'stage {number + 1}, ' if len(logits) > 1 else ''): describe_edges(self.space, row)
+            for number, row in enumerate(logits)
+        }
+        return {
+            'epoch': epoch + 1,
+            'step': self.step,
+            'lr': lr,
+            'train_loss': float(self.sums[0]) / self.steps,
+            'held_out_loss': float(self.sums[1]) / looked,
+            'held_out_acc1': 100 * float(self.sums[2]) * self.world / (looked * config.batch_size),
+            'genotype': '; '.join(map(str, network.genotypes())),
+            'edges': edges,
+            'dead': dead,
+            'blocks': len(network.blocks),
+            'hessian': hessian,
+            'seconds_per_step': seconds,
+        }
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                {
+                    'config': asdict(self.config),
+                    'data': self.halves.facts,
+                    'step': self.step,
+                    'network': self.network.state_dict(),
+                    'optimizer': self.optimizer.state_dict(),
+                    'arch': self.arch.state_dict(),
+                    'sums': self.sums,
+                    'logits_history': self.history,
+                },
+                self.last,
+            )
+
+    def _result(self) -> dict[str, Any]:
+        return describe_result(
+            self.space,
+            self.network.logits.detach().cpu(),
+            config=asdict(self.config),
+            facts=self.halves.facts,
+            epoch=self.step // self.steps,
+            warnings=self.rows[-1]['warnings'] if self.rows else [],
+        )
+
+    # ---- what is said ----
+
+    def _announce(self) -> None:
+        config, say = self.config, self.progress.line
+        weights = sum(w.numel() for w in self.weights)
+        sets, blocks = self.network.logits.shape[0], len(self.network.blocks)
+        mixing = "the paper's" if config.paper_mixing else 'fair'
+        say(
+            f'{config.model}: {blocks} mixed blocks, {weights:,} weights; space {self.space}: '
+            f'{self.space.genotypes:,} genotypes, {sets} set{"s"[: sets > 1]} of logits; {mixing} mixing'
+        )
+        null = ', each with the label of another image' if config.null else ''
+        say(
+            f'{_describe(self.halves.facts)}{null}; {config.epochs} epochs of {self.steps} steps of '
+            f'{config.batch_size}; order {config.order}; {self.world} process(es) on {self.device.type}; '
+            f'writing to {self.out}'
+        )
+        if config.order == '2' and not self.resumed:
+            shape = next(self.halves.weights.epoch(0, self.world, 0, 1, self.rank, self.world))[0].shape
+            size = second_order_bytes(self.network, self._loss, tuple(shape[1:]), config.batch_size // self.world)
+            say(f'the exact second order keeps about {size / 2**20:,.0f} MiB for its gradients on each process')
+        if self.resumed:
+            say(f'resuming at step {self.step} of {config.epochs * self.steps}')
+
+    def _report(self, row: dict[str, Any]) -> None:
+        margins = [state['margin'] for edges in row['edges'].values() for state in edges.values()]
+        entropies = [state['entropy'] for edges in row['edges'].values() for state in edges.values()]
+        hessian = '' if row['hessian'] is None else f', Hessian {row["hessian"]:.3g}'
+        self.progress.line(
+            f'epoch {row["epoch"]}/{self.config.epochs}: training loss {row["train_loss"]:.4f}, held-out loss '
+            f'{row["held_out_loss"]:.4f}, accuracy {row["held_out_acc1"]:.2f} %{hessian}, margin '
+            f'{min(margins):.4f} to {max(margins):.4f}, entropy {min(entropies):.3f} to {max(entropies):.3f}, '
+            f'{row["seconds_per_step"]:.3f} s a step, {self.progress.left()} left\n  {row["genotype"]}'
+        )
+        before = set(self.rows[-2]['warnings']) if len(self.rows) > 1 else set()
+        for text in row['warnings']:
+            if text not in before:
+                self.progress.line(f'  warning: {text}')
+
+
+def _describe(facts: dict[str, Any]) -> str:
+    return (
+        f'{facts["weights"]} images for the weights and {facts["held_out"]} for the logits, of '
+        f'{len(facts["classes"])} classes (data {facts["fingerprint"]})'
+    )
+
+
+def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
+    """A row of metrics.jsonl as names and numbers for TensorBoard."""
+    out = [(name, float(value)) for name, value in row.items() if isinstance(value, (int, float)) and name != 'epoch']
+    for stage, edges in row['edges'].items():
+        for edge, state in edges.items():
+            for name in ('margin', 'entropy'):
+                out.append((f'{name}/{stage.replace(", ", "/").replace(" ", "")}{edge}', state[name]))
+    return out
+
+
+def second_order_bytes(
+    network: SearchNetwork,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    shape: tuple[int, ...],
+    batch_size: int,
+) -> int:
+    """What one exact second-order gradient keeps at its peak, in bytes, from two small batches: it grows linearly."""
+
+    class Kept:
+        """A saved tensor; its storage counts while anything holds it."""
+
+        alive: dict[int, int] = {}  # noqa: RUF012
+        now = peak = 0
+
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+            self.key, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+            self.size = size
+            Kept.alive[self.key] = Kept.alive.get(self.key, 0) + 1
+            if Kept.alive[self.key] == 1:
+                Kept.now += size
+                Kept.peak = max(Kept.peak, Kept.now)
+
+        def __del__(self) -> None:
+            Kept.alive[self.key] -= 1
+            if Kept.alive[self.key] == 0:
+                Kept.now -= self.size
+
+    def peak(n: int) -> int:
+        Kept.alive, Kept.now, Kept.peak = {}, 0, 0
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(n, *shape, generator=generator).to(network.logits.device)
+        batch = (images, torch.zeros(n, dtype=torch.int64, device=images.device))
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            logits_gradient(network, loss, '2', batch, batch, VirtualStep(0.01))
+        return Kept.peak
+
+    was = network.training
+    network.train()
+    small, large = peak(2), peak(4)
+    network.train(was)
+    return max(small + (large - small) * (batch_size - 2) // 2, 0)

@@ -1,0 +1,104 @@
+"""Batch norm over the images of all processes, by a sum that can be differentiated twice.
+
+torch's SyncBatchNorm needs a GPU and has no second derivative, which an exact second-order search takes. Ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from sase_blocks.ops import BatchNorm2d
+
+__all__ = ['mean_over_processes', 'synchronize_norms']
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.contiguous().clone()
+        dist.all_reduce(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        # Each process's x is in the sum of every process.
+        return _SumOverProcesses.apply(grads[0])
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """The mean of ``x`` over all processes; its gradient is the mean of theirs."""
+    return _SumOverProcesses.apply(x) / dist.get_world_size()
+
+
+def synchronized_batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """Batch norm in train mode with the statistics of all processes, which hold equally many images."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    assert isinstance(norm.running_mean, Tensor)
+    assert isinstance(norm.running_var, Tensor)
+    assert isinstance(norm.num_batches_tracked, Tensor)
+    # Shifted by a constant near the mean, so that one reduction of sums and squares loses no digits.
+    centre = norm.running_mean.detach().clone()
+    shifted = wide - centre.reshape(1, -1, 1, 1)
+    moments = mean_over_processes(torch.stack([shifted.mean((0, 2, 3)), shifted.square().mean((0, 2, 3))]))
+    mean = moments[0]
+    var = (moments[1] - mean.square()).clamp_min(0)
+    y = (shifted - mean.reshape(1, -1, 1, 1)) * torch.rsqrt(var + norm.eps).reshape(1, -1, 1, 1)
+    if norm.weight is not None:
+        y = y * norm.weight.reshape(1, -1, 1, 1) + norm.bias.reshape(1, -1, 1, 1)
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        n = wide.numel() // wide.shape[1] * dist.get_world_size()
+        norm.running_mean.lerp_((mean + centre).to(norm.running_mean.dtype), momentum)
+        norm.running_var.lerp_((var * n / max(n - 1, 1)).to(norm.running_var.dtype), momentum)
+    return y.to(x.dtype)
+
+
+class SynchronizedBatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` with the statistics of all processes in train mode."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            return synchronized_batch_norm(input, self)
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+class SynchronizedBatchNormAct2d(BatchNormAct2d):
+    """timm's batch norm and activation with the statistics of all processes in train mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        return self.act(self.drop(synchronized_batch_norm(x, self)))
+
+
+_SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: SynchronizedBatchNorm2d,
+    BatchNorm2d: SynchronizedBatchNorm2d,
+    BatchNormAct2d: SynchronizedBatchNormAct2d,
+}
+
+
+def synchronize_norms(model: nn.Module) -> int:
+    """Let every batch norm of ``model`` see the images of all processes. In place; no name or tensor changes.
+
+    Returns:
+        How many.
+
+    Raises:
+        ValueError: a batch norm of another class.
+    """
+    count = 0
+    for name, module in model.named_modules():
+        if type(module) in _SYNCHRONIZED:
+            module.__class__ = _SYNCHRONIZED[type(module)]
+            count += 1
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in _SYNCHRONIZED.values():
+            raise ValueError(f'{name} is a {type(module).__name__}, which cannot be synchronised over processes')
+    return count
