@@ -7,12 +7,10 @@ this size and a single seed say nothing about which block is better.
 
 from __future__ import annotations
 
-import copy
 import json
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +19,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from . import models  # noqa: F401  # registers resnet20_cifar with timm
+from .insert.measure import count_macs, milliseconds_per_image
 from .viz import plot_attention_maps, plot_learning_curves
 
-__all__ = ['run_demo']
+__all__ = ['run_demo', 'run_search_demo']
 
 NETWORKS = ('none', 'se', 'cbam', 'sase')
 IMAGE_SIZE = 32
@@ -124,6 +122,56 @@ def run_demo(out: str | Path = 'demo_out', epochs: int = 2, seed: int = 0, limit
     return results
 
 
+def run_search_demo(out: str | Path = 'runs/search', seed: int = 0, epochs: int = 10) -> dict[str, Any]:
+    """Search a SASE block on handwritten digits with a small network, first order, about two minutes on 2 cores.
+
+    The network is ``resnet20_cifar`` with one block a stage; the digits, 16 x 16 here, are all searched on, and nothing
+    is said about how good the result is: the data are too few for that.
+
+    Args:
+        out: the run's folder, for ``genotype.json``, ``genotype.png``, ``logits.png`` and the checkpoint; what an
+            interrupted demo left in it is continued.
+        seed: of everything random.
+        epochs: passes over half of the images.
+
+    Returns:
+        What ``search.sase.search`` returns.
+
+    Raises:
+        ImportError: scikit-learn or accelerate is not installed.
+        ValueError, OSError: as ``search.sase.search``.
+    """
+    try:
+        from sklearn.datasets import load_digits as load
+    except ImportError as error:
+        raise ImportError(f'the demo needs {error.name}: pip install "sase-blocks[demo]"') from error
+    from .search.sase.config import SearchConfig
+    from .search.sase.run import search
+
+    bunch = load()
+    images = F.interpolate(torch.from_numpy(bunch.images).float()[:, None], size=16, mode='bilinear')
+    images = (images * (255 / 16)).round().to(torch.uint8)
+    config = SearchConfig(
+        data='scikit-learn digits',
+        out=str(out),
+        resume=True,
+        model_args={'in_chans': 1, 'layers': [1, 1, 1]},
+        img_size=16,
+        hflip=0.0,
+        epochs=epochs,
+        batch_size=64,
+        lr=0.05,
+        arch_lr=0.01,  # of few steps, so each is large
+        hessian_every=0,
+        seed=seed,
+        cpu=True,
+        tensorboard=False,
+    )
+    result = search(config, (images, torch.from_numpy(bunch.target), [str(digit) for digit in range(10)]))
+    print(f'found: {result["genotype"]}\nwritten: {out}/genotype.json, genotype.png, logits.png')
+    return result
+
+
 def load_digits(limit: int | None = None) -> Digits:
     """Handwritten digits of scikit-learn, 32 x 32, in a fixed stratified split.
 
@@ -180,34 +228,6 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     model.eval()
     predicted = torch.cat([model(batch).argmax(1) for batch in images.split(TIMING_BATCH)])
     return 100 * (predicted == labels).double().mean().item()
-
-
-def count_macs(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of the convolutions and matrix products of one forward pass of one image (C, H, W).
-
-    Nothing is computed: the pass runs on a copy of the model on the meta device.
-    """
-    model = copy.deepcopy(model).to('meta').eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *image_shape, device='meta'))
-    return counter.get_total_flops() // 2
-
-
-@torch.no_grad()
-def milliseconds_per_image(networks: Mapping[str, nn.Module], images: Tensor, rounds: int = 15) -> dict[str, float]:
-    """Median time of the forward pass of the batch ``images`` in eval mode, divided by the size of the batch.
-
-    The networks take turns, so that a slower or faster moment of the machine meets them all.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in networks}
-    for _ in range(rounds + 1):
-        for name, model in networks.items():
-            model.eval()
-            start = time.perf_counter()
-            model(images)
-            seconds[name].append(time.perf_counter() - start)
-    # The first round warms up caches and is not counted.
-    return {name: 1000 * statistics.median(values[1:]) / len(images) for name, values in seconds.items()}
 
 
 def format_table(results: Mapping[str, Any]) -> str:

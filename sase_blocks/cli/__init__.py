@@ -1,4 +1,4 @@
-"""The command line, ``sase-blocks`` or ``python -m sase_blocks``: list, info, draw, attend, demo, train, run.
+"""The command line, ``sase-blocks`` or ``python -m sase_blocks``: list, info, draw, attend, demo, train, search, run.
 
 A user's mistake ends with exit code 2 and one line on stderr, an interruption with 130; ``--traceback`` shows where an
 error came from.
@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, fields
+from functools import partial
 from typing import Any
 
 import timm
@@ -20,6 +20,8 @@ from sase_blocks.blocks import BLOCKS
 from sase_blocks.ops import EXTENDED_SETS
 
 from .model_args import is_ours, model_arguments
+from .options import add_model_options, add_settings
+from .search import add_search
 
 __all__ = ['main']
 
@@ -34,6 +36,8 @@ examples:
   sase-blocks attend --checkpoint runs/train/best.pt cat.jpg -o maps
   sase-blocks demo                          train four networks on real images, in a few minutes
   sase-blocks train --data DIR --model resnet50_sase --epochs 100
+  sase-blocks search sase --demo            find a block on real images, in two minutes
+  sase-blocks search sase --data DIR        find one on yours
 """,
     'list': """
 examples:
@@ -112,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(**args)
     except KeyboardInterrupt:
-        hint = '; --resume continues after the last finished epoch' if run is _train else ''
+        hint = '; --resume continues after the last checkpoint' if 'resume' in args else ''
         print(f'\n{PROG}: interrupted{hint}', file=sys.stderr)
         return 130
     except BrokenPipeError:  # `sase-blocks list | head`
@@ -139,14 +143,18 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--version', action='version', version=f'{PROG} {__version__}')
+    from sase_blocks.train import TrainConfig
+
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
 
-    def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
+    def command(
+        name: str, run: Any, help: str, epilog: str | None = None, parent: Any = commands
+    ) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = parent.add_parser(
             name,
             help=help,
             description=help[0].upper() + help[1:] + '.',
-            epilog=EXAMPLES[name],
+            epilog=EXAMPLES[name] if epilog is None else epilog,
             parents=[common],
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -160,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('name', help='a model of timm, a block, or the text of a genotype')
     sub.add_argument('--img-size', type=int, help="height and width in px (default: the model's; 56 for a block)")
     sub.add_argument('--channels', type=int, default=256, help='channels of the input of a block (default: 256)')
-    _add_model_options(sub)
+    add_model_options(sub)
 
     sub = command('draw', _draw, 'draw a block as a graph of its operations')
     sub.add_argument('name', help='a block, or the text of a genotype')
@@ -177,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         '--start', choices=('identity', 'paper'), default='identity', help='of --insert, as it was in training'
     )
     sub.add_argument('--img-size', type=int, help="height and width in px (default: the model's)")
-    _add_model_options(sub)
+    add_model_options(sub)
 
     sub = command('demo', _demo, 'train ResNet-20 with four kinds of attention on real images, and draw the results')
     sub.add_argument('--out', default='demo_out', help='folder for the pictures (default: demo_out)')
@@ -185,59 +193,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--seed', type=int, default=0, help='seed of everything random (default: 0)')
 
     sub = command('train', _train, 'train any model of timm on your images')
-    _add_train_options(sub)
-    _add_model_options(sub)
+    add_settings(sub, TrainConfig)
+    add_model_options(sub)
+
+    sub = commands.add_parser('search', help='search an architecture on your images')
+    searches = sub.add_subparsers(title='searches', required=True, metavar='SEARCH')
+    add_search(partial(command, parent=searches))
 
     sub = command('run', _run, 'run a Python script with the models of sase_blocks registered')
     sub.add_argument('script', metavar='SCRIPT', help='the script')
     sub.add_argument('arguments', nargs=argparse.REMAINDER, metavar='ARGS', help="the script's own options")
     return parser
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        '--model-args', nargs='+', default=[], metavar='KEY=VALUE', help='arguments of the model; values read as JSON'
-    )
-    parser.add_argument(
-        '--genotype', help="attention of our models: a block's name, a genotype as text or JSON, or none"
-    )
-    parser.add_argument(
-        '--attn-stages', type=int, nargs='+', metavar='N', help='stages of our models with attention (default: all)'
-    )
-
-
-def _add_train_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each setting of TrainConfig, with its default and its text."""
-    from sase_blocks.train import TrainConfig
-
-    kinds = {'int': int, 'float': float, 'str': str}
-    for setting in fields(TrainConfig):
-        if setting.name == 'model_args':
-            continue
-        option, kind = setting.name.replace('_', '-'), str(setting.type).split(' |')[0]
-        text = setting.metadata['help'].replace('%', '%%')
-        if kind == 'bool':
-            if setting.default:
-                parser.add_argument(f'--no-{option}', dest=setting.name, action='store_false', help=f'do not {text}')
-            else:
-                parser.add_argument(f'--{option}', action='store_true', help=text)
-            continue
-        parser.add_argument(
-            f'--{option}',
-            type=kinds[kind],
-            required=setting.default is MISSING,
-            default=None if setting.default is MISSING else setting.default,
-            choices=setting.metadata.get('choices'),
-            metavar=None if setting.metadata.get('choices') else _metavar(setting),
-            help=text if setting.default in (MISSING, None, '') else f'{text} (default: {setting.default})',
-        )
-
-
-def _metavar(setting: Field[Any]) -> str:
-    named = {'data': 'DIR', 'out': 'DIR', 'model': 'NAME', 'dataset': 'NAME', 'checkpoint': 'FILE'}
-    return named.get(
-        setting.name, 'X' if 'float' in str(setting.type) else 'N' if 'int' in str(setting.type) else 'TEXT'
-    )
 
 
 def _list(filter: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sase_blocks.ops import BatchNorm2d
 
-__all__ = ['mean_over_processes', 'synchronize_norms']
+__all__ = ['synchronize_norms']
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -31,9 +31,11 @@ class _SumOverProcesses(torch.autograd.Function):
         return _SumOverProcesses.apply(grads[0])
 
 
-def mean_over_processes(x: Tensor) -> Tensor:
-    """The mean of ``x`` over all processes; its gradient is the mean of theirs."""
-    return _SumOverProcesses.apply(x) / dist.get_world_size()
+def over_processes(x: Tensor) -> Tensor:
+    """``x`` of every process, (processes, *x.shape), by one reduction."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    rows = [x if i == rank else torch.zeros_like(x) for i in range(world)]
+    return _SumOverProcesses.apply(torch.stack(rows))
 
 
 def synchronized_batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
@@ -42,20 +44,18 @@ def synchronized_batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     assert isinstance(norm.running_mean, Tensor)
     assert isinstance(norm.running_var, Tensor)
     assert isinstance(norm.num_batches_tracked, Tensor)
-    # Shifted by a constant near the mean, so that one reduction of sums and squares loses no digits.
-    centre = norm.running_mean.detach().clone()
-    shifted = wide - centre.reshape(1, -1, 1, 1)
-    moments = mean_over_processes(torch.stack([shifted.mean((0, 2, 3)), shifted.square().mean((0, 2, 3))]))
-    mean = moments[0]
-    var = (moments[1] - mean.square()).clamp_min(0)
-    y = (shifted - mean.reshape(1, -1, 1, 1)) * torch.rsqrt(var + norm.eps).reshape(1, -1, 1, 1)
+    var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+    means, variances = over_processes(torch.stack([mean, var])).unbind(1)
+    mean = means.mean(0)
+    var = variances.mean(0) + (means - mean).square().mean(0)
+    y = (wide - mean.reshape(1, -1, 1, 1)) * torch.rsqrt(var + norm.eps).reshape(1, -1, 1, 1)
     if norm.weight is not None:
         y = y * norm.weight.reshape(1, -1, 1, 1) + norm.bias.reshape(1, -1, 1, 1)
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
         momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
         n = wide.numel() // wide.shape[1] * dist.get_world_size()
-        norm.running_mean.lerp_((mean + centre).to(norm.running_mean.dtype), momentum)
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
         norm.running_var.lerp_((var * n / max(n - 1, 1)).to(norm.running_var.dtype), momentum)
     return y.to(x.dtype)
 

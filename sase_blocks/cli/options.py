@@ -1,0 +1,57 @@
+"""Options of a command from the fields of its configuration."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+__all__ = ['add_model_options', 'add_settings']
+
+
+def add_settings(parser: argparse.ArgumentParser, config: type[Any], leave_out: Collection[str] = ()) -> None:
+    """One option for each setting of a configuration class, with its default and its text."""
+    kinds = {'int': int, 'float': float, 'str': str}
+    for setting in fields(config):
+        if setting.name == 'model_args' or setting.name in leave_out:
+            continue
+        option, kind = setting.name.replace('_', '-'), str(setting.type).split(' |')[0]
+        text = setting.metadata['help'].replace('%', '%%')
+        if kind == 'bool':
+            if setting.default:
+                parser.add_argument(f'--no-{option}', dest=setting.name, action='store_false', help=f'do not {text}')
+            else:
+                parser.add_argument(f'--{option}', action='store_true', help=text)
+            continue
+        parser.add_argument(
+            f'--{option}',
+            type=kinds[kind],
+            required=setting.default is MISSING,
+            default=None if setting.default is MISSING else setting.default,
+            choices=setting.metadata.get('choices'),
+            metavar=None if setting.metadata.get('choices') else _metavar(setting),
+            help=text if setting.default in (MISSING, None, '') else f'{text} (default: {setting.default})',
+        )
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, attention: bool = True) -> None:
+    """What ``model_args.model_arguments`` reads."""
+    parser.add_argument(
+        '--model-args', nargs='+', default=[], metavar='KEY=VALUE', help='arguments of the model; values read as JSON'
+    )
+    if attention:
+        parser.add_argument(
+            '--genotype',
+            help="attention of our models: a block's name, a genotype as text or JSON, a search's .json file, or none",
+        )
+        parser.add_argument(
+            '--attn-stages', type=int, nargs='+', metavar='N', help='stages of our models with attention (default: all)'
+        )
+
+
+def _metavar(setting: Field[Any]) -> str:
+    named = {'data': 'DIR', 'out': 'DIR', 'model': 'NAME', 'dataset': 'NAME', 'checkpoint': 'FILE'}
+    return named.get(
+        setting.name, 'X' if 'float' in str(setting.type) else 'N' if 'int' in str(setting.type) else 'TEXT'
+    )
