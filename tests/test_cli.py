@@ -112,7 +112,7 @@ def test_traceback_on_request_and_interruption(capsys, monkeypatch):
     monkeypatch.setattr(cli, '_train', interrupted)
     code, _, err = run(capsys, 'train', '--data', '.')
     assert code == 130
-    assert err.strip() == 'sase-blocks: interrupted; --resume continues after the last finished epoch'
+    assert err.strip() == 'sase-blocks: interrupted; --resume continues after the last checkpoint'
 
 
 def test_as_a_program(tmp_path):

@@ -12,7 +12,7 @@ from sase_blocks.blocks import BLOCKS
 from .model_args import model_arguments
 from .options import add_model_options, add_settings
 
-__all__ = ['EXAMPLES', 'add_search']
+__all__ = ['add_search']
 
 EXAMPLES = """
 examples:

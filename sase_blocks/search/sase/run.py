@@ -179,7 +179,7 @@ class _Search:
             self.rows = rows_until(self.metrics, self.step // self.steps)
         self.resumed = saved is not None
         if config.compile:
-            from .shared import compile_mixed_blocks
+            from .compiling import compile_mixed_blocks
 
             compile_mixed_blocks(network)
 

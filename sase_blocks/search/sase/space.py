@@ -41,7 +41,7 @@ class SearchSpace:
         >>> space.sizes, space.genotypes
         ((7, 7, 7, 7, 7, 7), 117649)
         >>> SearchSpace.parse('channel_squeeze=avg,avg_max; gate_excite=affine').genotypes
-        33614
+        4802
     """
 
     channel_squeeze: tuple[str, ...]

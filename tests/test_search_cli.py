@@ -1,0 +1,89 @@
+"""``sase-blocks search``: the demo, campaigns, and one line for each mistake."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+from test_data import make_images
+from test_search_run import SPACE, one_thread  # noqa: F401
+
+from sase_blocks.cli import main
+from sase_blocks.demo import run_search_demo
+
+SMALL = f'--space|{SPACE}|--model-args|layers=[1,1,1]|channels=[4,8,8]|--img-size|12|--batch-size|4'.split('|')
+SMALL += ['--epochs', '1', '--hessian-every', '0', '--cpu', '--no-tensorboard', '--workers', '0']
+
+
+def check_demo(out, epochs):
+    result = json.loads((out / 'genotype.json').read_text())
+    assert result['epoch'] == epochs
+    assert (out / 'genotype.png').stat().st_size > 10_000
+    assert (out / 'logits.png').stat().st_size > 10_000
+    model = timm.create_model('resnet50_sase', genotype=str(out / 'genotype.json'), num_classes=2)
+    assert str(model.layer4[0].se.genotype) == result['genotype']
+
+
+def test_demo(tmp_path, capsys):
+    result = run_search_demo(tmp_path / 'demo', epochs=1)
+    check_demo(tmp_path / 'demo', 1)
+    assert f'found: {result["genotype"]}' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_demo_as_a_user_runs_it(tmp_path, capsys):
+    assert main(['search', 'sase', '--demo', '--out', str(tmp_path / 'demo')]) == 0
+    check_demo(tmp_path / 'demo', 10)
+    rows = [json.loads(line) for line in (tmp_path / 'demo' / 'metrics.jsonl').read_text().splitlines()]
+    assert rows[-1]['held_out_acc1'] > 80  # 10 would be chance
+
+
+def test_a_campaign(tmp_path, capsys):
+    """Two seeds, random labels, from scratch; run again it does nothing twice."""
+    data, out = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog')), tmp_path / 'run'
+    command = ['search', 'sase', '--data', str(data), '--out', str(out), *SMALL, '--seeds', '0,1', '--null']
+    command += ['--evaluate', '1', '--baselines', 'none,se', '--random', '1', '--resume']
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert {p.name for p in out.iterdir()} >= {
+        'seed-0', 'seed-1', 'null-0', 'null-1', 'agreement.json', 'genotype.json', 'evaluation', 'evaluation.png',
+    }  # fmt: skip
+    evaluation = json.loads((out / 'evaluation' / 'evaluation.json').read_text())
+    names = [row['name'] for row in evaluation['candidates']]
+    assert names[0] == 'found'
+    assert {'none', 'se', 'random 0'} <= set(names)
+    genotype = json.loads((out / 'genotype.json').read_text())['genotype']
+    assert re.search(f'^found: {re.escape(genotype)}$', said, re.MULTILINE)
+    before = {path: path.stat().st_mtime_ns for path in out.glob('*/last.pt')}
+    assert main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob('*/last.pt')} == before
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'says'),
+    [
+        ([], '--data DIR is missing'),
+        (['--data', 'nowhere'], 'there is no data folder nowhere'),
+        (['--data', '.', '--seeds', '0,x'], "--seeds takes numbers with commas between them, such as 0,1,2, got '0,x'"),
+        (['--data', '.', '--evaluate', '-1'], '--evaluate must be at least 0, got -1'),
+        (['--data', '.', '--space', 'gate_excite='], 'gate_excite: no operation is left'),
+        (['--data', '.', '--order', '2', '--compile'], 'compile must be off for order 2'),
+        (['--data', '.', '--epochs', '0'], 'epochs must be at least 1'),
+    ],
+    ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
+)
+def test_mistakes_are_one_line(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(['search', 'sase', '--cpu', '--no-tensorboard', *arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count('\n') == 1
+    assert not list(Path(tmp_path).rglob('last.pt'))
+
+
+def test_help_shows_the_defaults(capsys):
+    assert main(['search', 'sase', '--help']) == 0
+    said = ' '.join(capsys.readouterr().out.split())
+    assert '--arch-lr' in said
+    assert "'paper', 'extended'" in said
