@@ -6,7 +6,9 @@ run, so that its checkpoint needs no random states.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import math
 import os
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from tqdm import tqdm
 
 from .checkpoint import read_checkpoint
@@ -107,8 +109,23 @@ def launched(config: Any, purpose: str) -> Iterator[Any]:
     try:
         yield accelerator
     finally:
-        accelerator.end_training()
+        keep_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)  # or a second run would get this one's settings
+
+
+def keep_process_group() -> None:
+    """Let the process group of a launch, if there is one, live to the end of the process.
+
+    The next run uses it. A second group would meet the addresses of the first one in the launcher's store, and fail
+    wherever one process is faster than another.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        _destroy_at_exit()
+
+
+@functools.cache
+def _destroy_at_exit() -> None:
+    atexit.register(lambda: distributed.destroy_process_group() if distributed.is_initialized() else None)
 
 
 def be_deterministic() -> None:

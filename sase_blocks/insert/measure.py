@@ -1,8 +1,11 @@
-"""One forward of a network, and of each new block, to learn shapes and to count multiply-accumulates."""
+"""Forwards of a network, and of each new block, to learn shapes, to count multiply-accumulates, and to take times."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,6 +59,36 @@ def run_block(block: nn.Module, channels: int, size: tuple[int, int]) -> tuple[T
         x = x.to(device=tensor.device, dtype=tensor.dtype)
         y = block(x)
     return x, y, counter.get_total_flops() // 2
+
+
+def count_macs(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of the convolutions and matrix products of one forward pass of one image (C, H, W).
+
+    Nothing is computed: the pass runs on a copy of the model on the meta device.
+    """
+    model = copy.deepcopy(model).to('meta').eval()
+    with torch.no_grad(), _counting() as counter:
+        model(torch.empty(1, *image_shape, device='meta'))
+    return int(counter.get_total_flops() // 2)
+
+
+@torch.no_grad()
+def milliseconds_per_image(networks: Mapping[str, nn.Module], images: Tensor, rounds: int = 15) -> dict[str, float]:
+    """Median time of the forward pass of the batch ``images`` in eval mode, divided by the size of the batch.
+
+    The networks take turns, so that a slower or faster moment of the machine meets them all.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    for _ in range(rounds + 1):
+        for name, model in networks.items():
+            model.eval()
+            start = time.perf_counter()
+            model(images)
+            if images.is_cuda:
+                torch.cuda.synchronize(images.device)
+            seconds[name].append(time.perf_counter() - start)
+    # The first round warms up caches and is not counted.
+    return {name: 1000 * statistics.median(values[1:]) / len(images) for name, values in seconds.items()}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Pictures: blocks as graphs, the attention of a network over its images, and learning curves (extra ``viz``).
+"""Pictures: blocks as graphs, attention over images, learning curves, searches (extra ``viz``).
 
 Figures are made with matplotlib's object-oriented interface, so nothing here needs a display, touches pyplot's global
 state or changes the reader's settings: ``plot_attention(model, images).savefig('attention.png')``.
@@ -8,6 +8,7 @@ from .attention import capture_gates, plot_attention, plot_attention_maps
 from .curves import plot_learning_curves
 from .drawing import draw_block
 from .images import read_images
+from .search import plot_evaluation, plot_logits
 from .style import network_color, save_figure
 
 __all__ = [
@@ -16,7 +17,9 @@ __all__ = [
     'network_color',
     'plot_attention',
     'plot_attention_maps',
+    'plot_evaluation',
     'plot_learning_curves',
+    'plot_logits',
     'read_images',
     'save_figure',
 ]

@@ -1,0 +1,411 @@
+"""Is the found block better than others? All of them trained from scratch under one budget and several seeds.
+
+The paper reports the accuracy of one run of the mixture; nothing in it says how far a found block is above a random one
+of its space, or above the spread over seeds. This comparison is ours. It takes the accuracy after the last epoch,
+never the best epoch's, and chooses nothing by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+
+from sase_blocks import models  # noqa: F401  # registers our models with timm
+from sase_blocks.blocks import Genotype
+from sase_blocks.data import derive_seed, open_data
+from sase_blocks.insert.measure import count_macs, milliseconds_per_image
+from sase_blocks.runs import check_writable, write_text
+from sase_blocks.search.tasks import run_tasks
+from sase_blocks.train import TrainConfig, build_model, check_model_name, train
+
+from .space import SearchSpace
+
+__all__ = ['BASELINES', 'evaluate', 'format_table', 'random_genotypes']
+
+BASELINES = ('none', 'se', 'eca', 'cbam', 'sase')
+RANDOM = 103  # the stream of random numbers (data.derive_seed) for random genotypes
+ERRORS = 2  # a difference of so many standard errors counts
+
+
+def evaluate(
+    found: str,
+    budget: TrainConfig,
+    *,
+    baselines: Sequence[str] = BASELINES,
+    randoms: int = 0,
+    space: SearchSpace | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    random_seed: int = 0,
+    storage: str | Path | None = None,
+    **queue: Any,
+) -> dict[str, Any]:
+    """Train the found block, the baselines and random genotypes from scratch, and compare them.
+
+    Each training and each measurement of costs is a task of ``run_tasks``: every process that runs the same call with
+    the same ``budget.out`` takes its share, and a call that was stopped continues. More baselines, random genotypes or
+    seeds may be added to a finished evaluation.
+
+    Args:
+        found: the genotype, as text; several with semicolons between them are one for each stage.
+        budget: the settings of all trainings but the seed and the genotype; its model is one with a ``genotype=``
+            argument, its ``out`` the folder for everything. Its validation split is what is reported, so let it be one
+            that the search has not seen.
+        baselines: blocks of ``list_blocks()``, 'none', or genotypes; ``'LABEL=GENOTYPE'`` gives one a name.
+        randoms: how many random genotypes, all different and none the found one.
+        space: of the random genotypes; the paper's by default.
+        seeds: of the trainings, the same for all.
+        random_seed: of the draw of the random genotypes; more of them begin with the same ones.
+        storage: see ``run_tasks``; by default tasks.db in ``budget.out``. The study is called 'evaluation', in a
+            database 'evaluation in OUT'.
+        **queue: more arguments of ``run_tasks``.
+
+    Returns:
+        What ``evaluation.json`` in ``budget.out`` holds: 'candidates', a list of dicts with name, kind ('found',
+        'baseline', 'random'), genotype, 'accuracies' by seed (per cent, after the last epoch), 'mean', 'spread' (sample
+        standard deviation), 'min', 'max', 'difference' (of the mean to the found block's), 'difference_error' (its
+        standard error), 'parameters', 'macs', 'ms_per_image', 'time_ratio' (to no attention, measured in turns);
+        'verdicts', sentences; 'rank', of the found block among the random ones; 'errors' of tasks; the settings.
+        What is unknown, a spread over one seed for example, is None.
+
+    Raises:
+        ImportError: the extra ``train`` or ``search`` is missing.
+        ValueError, FileNotFoundError: a wrong genotype, setting, or data; before any work.
+        OSError, RuntimeError: see ``run_tasks``.
+    """
+    candidates = _candidates(found, budget, baselines, randoms, space, random_seed)
+    seeds = list(dict.fromkeys(seeds))
+    if not seeds:
+        raise ValueError('seeds is empty: an evaluation needs at least one seed')
+    if budget.pretrained or budget.checkpoint:
+        raise ValueError('an evaluation trains from scratch: leave pretrained and checkpoint out of the budget')
+    out = Path(budget.out)
+    if _is_main():
+        check_writable(out)
+        _open(budget)
+    trainings: list[dict[str, Any]] = [
+        {'key': f'{c["name"]}, seed {seed}', 'name': c['name'], 'genotype': c['genotype'], 'seed': seed}
+        for seed in seeds  # so that a stopped evaluation has compared all of them on some seeds
+        for c in candidates
+    ]
+    costs = [{'key': f'cost of {c["name"]}', 'name': c['name'], 'genotype': c['genotype']} for c in candidates]
+
+    def work(task: dict[str, Any]) -> dict[str, Any]:
+        return _train_one(budget, task) if 'seed' in task else _measure_one(budget, task)
+
+    def describe(task: dict[str, Any], result: dict[str, Any]) -> str:
+        if 'seed' in task:
+            return f'accuracy {result["accuracy"]:.2f} %'
+        return f'{result["parameters"]:,} parameters, {result["time_ratio"]:.2f} times the time of no attention'
+
+    outcome = run_tasks(
+        [*trainings, *costs],
+        work,
+        out / 'tasks.db' if storage is None else storage,
+        # A database may hold the studies of many folders.
+        f'evaluation in {budget.out}' if '://' in str(storage) else 'evaluation',
+        settings=_settings(budget),
+        describe=describe,
+        cpu=budget.cpu,
+        **queue,
+    )
+    if not any(task['key'] in outcome.results for task in trainings):
+        key, text = next(iter(outcome.errors.items()))
+        raise RuntimeError(f'all {len(trainings)} trainings failed; the first one, {key}: {text}')
+    rows: list[dict[str, Any]] = []
+    images: list[int] = []
+    for candidate in candidates:
+        accuracies: dict[str, float] = {}
+        for task in trainings:
+            if task['name'] == candidate['name'] and (done := outcome.results.get(task['key'])):
+                accuracies[str(task['seed'])] = done['accuracy']
+                images.append(done['images'])
+        cost = outcome.results.get(f'cost of {candidate["name"]}') or {}
+        cost = {name: cost.get(name) for name in ('parameters', 'macs', 'ms_per_image', 'time_ratio', 'device')}
+        rows.append({**candidate, 'accuracies': accuracies, **cost})
+    result = {
+        'found': candidates[0]['genotype'],
+        'model': budget.model,
+        'budget': _settings(budget),
+        'space': str(space or 'paper') if randoms else None,
+        'seeds': seeds,
+        'random_seed': random_seed,
+        'images': images[0] if images else None,
+        **compare(rows),
+        'errors': outcome.errors,
+        'versions': {'python': platform.python_version(), 'torch': str(torch.__version__), 'timm': timm.__version__},
+    }
+    if _is_main():
+        write_text(out / 'evaluation.json', json.dumps(result, indent=2) + '\n')
+    return result
+
+
+def random_genotypes(
+    space: SearchSpace, count: int, seed: int = 0, *, sets: int = 1, without: Sequence[str] = ()
+) -> list[str]:
+    """Different random genotypes of a space, as text; the first ones are the same for every ``count``.
+
+    Args:
+        count: how many.
+        seed: of the draw.
+        sets: genotypes in each, with semicolons between them, where a network has one for each stage.
+        without: genotypes, or such joined ones, that are left out.
+
+    Raises:
+        ValueError: the space does not hold so many.
+    """
+    left = space.genotypes**sets - len({text for text in without if _is_in(text, space, sets)})
+    if count > left:
+        raise ValueError(f'the space holds {left} genotypes besides the found one, {count} random ones were asked for')
+    drawn: list[str] = []
+    number = 0
+    while len(drawn) < count:
+        text = '; '.join(str(space.random(derive_seed(seed, RANDOM, number, part))) for part in range(sets))
+        if text not in drawn and text not in without:
+            drawn.append(text)
+        number += 1
+    return drawn
+
+
+def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Statistics of candidates with name, kind and 'accuracies' by seed: the keys candidates, verdicts and rank."""
+    candidates = [{**row, **_statistics(list(row['accuracies'].values()))} for row in rows]
+    first = next(row for row in candidates if row['kind'] == 'found')
+    verdicts = []
+    for row in candidates:
+        row['difference'] = row['difference_error'] = None
+        if row is first or row['mean'] is None or first['mean'] is None:
+            continue
+        row['difference'] = row['mean'] - first['mean']
+        if row['spread'] is not None and first['spread'] is not None:
+            variances = (r['spread'] ** 2 / len(r['accuracies']) for r in (row, first))
+            row['difference_error'] = math.sqrt(sum(variances))
+        if row['kind'] == 'baseline':
+            verdicts.append(_verdict(row))
+    rank, more = _rank(first, [row for row in candidates if row['kind'] == 'random'])
+    return {'candidates': candidates, 'rank': rank, 'verdicts': [*verdicts, *more]}
+
+
+def format_table(result: Mapping[str, Any]) -> str:
+    """The comparison as text, best mean first, from what ``evaluate`` returns."""
+    rows = sorted(result['candidates'], key=lambda row: -math.inf if row['mean'] is None else row['mean'], reverse=True)
+    width = max(12, *(len(row['name']) for row in rows)) + 2
+    header = (
+        f'{"block":{width}}{"accuracy %":>15}{"min to max":>18}{"seeds":>7}{"to found":>16}{"parameters":>13}'
+        f'{"MACs":>11}{"time":>7}'
+    )
+    lines = [header, '-' * len(header)]
+    for row in rows:
+        lines.append(
+            f'{row["name"]:{width}}{_plus_minus(row["mean"], row["spread"], ""):>15}'
+            f'{_known("{0:.2f} to {1:.2f}", row["min"], row["max"]):>18}{len(row["accuracies"]):7}'
+            f'{_plus_minus(row["difference"], row["difference_error"], "+"):>16}'
+            f'{_known("{0:,}", row["parameters"]):>13}{_known("{0:,.1f} M", row["macs"], scale=1e6):>11}'
+            f'{_known("{0:.2f}", row["time_ratio"]):>7}'
+        )
+    images = result.get('images')
+    of = f' of {images:,} images (one image is {100 / images:.2g} points)' if images else ''
+    lines += [
+        '',
+        f'accuracy: after the last epoch, on the validation split{of},',
+        'mean ± standard deviation over the seeds; to found: difference of the means ± its standard error;',
+        'time: of a forward pass, without attention = 1.',
+        '',
+        *result['verdicts'],
+    ]
+    named = [row for row in rows if row['kind'] != 'baseline' or row['genotype'] != row['name']]
+    lines += ['', *(f'{row["name"]}: {row["genotype"]}' for row in named)]
+    lines += [f'failed: {key}: {text}' for key, text in result.get('errors', {}).items()]
+    return '\n'.join(lines)
+
+
+# ---- candidates ----
+
+
+def _candidates(
+    found: str,
+    budget: TrainConfig,
+    baselines: Sequence[str],
+    randoms: int,
+    space: SearchSpace | None,
+    random_seed: int,
+) -> list[dict[str, str]]:
+    if randoms < 0:
+        raise ValueError(f'randoms must be at least 0, got {randoms}')
+    check_model_name(budget.model)
+    if not timm.model_entrypoint(budget.model).__module__.startswith('sase_blocks.'):
+        raise ValueError(
+            f'{budget.model} takes no genotype=, so its block cannot be exchanged in training; evaluate in '
+            f'resnet20_cifar, resnet50_sase or resnet101_sase, or train it after `insert` with a loop of your own'
+        )
+    if 'genotype' in budget.model_args:
+        raise ValueError('the genotype is what an evaluation varies: leave it out of model_args')
+    found = '; '.join(str(Genotype.parse(text)) for text in found.split(';'))
+    listed = [{'name': 'found', 'kind': 'found', 'genotype': found}]
+    for entry in baselines:
+        label, equals, genotype = entry.partition('=')
+        listed.append({'name': label, 'kind': 'baseline', 'genotype': genotype if equals else label})
+    sets = found.count(';') + 1
+    texts = random_genotypes(space or SearchSpace.parse('paper'), randoms, random_seed, sets=sets, without=[found])
+    listed += [{'name': f'random {i}', 'kind': 'random', 'genotype': text} for i, text in enumerate(texts)]
+    names = [candidate['name'] for candidate in listed]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f'two blocks of the evaluation have the name {name!r}; LABEL=GENOTYPE gives another one')
+    for candidate in listed:
+        try:
+            build_model(budget.model, None, **_model_args(budget, candidate['genotype']))
+        except ValueError as error:
+            raise ValueError(f'{candidate["name"]} of the evaluation: {error}') from error
+    return listed
+
+
+def _is_in(text: str, space: SearchSpace, sets: int) -> bool:
+    parts = [Genotype.parse(part).to_dict() for part in text.split(';')]
+    return len(parts) == sets and all(part[edge] in names for part in parts for edge, names in space)
+
+
+def _model_args(budget: TrainConfig, genotype: str) -> dict[str, Any]:
+    args = {**budget.model_args, 'genotype': genotype}
+    if budget.img_size is not None:
+        args.setdefault('img_size', budget.img_size)
+    return args
+
+
+def _settings(budget: TrainConfig) -> dict[str, Any]:
+    """What the trainings have in common, without where things lie and what makes no difference."""
+    apart = {entry.name for entry in fields(budget) if entry.metadata.get('free') or entry.metadata.get('place')}
+    return {e.name: getattr(budget, e.name) for e in fields(budget) if e.name not in {*apart, 'seed'}}
+
+
+# ---- tasks ----
+
+
+def _is_main() -> bool:
+    return os.environ.get('RANK', '0') == '0'
+
+
+def _open(budget: TrainConfig) -> tuple[Any, Any]:
+    return open_data(
+        budget.data,
+        budget.dataset,
+        train_split=budget.train_split,
+        val_split=budget.val_split,
+        download=budget.download,
+        num_classes=budget.num_classes,
+    )
+
+
+def _train_one(budget: TrainConfig, task: Mapping[str, Any]) -> dict[str, Any]:
+    folder = Path(budget.out) / re.sub(r'[^\w.-]+', '_', task['key'])
+    config = replace(
+        budget,
+        model_args={**budget.model_args, 'genotype': task['genotype']},
+        seed=task['seed'],
+        out=str(folder),
+        resume=True,
+    )
+    # Its lines would drown those of the queue.
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / 'log.txt').open('a', encoding='utf-8') as log, contextlib.redirect_stdout(log):
+        result = train(config)
+    return {
+        'accuracy': result['acc1'],
+        'loss': result['loss'],
+        'epochs': result['epochs'],
+        'images': len(_open(replace(budget, download=False))[1]),
+    }
+
+
+def _measure_one(budget: TrainConfig, task: Mapping[str, Any]) -> dict[str, Any]:
+    """Costs of one candidate, its time in turns with the network without attention."""
+    if not _is_main():
+        return {}
+    classes = len(_open(budget)[0].classes)
+    device = torch.device('cuda' if torch.cuda.is_available() and not budget.cpu else 'cpu')
+    networks = {
+        genotype: build_model(budget.model, classes, **_model_args(budget, genotype)).to(device).eval()
+        for genotype in ('none', task['genotype'])
+    }
+    model = networks[task['genotype']]
+    size = {} if budget.img_size is None else {'img_size': budget.img_size}
+    shape = resolve_data_config(size, model=model)['input_size']
+    batch = 32 if max(shape) <= 64 else 8
+    images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    milliseconds = milliseconds_per_image(networks, images)
+    return {
+        'parameters': sum(parameter.numel() for parameter in model.parameters()),
+        'macs': count_macs(model, shape),
+        'ms_per_image': milliseconds[task['genotype']],
+        'time_ratio': milliseconds[task['genotype']] / milliseconds['none'],
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine(),
+    }
+
+
+# ---- statistics ----
+
+
+def _statistics(values: Sequence[float]) -> dict[str, float | None]:
+    if not values:
+        return {'mean': None, 'spread': None, 'min': None, 'max': None}
+    spread = stdev(values) if len(values) > 1 else None
+    return {'mean': fmean(values), 'spread': spread, 'min': min(values), 'max': max(values)}
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    """A sentence on the found block and one baseline."""
+    ahead, error = -row['difference'], row['difference_error']
+    if error is None:
+        return f'found {_by(ahead)} {row["name"]}, on too few seeds to tell whether that is chance.'
+    means = f'found {_by(ahead)} {row["name"]}, with a standard error of {error:.2f}: '
+    if abs(ahead) > ERRORS * error:
+        return f'{means}more than {ERRORS} standard errors, beyond the spread over the seeds.'
+    return f'{means}within the spread over the seeds, no difference is shown.'
+
+
+def _by(ahead: float) -> str:
+    if ahead == 0:
+        return 'is level with'
+    return f'is {abs(ahead):.2f} points {"above" if ahead > 0 else "below"}'
+
+
+def _rank(found: Mapping[str, Any], randoms: Sequence[Mapping[str, Any]]) -> tuple[dict[str, int] | None, list[str]]:
+    """The place of the found block among the random ones by mean, 1 for the best, and sentences about it."""
+    trained = [row for row in randoms if row['mean'] is not None]
+    if found['mean'] is None or not trained:
+        return None, []
+    place = 1 + sum(row['mean'] > found['mean'] for row in trained)
+    share = (1 + sum(row['mean'] >= found['mean'] for row in trained)) / (len(trained) + 1)
+    mean = fmean(row['mean'] for row in trained)
+    blocks = 'block' if len(trained) == 1 else 'blocks'
+    text = (
+        f'found has place {place} among {len(trained) + 1} with {len(trained)} random {blocks} of its space; a block '
+        f'drawn by lot would do as well with probability {share:.2f}. It {_by(found["mean"] - mean)} their mean.'
+    )
+    return {'place': place, 'of': len(trained) + 1}, [text]
+
+
+# ---- text ----
+
+
+def _known(form: str, *values: float | None, scale: float = 1) -> str:
+    """The values in a format, '-' where one is unknown."""
+    return '-' if None in values else form.format(*(value / scale if scale != 1 else value for value in values))  # type: ignore[operator]
+
+
+def _plus_minus(value: float | None, error: float | None, sign: str) -> str:
+    if value is None:
+        return '-'
+    return f'{value:{sign}.2f}' + (f' ± {error:.2f}' if error is not None else '')
