@@ -12,7 +12,12 @@ PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 # Pages without Python of their own, and the one whose Python needs other libraries.
 NO_PYTHON = {'reference.md', 'scaling.md', 'training.md'}
 RUN = [pytest.param(p, marks=pytest.mark.ecosystem if p.name == 'ecosystem.md' else (), id=p.name) for p in PAGES]
-DOCTESTS = ['sase_blocks.blocks.attention', 'sase_blocks.blocks.genotype', 'sase_blocks.blocks.named', 'sase_blocks.search.sase.space']
+DOCTESTS = [
+    'sase_blocks.blocks.attention',
+    'sase_blocks.blocks.genotype',
+    'sase_blocks.blocks.named',
+    'sase_blocks.search.sase.space',
+]
 
 
 @pytest.mark.parametrize('page', RUN)

@@ -124,7 +124,7 @@ def test_what_a_search_leaves(config, look_often, capsys):
         {'paper_mixing': True, 'arch_every': 4},
         {'null': True, 'channels_last': True, 'form': 'plain', 'clip_grad': None},
         {'mixed_precision': 'bf16', 'deterministic': True},
-        {'space': 'extended', 'epochs': 1},
+        {'space': 'extended', 'order': '2'},
     ],
     ids=lambda changes: ','.join(changes),
 )
@@ -142,6 +142,19 @@ def test_settings(config, changes):
         assert [str(getattr(model, f'layer{i}')[0].se.genotype) for i in (1, 2, 3)] == result['genotypes']
         with pytest.raises(ValueError, match='3 genotypes, one for each stage, for a network of 4 stages'):
             timm.create_model('resnet50_sase', genotype=f'{config.out}/genotype.json')
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning')  # of dynamo's own
+def test_compiled(config):
+    """The same search within rounding; the looks that compiled code cannot take are taken eagerly."""
+    changes = {'epochs': 1, 'hessian_every': 1}
+    eager = search(replace(config, **changes), pictures())
+    compiled = search(replace(config, **changes, compile=True, out=config.out + '2'), pictures())
+    torch.testing.assert_close(torch.tensor(compiled['logits']), torch.tensor(eager['logits']), rtol=0, atol=1e-3)
+    rows = [json.loads((Path(o) / 'metrics.jsonl').read_text()) for o in (config.out, config.out + '2')]
+    assert rows[0]['dead'] == rows[1]['dead']
+    assert rows[1]['hessian'] == pytest.approx(rows[0]['hessian'], rel=0.05)
 
 
 def test_another_network(config):

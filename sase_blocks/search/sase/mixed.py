@@ -23,10 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from sase_blocks.blocks import AttentionModule
+from sase_blocks.blocks.graph import CHANNEL, MAP, SPATIAL, Edge, Graph
 from sase_blocks.ops import EXTENDED_SETS
-from sase_blocks.ops.primitive import check_feat_size, mix
+from sase_blocks.ops.primitive import check_feat_size, check_features, mix
 
-from .shared import SharedExcites, SharedSqueezes
+from .convolutions import excited
+from .moments import gated
+from .parts import Part, alone, stacked, weighted_sum
+from .shared import SharedSqueezes
 from .space import EDGES, SearchSpace
 
 __all__ = ['FORMS', 'MixedBlock']
@@ -111,27 +115,27 @@ class MixedBlock(AttentionModule):
         if self.form == 'shared':
             squeezes = SharedSqueezes(x)
             q = self._mixed(0, squeezes.channel(ops[0]))
-            excites = SharedExcites(q, [*ops[1], *ops[2]])
-            c = self._mixed(1, excites.outputs[: len(ops[1])])
-            d = self._mixed(2, excites.outputs[len(ops[1]) :])
-            gated, plain = squeezes.spatial(ops[3], d), squeezes.spatial(ops[4], None)
+            c, d = (self._mixed(edge, parts) for edge, parts in zip((1, 2), excited(q, ops[1], ops[2]), strict=True))
+            of_gated, of_plain = squeezes.spatial(ops[3], d, ops[4])
         else:
-            q = self._mixed(0, [op(x) for op in ops[0]])
-            c = self._mixed(1, [op(q) for op in ops[1]])
-            d = self._mixed(2, [op(q) for op in ops[2]])
-            gated, plain = [op(x, d) for op in ops[3]], [op(x) for op in ops[4]]
-        s = torch.relu(self.norm(mix(self._mixed(3, gated), self._mixed(4, plain), self.mix_weight)))
-        a = self._mixed(5, SharedExcites(s, ops[5]).outputs if self.form == 'shared' else [op(s) for op in ops[5]])
-        return c, a
+            q = self._mixed(0, alone([op(x) for op in ops[0]]))
+            c = self._mixed(1, alone([op(q) for op in ops[1]]))
+            d = self._mixed(2, alone([op(q) for op in ops[2]]))
+            of_gated, of_plain = alone([op(x, d) for op in ops[3]]), alone([op(x) for op in ops[4]])
+        s = torch.relu(self.norm(mix(self._mixed(3, of_gated), self._mixed(4, of_plain), self.mix_weight)))
+        of_s = excited(s, ops[5])[0] if self.form == 'shared' else alone([op(s) for op in ops[5]])
+        return c, self._mixed(5, of_s)
 
-    def _mixed(self, edge: int, outputs: Sequence[Tensor]) -> Tensor:
+    def _mixed(self, edge: int, parts: Sequence[Part]) -> Tensor:
         """The weighted sum of the outputs of an edge's operations."""
-        if self.fair and EDGES[edge] not in self.scales:
-            outputs = [
-                y if op.gated else torch.sigmoid(y) for op, y in zip(self.operations(edge), outputs, strict=True)
-            ]
-        stack = torch.stack(list(outputs))  # (operations, B, ...)
-        if self.fair and EDGES[edge] in self.scales:
+        normed = self.fair and EDGES[edge] in self.scales
+        if self.fair and not normed:
+            ops = self.operations(edge)
+            parts = [part.gated(ops) for part in parts]
+        if self.form == 'shared' and not normed and self.observer is None and self.probabilities is not None:
+            return weighted_sum(parts, self.probabilities[edge])
+        stack = stacked(parts)  # (operations, B, ...)
+        if normed:
             batch = stack.transpose(0, 1)
             stack = self.scales[EDGES[edge]](batch.flatten(2).unsqueeze(3)).reshape(batch.shape).transpose(0, 1)
         if self.observer is not None:
@@ -141,9 +145,21 @@ class MixedBlock(AttentionModule):
         weights = self.probabilities[edge].to(stack.dtype)
         return torch.tensordot(weights, stack, 1)
 
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == 'plain':
+            return super().forward(x)
+        check_features(x, self.channels)
+        return gated(x, *self.gates(x))
+
     def gate(self, x: Tensor) -> Tensor:
         c, a = self.gates(x)
         return (1 + c / 2) + a / 2
+
+    def graph(self) -> Graph:
+        nodes = {'x': MAP, 'q': CHANNEL, 'c': CHANNEL, 'd': CHANNEL, 'd * x': MAP, 's': SPATIAL, 'a': SPATIAL, 'y': MAP}
+        ends = ('x q', 'q c', 'q d', 'd d*x', 'x d*x', 'd*x s', 'x s', 's a', 'c y', 'a y', 'x y')
+        edges = tuple(Edge(*(end.replace('*', ' * ') for end in pair.split())) for pair in ends)
+        return Graph(nodes, edges, 'y = x * (1 + (c + a) / 2)')
 
     def extra_repr(self) -> str:
         return f"{self.channels}, '{self.space}', fair={self.fair}, form='{self.form}'"

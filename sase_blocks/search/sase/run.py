@@ -42,6 +42,7 @@ from sase_blocks.search.synchronize import synchronize_norms
 from sase_blocks.train import build_model, check_model_name
 
 from .bilevel import VirtualStep, logits_gradient
+from .compiling import compile_mixed_blocks, without_compilation
 from .config import SearchConfig
 from .network import SearchNetwork
 from .result import describe_result, draw_result, write_logits, write_result
@@ -179,8 +180,6 @@ class _Search:
             self.rows = rows_until(self.metrics, self.step // self.steps)
         self.resumed = saved is not None
         if config.compile:
-            from .compiling import compile_mixed_blocks
-
             compile_mixed_blocks(network)
 
     # ---- one step ----
@@ -320,8 +319,10 @@ class _Search:
         hessian = None
         if config.hessian_every and (epoch + 1) % config.hessian_every == 0:
             n = max(HESSIAN_IMAGES // self.world, 2)
-            hessian = hessian_eigenvalue(network, self._loss, held[0][:n], held[1][:n], self._mean)
-        dead = dead_operations(network, held[0])
+            with without_compilation(network):
+                hessian = hessian_eigenvalue(network, self._loss, held[0][:n], held[1][:n], self._mean)
+        with without_compilation(network):
+            dead = dead_operations(network, held[0])
         logits = network.logits.detach().cpu()
         edges = {
             (f'stage {number + 1}, ' if len(logits) > 1 else ''): describe_edges(self.space, row)
