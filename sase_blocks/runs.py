@@ -83,11 +83,11 @@ def saved_run(config: Any, last: Path, needed: tuple[str, ...], command: str) ->
 
 
 @contextlib.contextmanager
-def launched(config: Any, purpose: str) -> Iterator[Any]:
+def launched(config: Any, purpose: str, extra: str = 'train') -> Iterator[Any]:
     """accelerate's ``Accelerator`` for one run, with the settings cpu, mixed_precision and tensorboard of ``config``.
 
     Raises:
-        ImportError: accelerate or tensorboard is missing (extra ``train``).
+        ImportError: accelerate or tensorboard is missing; the text names ``extra``.
     """
     try:
         from accelerate import Accelerator
@@ -98,7 +98,7 @@ def launched(config: Any, purpose: str) -> Iterator[Any]:
             import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f'{purpose} needs accelerate and tensorboard ({error}): pip install "sase-blocks[train]"'
+            f'{purpose} needs accelerate and tensorboard ({error}): pip install "sase-blocks[{extra}]"'
         ) from error
     accelerator = Accelerator(
         cpu=config.cpu,

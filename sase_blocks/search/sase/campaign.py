@@ -50,7 +50,8 @@ def campaign(
         budget: the from-scratch training; default: ``evaluation_budget(config)``.
         evaluations: from-scratch trainings of each candidate, with the seeds 0, 1, ...; 0 for no comparison.
         baselines, randoms: see ``evaluate``.
-        storage: see ``run_tasks``; default: a SQLite file in ``config.out``.
+        storage: see ``run_tasks``; default: a SQLite file in ``config.out``. The study is called 'searches', in a database
+            'searches in OUT'.
         images: see ``search``.
 
     Returns:
@@ -137,7 +138,7 @@ def _searches(
         tasks,
         work,
         out / 'tasks.db' if storage is None else storage,
-        'searches',
+        f'searches in {config.out}' if '://' in str(storage) else 'searches',
         settings=_settings(config),
         describe=lambda task, result: str(result['genotype']),
         cpu=config.cpu,

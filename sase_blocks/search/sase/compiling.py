@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,8 @@ def compile_mixed_blocks(network: SearchNetwork, **kwargs: Any) -> list[str]:
     observed = [name for name, block in network.blocks.items() if block.observer is not None]
     if observed:
         raise ValueError(f'{observed[0]} has an observer, which compiled code cannot call; leave the context first')
+    # The weights of the mixture reach a block as an attribute that is no leaf, at which dynamo only looks.
+    warnings.filterwarnings('ignore', message='The .grad attribute of a Tensor that is not a leaf Tensor')
     for block in network.blocks.values():
         assert isinstance(block, MixedBlock)
         compile_blocks(block, **{'dynamic': False, **kwargs})

@@ -77,7 +77,7 @@ def search(config: SearchConfig, images: ARRAYS | None = None) -> dict[str, Any]
             is still there.
         FloatingPointError: the loss is no longer finite.
     """
-    with launched(config, 'a search') as accelerator:
+    with launched(config, 'a search', 'search') as accelerator:
         return _Search(config, accelerator, images).run()
 
 
