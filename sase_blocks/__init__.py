@@ -17,8 +17,9 @@ from .blocks import (
 )
 from .convert import convert_paper_state_dict, load_checkpoint
 from .deploy import export_onnx, fuse
-from .insert import insert, remove
+from .insert import insert, remove, replace_convolutions
 from .models import register_resnet
+from .selfattention import AxialSelfAttention, LocalSelfAttention, TrioBlock
 
 try:
     __version__ = version('sase-blocks')
@@ -28,9 +29,12 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
 __all__ = [
     'SASE',
     'AttentionBlock',
+    'AxialSelfAttention',
     'ChannelAttention',
     'Genotype',
+    'LocalSelfAttention',
     'SpatialAttention',
+    'TrioBlock',
     'compile_blocks',
     'convert_paper_state_dict',
     'create_block',
@@ -41,4 +45,5 @@ __all__ = [
     'load_checkpoint',
     'register_resnet',
     'remove',
+    'replace_convolutions',
 ]

@@ -78,7 +78,7 @@ def insert(
             in DDP or FSDP), a ``where`` or stage that matches nothing, a place without channels, a block that changes
             the shape, a place that holds another inserted block. The model is unchanged.
     """
-    _check_model(model)
+    check_model(model)
     build, label = _builder(block)
     if start not in ('identity', 'paper'):
         raise ValueError(f"start must be 'identity' or 'paper', got {start!r}")
@@ -88,7 +88,7 @@ def insert(
     for place in new:
         _check_not_compiled(model, place)
 
-    args, given = _example(model, input_size, example)
+    args, given = example_of(model, input_size, example)
     trace, note = _trace(model, args, given, new)
     built = [_build(model, place, build, label, trace, note) for place in new]
     if len({id(b.block) for b in built}) < len(built):
@@ -150,7 +150,7 @@ def remove(model: nn.Module) -> list[str]:
     return [f'{name}.{mark.child}' if name else mark.child for name, _, mark in found]
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
     """Raise for a network that cannot take an attention, with the reason."""
     if not isinstance(model, nn.Module):
         raise TypeError(f'model must be an nn.Module, got {type(model).__name__}')
@@ -239,7 +239,7 @@ def _check_not_compiled(model: nn.Module, place: Place) -> None:
         )
 
 
-def _example(model: nn.Module, input_size: Any, example: Any) -> tuple[tuple[Any, ...] | None, bool]:
+def example_of(model: nn.Module, input_size: Any, example: Any) -> tuple[tuple[Any, ...] | None, bool]:
     """The arguments for one forward, None if nothing is known, and whether the caller gave them."""
     if example is not None:
         if input_size is not None:

@@ -16,7 +16,6 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, make_blocks
 from torch import Tensor, nn
 
-
 from sase_blocks.convert import checkpoint_filter_fn
 
 from .slots import Genotypes, block_builder, fill_slots, refuse_block_attention

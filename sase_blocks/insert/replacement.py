@@ -1,0 +1,140 @@
+"""Convolutions of a network replaced by one of TrioNet's operators (after arXiv 2111.07547), in place. Ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from sase_blocks.models.slots import check_stages
+from sase_blocks.selfattention import OPERATORS, build_operator
+from sase_blocks.selfattention.routes import check_choice
+
+from .families import numbered_blocks
+from .insertion import check_model, example_of
+from .measure import quietly
+from .places import Where
+
+__all__ = ['replace_convolutions']
+
+
+def replace_convolutions(
+    model: nn.Module,
+    operator: str,
+    where: Where = None,
+    *,
+    stages: int | tuple[int, ...] | None = None,
+    kernel_size: int | None = None,
+    heads: int = 8,
+    input_size: int | tuple[int, ...] | None = None,
+) -> list[str]:
+    """Replace convolutions that keep their channels by local or axial self-attention, or by another convolution.
+
+    The new operators are untrained, the names of all other parameters stay; a norm behind the convolution goes on
+    following the operator. Device, dtype and train or eval mode are the convolution's.
+
+    Args:
+        model: the network.
+        operator: 'conv', 'local' or 'axial'.
+        where: None for the 3 x 3 convolutions of the residual blocks of a known network; a pattern over module names,
+            ``'layer4.*.conv2'``; or a function ``(name, module) -> bool``.
+        stages: only in these stages of a known network, counted from 1.
+        kernel_size: of the window or of the new convolution; see ``build_operator``.
+        heads: of the attentions.
+        input_size: of an image, for the forward that finds the feature sizes of axial attention: an int, (H, W) or
+            (C, H, W). Default: what a timm model says of itself.
+
+    Returns:
+        The names of what was replaced.
+
+    Raises:
+        TypeError, ValueError: a network that cannot be changed (see ``insert``), nothing that matches, a match that is
+            no plain convolution with as many channels out as in and stride 1 or 2, channels that the heads do not
+            divide, axial attention without an input size. The model is unchanged.
+    """
+    check_model(model)
+    check_choice('operator', operator, tuple(OPERATORS))
+    found = dict(_matching(model, where, stages))
+    if not found:
+        chosen = 'residual block' if where is None else f'module that where={where!r} names'
+        raise ValueError(f'no {chosen} of this {type(model).__name__} has a 3 x 3 convolution that can be replaced')
+    for name, conv in found.items():
+        if reason := _why_not(conv):
+            raise ValueError(f'{name} cannot be replaced: {reason}')
+    sizes = _feature_sizes(model, found, input_size) if operator == 'axial' else {}
+    built = {}
+    for name, conv in found.items():
+        options: dict[str, Any] = {'size': sizes[name]} if name in sizes else {}
+        new, _ = build_operator(
+            operator, conv.out_channels, conv.stride[0], kernel_size, heads, dtype=conv.weight.dtype, **options
+        )
+        built[name] = new.to(conv.weight.device).train(conv.training)
+    for name, new in built.items():
+        parent, _, child = name.rpartition('.')
+        setattr(model.get_submodule(parent), child, new)
+    return list(built)
+
+
+def _matching(model: nn.Module, where: Where, stages: Any) -> Iterator[tuple[str, Any]]:
+    blocks = [(name, stage) for name, _, _, stage in numbered_blocks(model)]
+    known = [stage for _, stage in blocks if stage is not None]
+    chosen = None
+    if stages is not None:
+        if not known:
+            raise ValueError(f'the stages of this {type(model).__name__} are not known: choose with where= alone')
+        chosen = check_stages(stages, max(known), 'stages')
+    if where is not None and not isinstance(where, str) and not callable(where):
+        raise TypeError(
+            f'where must be a pattern over module names, a function (name, module) -> bool or None: {where!r}'
+        )
+    for name, module in model.named_modules():
+        around = [stage for block, stage in blocks if name.startswith(f'{block}.')]
+        if chosen is not None and not any(stage in chosen for stage in around):
+            continue
+        if where is None:
+            plain = isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and _why_not(module) is None
+            wanted = bool(around) and plain
+        else:
+            wanted = fnmatchcase(name, where) if isinstance(where, str) else bool(where(name, module))
+        if wanted:
+            yield name, module
+
+
+def _why_not(conv: nn.Module) -> str | None:
+    if type(conv) is not nn.Conv2d:
+        return f'it is a {type(conv).__name__}, not a plain nn.Conv2d'
+    if conv.groups != 1 or conv.in_channels != conv.out_channels:
+        return f'it has {conv.groups} groups, {conv.in_channels} channels in and {conv.out_channels} out'
+    if conv.stride not in ((1, 1), (2, 2)):
+        return f'its stride is {conv.stride}; operators have 1 or 2'
+    if conv.kernel_size[0] % 2 == 0 or tuple(conv.padding) != tuple(k // 2 for k in conv.kernel_size):
+        return f'its kernel {conv.kernel_size} with padding {conv.padding} does not keep the size of the map'
+    return None
+
+
+def _feature_sizes(model: nn.Module, convs: dict[str, Any], input_size: Any) -> dict[str, tuple[int, int]]:
+    """The size of the map that each convolution reads, by one forward in eval mode."""
+    args, _ = example_of(model, input_size, None)
+    if args is None:
+        raise ValueError("axial attention's tables need the size of the maps: give input_size=(C, H, W) of an image")
+    sizes: dict[str, tuple[int, int]] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            sizes[name] = (inputs[0].shape[2], inputs[0].shape[3])
+
+        return hook
+
+    handles = [conv.register_forward_pre_hook(watch(name)) for name, conv in convs.items()]
+    try:
+        with quietly(model):
+            model(*args)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [name for name in convs if name not in sizes]
+    if missing:
+        raise ValueError(f'{missing[0]} does not run in a forward of an image of shape {tuple(args[0].shape[1:])}')
+    return sizes
