@@ -50,8 +50,8 @@ def campaign(
         budget: the from-scratch training; default: ``evaluation_budget(config)``.
         evaluations: from-scratch trainings of each candidate, with the seeds 0, 1, ...; 0 for no comparison.
         baselines, randoms: see ``evaluate``.
-        storage: see ``run_tasks``; default: a SQLite file in ``config.out``. The study is called 'searches', in a database
-            'searches in OUT'.
+        storage: see ``run_tasks``; default: a SQLite file in ``config.out``. The study is called 'searches', in a
+            database 'searches in OUT'.
         images: see ``search``.
 
     Returns:
