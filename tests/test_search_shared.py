@@ -298,6 +298,6 @@ def test_compiled(fair):
     for (name, a), (_, b) in zip(network.named_buffers(), reference.named_buffers(), strict=True):
         assert torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-6), name
     # Which of torch's refusals comes first depends on what inductor could reuse.
-    with pytest.raises(RuntimeError, match=r'double backward|donated'):
+    with pytest.raises(RuntimeError, match=r'double backward|donated'):  # noqa: PT012
         (grad,) = torch.autograd.grad(network(x).square().sum(), network.logits, create_graph=True)
         torch.autograd.grad(grad.sum(), network.logits)
