@@ -333,7 +333,8 @@ def test_no_module_escapes():
     concrete = {c for c in subclasses(ops.Primitive) if not c.__subclasses__() or c.paper_key} - bases
     assert concrete <= tabled, concrete - tabled
     rows = {type(module) for row in ROWS for module in row.make().modules()}
-    blocks = set(subclasses(AttentionModule))
+    # The search's mixture is no block of the library: test_search_shared.py and test_search_golden.py ask it.
+    blocks = {c for c in subclasses(AttentionModule) if c.__module__.startswith('sase_blocks.blocks.')}
     assert blocks <= rows, blocks - rows
 
 

@@ -37,6 +37,13 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
+class HardSigmoid(nn.Module):
+    """In the place of torch's, whose slope is 1/6 in fp32 for float64 inputs, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(x + 3) / 6
+
+
 def timm_module(kind: str, mapping: dict[str, str], **kwargs) -> Reference:
     """timm's attention of that kind with our weights, which keep their order: mapping is from timm's name to ours."""
 
@@ -53,6 +60,8 @@ def timm_module(kind: str, mapping: dict[str, str], **kwargs) -> Reference:
         for part in theirs.modules():
             if isinstance(part, nn.LayerNorm):
                 part.eps = 1e-5  # as in GCNet's code and ours; timm's is 1e-6
+            if type(getattr(part, 'gate', None)).__name__ in ('HardSigmoid', 'Hardsigmoid'):
+                part.gate = HardSigmoid()
         return theirs
 
     return build
