@@ -4,7 +4,8 @@
     python benchmarks/scaling.py --order 2 --steps 5
     python benchmarks/scaling.py --processes 8 --device cuda   NCCL, on a machine with 8 GPUs
 
-One process computes the joint batch, then its share of it; K processes then do a share each and reduce. The model is
+One process computes the joint batch; then its share of it, with the batch norms that K processes need; then K
+processes do a share each and reduce. The model is
 
     seconds(K) = seconds of a share alone + reductions * latency + bytes / bandwidth
 
@@ -37,12 +38,15 @@ from sase_blocks.search.sase.space import SearchSpace
 from sase_blocks.search.synchronize import synchronize_norms
 
 
-def work(rank: int, world: int, store: str, options: argparse.Namespace, batch: int, out: str) -> None:
-    """Steps of the search with ``batch`` images in this process; the first process writes what it measured."""
+def work(rank: int, world: int, store: str, options: argparse.Namespace, batch: int, grouped: bool, out: str) -> None:
+    """Steps of the search with ``batch`` images in this process; the first process writes what it measured.
+
+    ``grouped``: in a process group, perhaps of one, with the synchronised batch norms and their arithmetic.
+    """
     torch.set_num_threads(1)
     device = torch.device('cuda', rank) if options.device == 'cuda' else torch.device('cpu')
     counted = {'reductions': 0, 'bytes': 0}
-    if world > 1:
+    if grouped:
         backend = 'nccl' if options.device == 'cuda' else 'gloo'
         dist.init_process_group(backend, f'file://{store}', rank=rank, world_size=world)
         real = dist.all_reduce
@@ -55,13 +59,13 @@ def work(rank: int, world: int, store: str, options: argparse.Namespace, batch: 
         dist.all_reduce = all_reduce
     torch.manual_seed(0)
     network = SearchNetwork(timm.create_model('resnet20_cifar'), SearchSpace.parse('paper')).to(device).train()
-    if world > 1:
+    if grouped:
         synchronize_norms(network.model)
     weights = list(network.weights().values())
     x, y = torch.randn(batch, 3, 32, 32, device=device), torch.arange(batch, device=device) % 10
 
     def mean(flat: Tensor) -> Tensor:
-        if world > 1:
+        if grouped:
             dist.all_reduce(flat := flat.clone())
         return flat / world
 
@@ -86,7 +90,7 @@ def work(rank: int, world: int, store: str, options: argparse.Namespace, batch: 
         found['bandwidth'] = 2**23 / statistics.median(timed(lambda: real(large), device) for _ in range(20))
     if rank == 0:
         Path(out).write_text(json.dumps(found))
-    if world > 1:
+    if grouped:
         dist.destroy_process_group()
 
 
@@ -100,12 +104,16 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(world: int, options: argparse.Namespace, batch: int, copies: int = 1) -> dict[str, float]:
+def measure(
+    world: int, options: argparse.Namespace, batch: int, copies: int = 1, grouped: bool = True
+) -> dict[str, float]:
     """One group of ``world`` processes, ``copies`` of it side by side; the first copy's figures."""
     context = torch.multiprocessing.get_context('spawn')
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=work, args=(r, world, f'{folder}/store', options, batch, f'{folder}/out-{copy}'))
+            context.Process(
+                target=work, args=(r, world, f'{folder}/store-{copy}', options, batch, grouped, f'{folder}/out-{copy}')
+            )
             for copy in range(copies)
             for r in range(world)
         ]
@@ -131,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     k = options.processes
     if k < 2 or options.batch % k:
         parser.error(f'--batch {options.batch} must be a multiple of --processes {k}, at least 2')
-    whole = measure(1, options, options.batch)
+    whole = measure(1, options, options.batch, grouped=False)
     # As many of them at a time as the group has processes: they share the machine's caches and memory in the same way.
     share = measure(1, options, options.batch // k, copies=k if options.device == 'cpu' else 1)
     group = measure(k, options, options.batch // k)
