@@ -128,6 +128,11 @@ def _destroy_at_exit() -> None:
     atexit.register(lambda: distributed.destroy_process_group() if distributed.is_initialized() else None)
 
 
+def is_main() -> bool:
+    """Is this the first process of its launch? For what is said or written outside of a run."""
+    return os.environ.get('RANK', '0') == '0'
+
+
 def be_deterministic() -> None:
     """Only algorithms that give the same result every time."""
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')

@@ -168,7 +168,8 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
     if config.batch_size % accelerator.num_processes:
         raise ValueError(f'batch_size {config.batch_size} cannot be cut among {accelerator.num_processes} processes')
     check_model_name(config.model)
-    train_samples, val_samples = _open_samples(config, accelerator)
+    with accelerator.main_process_first():  # it may download
+        train_samples, val_samples = open_samples(config)
     classes = train_samples.classes
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(classes), pretrained=config.pretrained, **_model_args(config))
@@ -370,16 +371,16 @@ def evaluate(
     return scores
 
 
-def _open_samples(config: TrainConfig, accelerator: Any) -> tuple[Samples, Samples]:
-    with accelerator.main_process_first():  # it may download
-        return open_data(
-            config.data,
-            config.dataset,
-            train_split=config.train_split,
-            val_split=config.val_split,
-            download=config.download,
-            num_classes=config.num_classes,
-        )
+def open_samples(config: TrainConfig) -> tuple[Samples, Samples]:
+    """The training and the validation split that a configuration names; raises as ``data.open_data``."""
+    return open_data(
+        config.data,
+        config.dataset,
+        train_split=config.train_split,
+        val_split=config.val_split,
+        download=config.download,
+        num_classes=config.num_classes,
+    )
 
 
 def _model_args(config: TrainConfig) -> dict[str, Any]:

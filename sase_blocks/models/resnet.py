@@ -37,7 +37,7 @@ ALL_STAGES = (1, 2, 3, 4)
 default_cfgs: dict[str, dict[str, Any]] = {}
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
+def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         'url': '',
         'num_classes': 1000,
@@ -93,7 +93,7 @@ def _register(name: str, doc: str, create: Callable[..., ResNet]) -> None:
 
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = doc
-    default_cfgs[name] = _cfg()
+    default_cfgs[name] = imagenet_cfg()
     setattr(sys.modules[__name__], name, register_model(entry))
 
 

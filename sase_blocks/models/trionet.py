@@ -24,13 +24,14 @@ import re
 from functools import partial
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 from sase_blocks.ops.primitive import check_feat_size
 from sase_blocks.selfattention import OPERATORS, build_operator
+
+from .resnet import imagenet_cfg
 
 __all__ = ['parse_operators', 'set_operators']
 
@@ -145,27 +146,11 @@ class AxialBottleneck(Bottleneck):
     expansion = 2
 
 
-def _cfg() -> dict[str, Any]:
-    return {
-        'url': '',
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
-        'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1',
-        'classifier': 'fc',
-        'license': 'mit',
-    }
-
-
 NAMES = (
     'resnet50_trionet', 'resnet101_trionet', 'resnet26_sasa', 'resnet38_sasa', 'resnet50_sasa',
     'axial_resnet26', 'axial_resnet50',
 )  # fmt: skip
-default_cfgs: dict[str, dict[str, Any]] = {name: _cfg() for name in NAMES}
+default_cfgs: dict[str, dict[str, Any]] = {name: imagenet_cfg() for name in NAMES}
 
 
 def _network(operators: str, img_size: int | tuple[int, int], heads: int, scale: float | None, **kwargs: Any) -> ResNet:

@@ -6,13 +6,12 @@ One command does it all; run again it continues, and run by several processes at
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sase_blocks.runs import check_writable, write_text
+from sase_blocks.runs import check_writable, is_main, write_text
 from sase_blocks.search.tasks import run_tasks
 from sase_blocks.train import TrainConfig
 
@@ -73,7 +72,7 @@ def campaign(
         searches, nulls = _searches(config, seeds, null, storage, images)
         agreement = compare_searches(list(searches.values()), list(nulls.values()) or None)
         genotype = agreement['genotype']
-        if _is_main():
+        if is_main():
             write_text(out / 'agreement.json', json.dumps(agreement, indent=2) + '\n')
             write_result({**_common(searches), 'genotype': genotype, 'genotypes': genotype.split('; ')}, out)
             print(format_agreement(agreement), flush=True)
@@ -89,7 +88,7 @@ def campaign(
             seeds=range(evaluations),
             storage=storage,
         )
-        if _is_main():
+        if is_main():
             print(format_table(evaluation), flush=True)
             _draw_evaluation(evaluation, out)
     return {
@@ -122,7 +121,7 @@ def _searches(
     config: SearchConfig, seeds: Sequence[int], null: bool, storage: str | None, images: ARRAYS | None
 ) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
     out = Path(config.out)
-    if _is_main():
+    if is_main():
         check_writable(out)
     tasks: list[dict[str, Any]] = [
         {'key': f'{"null" if random else "seed"}-{seed}', 'seed': seed, 'null': random}
@@ -176,7 +175,3 @@ def _draw_evaluation(evaluation: dict[str, Any], out: Path) -> None:
         save_figure(plot_evaluation(evaluation), out / 'evaluation.png')
     except ImportError as error:
         print(f'no picture of the evaluation was drawn: {error}', flush=True)
-
-
-def _is_main() -> bool:
-    return os.environ.get('RANK', '0') == '0'

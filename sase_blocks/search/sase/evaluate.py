@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -25,11 +24,11 @@ from timm.data import resolve_data_config
 
 from sase_blocks import models  # noqa: F401  # registers our models with timm
 from sase_blocks.blocks import Genotype
-from sase_blocks.data import derive_seed, open_data
+from sase_blocks.data import derive_seed
 from sase_blocks.insert.measure import count_macs, milliseconds_per_image
-from sase_blocks.runs import check_writable, write_text
+from sase_blocks.runs import check_writable, is_main, write_text
 from sase_blocks.search.tasks import run_tasks
-from sase_blocks.train import TrainConfig, build_model, check_model_name, train
+from sase_blocks.train import TrainConfig, build_model, check_model_name, open_samples, train
 
 from .space import SearchSpace
 
@@ -92,9 +91,9 @@ def evaluate(
     if budget.pretrained or budget.checkpoint:
         raise ValueError('an evaluation trains from scratch: leave pretrained and checkpoint out of the budget')
     out = Path(budget.out)
-    if _is_main():
+    if is_main():
         check_writable(out)
-        _open(budget)
+        open_samples(budget)
     trainings: list[dict[str, Any]] = [
         {'key': f'{c["name"]}, seed {seed}', 'name': c['name'], 'genotype': c['genotype'], 'seed': seed}
         for seed in seeds  # so that a stopped evaluation has compared all of them on some seeds
@@ -147,7 +146,7 @@ def evaluate(
         'errors': outcome.errors,
         'versions': {'python': platform.python_version(), 'torch': str(torch.__version__), 'timm': timm.__version__},
     }
-    if _is_main():
+    if is_main():
         write_text(out / 'evaluation.json', json.dumps(result, indent=2) + '\n')
     return result
 
@@ -293,21 +292,6 @@ def _settings(budget: TrainConfig) -> dict[str, Any]:
 # ---- tasks ----
 
 
-def _is_main() -> bool:
-    return os.environ.get('RANK', '0') == '0'
-
-
-def _open(budget: TrainConfig) -> tuple[Any, Any]:
-    return open_data(
-        budget.data,
-        budget.dataset,
-        train_split=budget.train_split,
-        val_split=budget.val_split,
-        download=budget.download,
-        num_classes=budget.num_classes,
-    )
-
-
 def _train_one(budget: TrainConfig, task: Mapping[str, Any]) -> dict[str, Any]:
     folder = Path(budget.out) / re.sub(r'[^\w.-]+', '_', task['key'])
     config = replace(
@@ -325,15 +309,15 @@ def _train_one(budget: TrainConfig, task: Mapping[str, Any]) -> dict[str, Any]:
         'accuracy': result['acc1'],
         'loss': result['loss'],
         'epochs': result['epochs'],
-        'images': len(_open(replace(budget, download=False))[1]),
+        'images': len(open_samples(replace(budget, download=False))[1]),
     }
 
 
 def _measure_one(budget: TrainConfig, task: Mapping[str, Any]) -> dict[str, Any]:
     """Costs of one candidate, its time in turns with the network without attention."""
-    if not _is_main():
+    if not is_main():
         return {}
-    classes = len(_open(budget)[0].classes)
+    classes = len(open_samples(budget)[0].classes)
     device = torch.device('cuda' if torch.cuda.is_available() and not budget.cpu else 'cpu')
     networks = {
         genotype: build_model(budget.model, classes, **_model_args(budget, genotype)).to(device).eval()
