@@ -18,7 +18,7 @@ BENCH_ARGS ?= --quick
 DEMO_ARGS ?= --out demo_out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-ecosystem test-timm test-timm-scripts docs lint format bench build install clean
+.PHONY: help demo demo-search test test-slow test-ecosystem test-timm test-timm-scripts docs lint format bench build install clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ $(ECOSYSTEM) $(DOCS): $(VENV)/.installed-%: $(STAMP)
 
 demo: $(STAMP)  ## train four small networks on real digits, some minutes on 2 cores; writes demo_out/
 	$(BIN)/sase-blocks demo $(DEMO_ARGS)
+
+demo-search: $(STAMP)  ## search a network for digits, some minutes on 2 cores; writes demo_search_out/
+	$(BIN)/sase-blocks search trionet --demo --out demo_search_out
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -m 'not slow and not ecosystem' $(PYTEST_ARGS)
@@ -80,5 +83,5 @@ build: $(STAMP)  ## build the wheel and the source distribution into dist/
 	$(BIN)/python -m build
 
 clean:  ## remove what the targets made, the environment too
-	rm -rf $(VENV) .timm-tests dist build site demo_out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .timm-tests dist build site demo_out demo_search_out .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

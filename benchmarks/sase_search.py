@@ -54,7 +54,7 @@ class Protocol:
 PROTOCOLS = {
     'paper': Protocol(None, None, '2', 100, 128, 3e-4, (0, 1, 2), 200, 128, 3),
     # The logits' learning rate is ten times the paper's, for they take fewer than a hundredth of its steps.
-    'reduced': Protocol(100, 50, '1', 4, 25, 3e-3, (0, 1, 2), 6, 32, 3, hessian_every=4),
+    'reduced': Protocol(100, 50, '1', 4, 25, 3e-3, (0, 1, 2), 12, 32, 2, hessian_every=4),
     'tiny': Protocol(4, 2, '1', 1, 10, 3e-3, (0, 1), 1, 10, 1, 1),  # to see that it runs
 }
 

@@ -87,6 +87,7 @@ class TrainConfig:
     clip_grad: float | None = setting(None, 'largest norm of the gradient')
     ema_decay: float | None = setting(None, 'keep and evaluate an average of the weights with this decay, e.g. 0.9999')
 
+    eval_every: int = setting(1, 'epochs between looks at the validation images; 0 for one look, after the last')
     seed: int = setting(0, 'seed of everything random')
     mixed_precision: str = setting('no', 'arithmetic below fp32', choices=('no', 'bf16', 'fp16'))
     channels_last: bool = setting(False, 'channels_last memory format; often faster on GPUs and in bf16')
@@ -99,7 +100,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ('epochs', 'batch_size'):
             demand(self, getattr(self, name) >= 1, name, 'at least 1')
-        for name in ('seed', 'workers', 'weight_decay'):
+        for name in ('seed', 'workers', 'weight_decay', 'eval_every'):
             demand(self, getattr(self, name) >= 0, name, 'at least 0')
         for name in ('img_size', 'num_classes'):
             demand(self, getattr(self, name) is None or getattr(self, name) >= 1, name, 'at least 1')
@@ -288,24 +289,26 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
                 unseen = []
         seconds = time.perf_counter() - began
 
-        evaluated = ema.module if ema else model
-        if accelerator.num_processes > 1:  # batch-norm statistics: the main process's, which are the ones saved
-            for buffer in [*model.buffers(), *evaluated.buffers()]:
-                torch.distributed.broadcast(buffer, 0)
-        scores = evaluate(evaluated, val_loader, accelerator, memory_format)
-        check_finite([scores['val_loss']], step, last, ADVICE)
-        row = {
+        row: dict[str, Any] = {
             'epoch': epoch + 1,
             'step': step,
             'lr': optimizer.param_groups[0]['lr'],
             'train_loss': loss_sum / steps_per_epoch,
-            **scores,
             'images_per_second': steps_per_epoch * config.batch_size / seconds,
         }
+        improved = False
+        if epoch + 1 == config.epochs or (config.eval_every and (epoch + 1) % config.eval_every == 0):
+            evaluated = ema.module if ema else model
+            if accelerator.num_processes > 1:  # batch-norm statistics: the main process's, which are the ones saved
+                for buffer in [*model.buffers(), *evaluated.buffers()]:
+                    torch.distributed.broadcast(buffer, 0)
+            scores = evaluate(evaluated, val_loader, accelerator, memory_format)
+            check_finite([scores['val_loss']], step, last, ADVICE)
+            row |= scores
+            improved = scores['acc1'] > best['acc1']
+            if improved:
+                best = {'acc1': scores['acc1'], 'epoch': epoch + 1}
         history.append(row)
-        improved = scores['acc1'] > best['acc1']
-        if improved:
-            best = {'acc1': scores['acc1'], 'epoch': epoch + 1}
         if main:
             weights = {
                 'arch': config.model,
@@ -328,9 +331,13 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
                     writer.add_scalar(name, value, step)
                 writer.flush()
         accelerator.wait_for_everyone()
+        seen = (
+            f'validation loss {row["val_loss"]:.4f}, accuracy {row["acc1"]:.2f} % (best {best["acc1"]:.2f} %), '
+            if 'acc1' in row
+            else ''
+        )
         progress.line(
-            f'epoch {epoch + 1}/{config.epochs}: training loss {row["train_loss"]:.4f}, validation loss '
-            f'{scores["val_loss"]:.4f}, accuracy {scores["acc1"]:.2f} % (best {best["acc1"]:.2f} %), '
+            f'epoch {epoch + 1}/{config.epochs}: training loss {row["train_loss"]:.4f}, {seen}'
             f'{row["images_per_second"]:.0f} images/s, {progress.left()} left'
         )
     progress.close()

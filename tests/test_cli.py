@@ -44,6 +44,8 @@ def run(capsys, *argv):
         (['list', 'zzzzzzzzz'], "no block, primitive or model has 'zzzzzzzzz' in its name"),
         (['draw', 'sasse', '-o', 'x.png'], "unknown attention block 'sasse'. Did you mean 'sase'?"),
         (['draw', 'avg,mlp', '-o', 'x.png'], 'six choices'),
+        (['draw', 'image 32; stem 16; hads 4', '-o', 'x.png'], "'hads 4' is not image, stem or heads"),
+        (['draw', 'nowhere.json', '-o', 'x.png'], 'the architecture file nowhere.json cannot be read'),
         (['draw', 'se', '-o', 'x.jpg'], "a picture is written as .png, .svg or .pdf, got 'x.jpg'"),
         (['draw', 'se', '-o', 'nowhere/x.png'], 'nowhere'),
         (['attend', 'cat.jpg', '-o', 'maps'], 'give --model NAME'),
@@ -229,6 +231,7 @@ def test_train_prints_the_result(capsys, tmp_path):
         (['sase', '-o', 'a.png'], b'\x89PNG'),
         (['cbam', '-o', 'a.svg', '--no-sets'], b'<?xml'),
         (['avg,conv3,affine,p_norm,avg,conv7x7', '--out', 'a.pdf'], b'%PDF'),
+        (['image 32; stem 16; heads 4; 64: conv3/16*2; 128: axial/32', '-o', 'a.png'], b'\x89PNG'),
     ],
 )
 def test_draw(capsys, tmp_path, monkeypatch, argv, start):

@@ -16,7 +16,10 @@ DOCTESTS = [
     'sase_blocks.blocks.attention',
     'sase_blocks.blocks.genotype',
     'sase_blocks.blocks.named',
+    'sase_blocks.models.architecture',
     'sase_blocks.search.sase.space',
+    'sase_blocks.search.trionet.space',
+    'sase_blocks.search.trionet.supernet',
 ]
 
 

@@ -298,7 +298,7 @@ def without_class(images, labels, classes):
     ('changes', 'data', 'says'),
     [
         ({'batch_size': 64}, pictures, '48 images for the weights are fewer than one batch of 64'),
-        ({'fraction': 0.95}, pictures, '6 images for the logits are fewer than one batch of 8'),
+        ({'fraction': 0.95}, pictures, '6 images held out are fewer than one batch of 8'),
         ({'model': 'resnet20_cifr'}, pictures, 'did you mean resnet20_cifar'),
         ({'model': 'vit_tiny_patch16_224', 'model_args': {}}, pictures, 'where'),
         ({}, lambda: without_class(*pictures()), "class 'striped' has 0 training images"),
@@ -337,7 +337,7 @@ def test_a_folder_of_another_run(config, look_often):
     with pytest.raises(ValueError, match=r'arch_lr was 0.01 and is 0.02'):
         search(replace(config, resume=True, arch_lr=0.02), pictures())
     images, labels, classes = pictures()
-    with pytest.raises(ValueError, match='is a search on other data'):
+    with pytest.raises(ValueError, match='holds a search on other data'):
         search(replace(config, resume=True), (images + 1, labels, classes))
     (Path(config.out) / 'last.pt').write_bytes(b'nothing')
     with pytest.raises(ValueError, match=r'last\.pt'):

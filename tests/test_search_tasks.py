@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from test_data import make_images
 
-from sase_blocks.search import tasks as module
+from sase_blocks.search import study as module
 from sase_blocks.search.tasks import _Queue, run_tasks
 
 TASKS = [{'key': key, 'value': value} for value, key in enumerate('abcdef')]
@@ -299,7 +299,7 @@ def test_silence(tmp_path, clock, storage):
         clock.now = now
         if beat is not None:
             trial.set_user_attr('beat', beat)
-        other.bury_the_dead()
+        other.study.bury_the_dead()
         assert other.states()['a'].status == status, now
     other.fill()
     assert other.states()['a'].status == 'waiting'
@@ -322,7 +322,7 @@ def test_a_task_that_kills_its_workers_fails(tmp_path, clock):
         assert made.states()['a'].status == 'missing'
         made.fill()
         trial, _ = made.take()
-        made._bury(trial)
+        made.study.bury(trial)
     state = made.states()['a']
     assert state.status == 'failed'
     assert re.fullmatch(rf'3 workers died in it, the last one process {os.getpid()} on .+', state.error)
@@ -333,7 +333,7 @@ def test_a_task_that_kills_its_workers_fails(tmp_path, clock):
     for _ in range(3):
         made.fill()
         trial, _ = made.take()
-        made._bury(trial)
+        made.study.bury(trial)
     assert made.states()['a'].status == 'failed'
 
 

@@ -22,6 +22,7 @@ from sase_blocks.ops import EXTENDED_SETS
 from .model_args import is_ours, model_arguments
 from .options import add_model_options, add_settings
 from .search import add_search
+from .search_trionet import add_trionet
 
 __all__ = ['main']
 
@@ -38,6 +39,7 @@ examples:
   sase-blocks train --data DIR --model resnet50_sase --epochs 100
   sase-blocks search sase --demo            find a block on real images, in two minutes
   sase-blocks search sase --data DIR        find one on yours
+  sase-blocks search trionet --data DIR --max-macs 300M   find a network for a budget
 """,
     'list': """
 examples:
@@ -59,6 +61,8 @@ examples:
   sase-blocks draw sase -o sase.png
   sase-blocks draw cbam -o cbam.svg --no-sets
   sase-blocks draw avg,conv3,affine,p_norm,avg,conv7x7 -o mine.pdf
+  sase-blocks draw runs/trionet/architecture.json -o network.png
+  sase-blocks draw 'image 32; stem 16; heads 4; 64: conv3/16*2; 128: local5/32 + axial/32' -o network.png
 
 Each list in the picture is a set of operations, with the chosen one filled.
 """,
@@ -170,8 +174,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--channels', type=int, default=256, help='channels of the input of a block (default: 256)')
     add_model_options(sub)
 
-    sub = command('draw', _draw, 'draw a block as a graph of its operations')
-    sub.add_argument('name', help='a block, or the text of a genotype')
+    sub = command('draw', _draw, "draw a block as a graph of its operations, or a network of TrioNet's blocks")
+    sub.add_argument('name', help='a block, the text of a genotype or of an architecture, or architecture.json')
     sub.add_argument('-o', '--out', required=True, metavar='FILE', help='the picture: .png, .svg or .pdf')
     sub.add_argument('--no-sets', dest='sets', action='store_false', help='do not list what else could be chosen')
 
@@ -199,6 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser('search', help='search an architecture on your images')
     searches = sub.add_subparsers(title='searches', required=True, metavar='SEARCH')
     add_search(partial(command, parent=searches))
+    add_trionet(partial(command, parent=searches))
 
     sub = command('run', _run, 'run a Python script with the models of sase_blocks registered')
     sub.add_argument('script', metavar='SCRIPT', help='the script')
@@ -240,9 +245,12 @@ def _info(**options: Any) -> None:
 
 
 def _draw(name: str, out: str, sets: bool) -> None:
-    from sase_blocks.viz import draw_block, save_figure
+    from sase_blocks.models.trio_network import read_architecture
+    from sase_blocks.viz import draw_architecture, draw_block, save_figure
 
-    print(f'written: {save_figure(draw_block(name, sets=sets), out)}')
+    network = name.endswith('.json') or name.lstrip().startswith(('image ', 'stem ', 'heads '))
+    figure = draw_architecture(read_architecture(name)) if network else draw_block(name, sets=sets)
+    print(f'written: {save_figure(figure, out)}')
 
 
 def _attend(**options: Any) -> None:

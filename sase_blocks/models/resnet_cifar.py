@@ -9,16 +9,15 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import create_classifier, get_act_layer, get_norm_layer
+from timm.layers import get_act_layer, get_norm_layer
 from timm.models import build_model_with_cfg, checkpoint_seq, register_model
-from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, make_blocks
 from torch import Tensor, nn
 
 from sase_blocks.convert import checkpoint_filter_fn
 
 from .slots import Genotypes, block_builder, fill_slots, refuse_block_attention
+from .staged import StagedNetwork
 
 __all__ = ['CifarResNet']
 
@@ -26,8 +25,8 @@ STAGES = ('layer1', 'layer2', 'layer3')
 ALL_STAGES = (1, 2, 3)
 
 
-class CifarResNet(nn.Module):
-    """ResNet for small images, with timm's interface.
+class CifarResNet(StagedNetwork):
+    """ResNet for small images.
 
     Shape: (B, in_chans, H, W) -> (B, num_classes); features at H, H/2 and H/4.
 
@@ -56,17 +55,13 @@ class CifarResNet(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(STAGES, num_classes, in_chans, drop_rate)
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        self.grad_checkpointing = False
-
         self.conv1 = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False, **dd)
         self.bn1 = norm_layer(channels[0], **dd)
         self.act1 = act_layer(inplace=True)
+        self.maxpool = nn.Identity()
         stages, info = make_blocks(
             (BasicBlock,) * len(STAGES),
             channels,
@@ -80,110 +75,27 @@ class CifarResNet(nn.Module):
         )
         (_, self.layer1), (_, self.layer2), (_, self.layer3) = stages
         # make_blocks counts from ResNet's stem, which has already reduced by 4.
-        self.feature_info: list[dict[str, Any]] = [{'num_chs': channels[0], 'reduction': 1, 'module': 'act1'}]
-        self.feature_info += [{**entry, 'reduction': entry['reduction'] // 4} for entry in info]
-
-        self.num_features = channels[-1]
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        stem = {'num_chs': channels[0], 'reduction': 1, 'module': 'act1'}
+        self.add_head([stem, *({**entry, 'reduction': entry['reduction'] // 4} for entry in info)], global_pool, **dd)
         self.init_weights(zero_init_last)
-
-    @torch.jit.ignore
-    def init_weights(self, zero_init_last: bool = True) -> None:
-        """He initialisation of all convolutions; the last batch norm of a block starts at zero unless told not to."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-        if zero_init_last:
-            for module in self.modules():
-                if hasattr(module, 'zero_init_last'):
-                    module.zero_init_last()  # type: ignore[operator]
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Parameter groups for layer-wise learning rates."""
         return {'stem': r'^conv1|bn1', 'blocks': r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)'}
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self, name_only: bool = False) -> Any:
-        """The classifier, or its name."""
-        return 'fc' if name_only else self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for ``num_classes`` (0: none), with the present pooling unless another is given."""
-        weight = self.conv1.weight
-        self.num_classes = num_classes
-        self.global_pool, self.fc = create_classifier(
-            self.num_features,
-            num_classes,
-            pool_type=self.global_pool.pool_type if global_pool is None else global_pool,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.global_pool.train(self.training)
-        self.fc.train(self.training)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Features of the stem and the stages as timm's models give them: (last, list), or the list alone."""
-        if output_fmt != 'NCHW':
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        x = self.act1(self.bn1(self.conv1(x)))
-        intermediates = [x] if 0 in take else []
-        for i, name in enumerate(STAGES[:last] if stop_early else STAGES, start=1):
-            stage = getattr(self, name)
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing and not torch.jit.is_scripting() else stage(x)
-            if i in take:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages that the chosen features do not need; returns the kept indices."""
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        for name in STAGES[last:]:
-            setattr(self, name, nn.Sequential())
-        if last < len(STAGES):
-            self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
-        if prune_head or last < len(STAGES):
-            self.reset_classifier(0, '')
-        return take
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, channels[0], H, W)."""
+        return self.act1(self.bn1(self.conv1(x)))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, channels[-1], H/4, W/4)."""
-        x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.act1(x)
+        x = self.forward_stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq([self.layer1, self.layer2, self.layer3], x, flatten=True)
         x = self.layer1(x)
         x = self.layer2(x)
         return self.layer3(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pooling, dropout and, unless ``pre_logits``, the classifier."""
-        x = self.global_pool(x)
-        if self.drop_rate:
-            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 default_cfgs: dict[str, dict[str, Any]] = {

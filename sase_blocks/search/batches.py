@@ -32,22 +32,30 @@ from sase_blocks.data import (
     TransformedSamples,
     create_transforms,
     derive_seed,
+    open_training_data,
 )
-from sase_blocks.runs import named_errors
+from sase_blocks.runs import leave_out_broken, named_errors
 
 __all__ = [
+    'Arrays',
     'Batches',
     'Halves',
     'LoadedBatches',
     'MemoryBatches',
     'decode',
+    'describe_facts',
+    'find_samples',
     'fingerprint',
     'halves',
     'halves_of_images',
     'labels_of',
+    'open_halves',
 ]
 
 SPLIT, RELABEL = 101, 102  # streams of random numbers, see derive_seed
+# Images (N, C, H, W) of uint8, labels (N,), names of the classes.
+Arrays = tuple[Tensor, Tensor, Sequence[str]]
+
 PADDING = 4  # px, of the random crop of small images
 
 
@@ -230,6 +238,81 @@ class Halves:
     @property
     def classes(self) -> list[str]:
         return list(self.facts['classes'])
+
+    def __str__(self) -> str:
+        return describe_facts(self.facts)
+
+
+def describe_facts(facts: Mapping[str, Any]) -> str:
+    """A line on the data of a search."""
+    return (
+        f'{facts["weights"]} images for the weights and {facts["held_out"]} held out, of '
+        f'{len(facts["classes"])} classes (data {facts["fingerprint"]})'
+    )
+
+
+def find_samples(config: Any, accelerator: Any) -> Samples:
+    """The training split that a configuration names; raises as ``data.open_training_data``."""
+    with accelerator.main_process_first():  # it may download
+        return open_training_data(
+            config.data,
+            config.dataset,
+            split=config.train_split,
+            download=config.download,
+            num_classes=config.num_classes,
+        )
+
+
+def open_halves(
+    config: Any,
+    accelerator: Any,
+    data: Samples | Arrays,
+    data_config: Mapping[str, Any],
+    memory_format: torch.memory_format,
+    *,
+    null: bool = False,
+    trains_on_both: bool = True,
+    saved: Mapping[str, Any] | None = None,
+) -> Halves:
+    """The halves of a search by its settings: without broken images, on the device, at least one batch to train on.
+
+    Args:
+        config: with fraction, hflip, seed, batch_size, workers, skip_broken.
+        accelerator: accelerate's.
+        data: the training split, or images, labels and classes, see ``halves_of_images``.
+        data_config, null: see ``halves``.
+        trains_on_both: whether the held-out half is trained on, too.
+        saved: the facts of the run that is resumed.
+
+    Raises:
+        ValueError: a broken image, too few images, other data than the resumed run had.
+    """
+    common: dict[str, Any] = {
+        'fraction': config.fraction,
+        'null': null,
+        'hflip': config.hflip,
+        'seed': config.seed,
+        'device': accelerator.device,
+        'memory_format': memory_format,
+    }
+    if isinstance(data, Samples):
+        (data,) = leave_out_broken(config.skip_broken, accelerator, data)
+        workers, main = min(config.workers, os.cpu_count() or 1), accelerator.is_main_process
+        found = halves(data, data_config, workers=workers, progress=main, **common)
+    else:
+        found = halves_of_images(*data, **common)
+    parts = [('for the weights', found.weights)] + ([('held out', found.held_out)] if trains_on_both else [])
+    for part, images in parts:
+        if len(images) < config.batch_size:
+            raise ValueError(
+                f'{len(images)} images {part} are fewer than one batch of {config.batch_size}; '
+                f'lower --batch-size or change --fraction'
+            )
+    if saved is not None and saved != found.facts:
+        raise ValueError(
+            f'{config.out} holds a search on other data: {describe_facts(saved)}, this is {describe_facts(found.facts)}'
+        )
+    return found
 
 
 def halves(

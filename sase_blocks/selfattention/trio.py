@@ -138,6 +138,10 @@ class TrioBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False, **dd), norm_layer(out, **dd))
         self.act3 = act_layer(inplace=True)
 
+    def zero_init_last(self) -> None:
+        """Called by networks that start their blocks as the identity: the last norm's weight becomes zero."""
+        nn.init.zeros_(self.norm3.weight)  # type: ignore[arg-type]
+
     def forward(self, x: Tensor) -> Tensor:
         check_features(x, self.channels)
         y = self.act1(self.norm1(self.conv1(x)))

@@ -10,14 +10,17 @@ from .drawing import draw_block
 from .images import read_images
 from .search import plot_evaluation, plot_logits
 from .style import network_color, save_figure
+from .trionet import draw_architecture, plot_front
 
 __all__ = [
     'capture_gates',
+    'draw_architecture',
     'draw_block',
     'network_color',
     'plot_attention',
     'plot_attention_maps',
     'plot_evaluation',
+    'plot_front',
     'plot_learning_curves',
     'plot_logits',
     'read_images',

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sase_blocks.runs import check_writable, is_main, write_text
+from sase_blocks.search.batches import Arrays
 from sase_blocks.search.tasks import run_tasks
 from sase_blocks.train import TrainConfig
 
@@ -19,7 +20,7 @@ from .agreement import compare_searches, format_agreement
 from .config import SearchConfig
 from .evaluate import BASELINES, evaluate, format_table
 from .result import read_result, write_result
-from .run import ARRAYS, search
+from .run import search
 from .space import SearchSpace
 
 __all__ = ['campaign', 'evaluation_budget']
@@ -35,7 +36,7 @@ def campaign(
     baselines: Sequence[str] = BASELINES,
     randoms: int = 0,
     storage: str | None = None,
-    images: ARRAYS | None = None,
+    images: Arrays | None = None,
 ) -> dict[str, Any]:
     """Search with each seed, on random labels if asked, compare the results, and train the found block from scratch.
 
@@ -118,7 +119,7 @@ def evaluation_budget(config: SearchConfig, epochs: int | None = None, lr: float
 
 
 def _searches(
-    config: SearchConfig, seeds: Sequence[int], null: bool, storage: str | None, images: ARRAYS | None
+    config: SearchConfig, seeds: Sequence[int], null: bool, storage: str | None, images: Arrays | None
 ) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
     out = Path(config.out)
     if is_main():

@@ -9,9 +9,8 @@ that is killed at any moment and resumed arrives at the same bits.
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from timm.data import resolve_data_config
 from torch import Tensor
 
 from sase_blocks.checkpoint import save_checkpoint
-from sase_blocks.data import MODEL, derive_seed, open_training_data
+from sase_blocks.data import MODEL, Samples, derive_seed
 from sase_blocks.runs import (
     LOOK_EVERY,
     Progress,
@@ -32,12 +31,11 @@ from sase_blocks.runs import (
     check_finite,
     check_writable,
     launched,
-    leave_out_broken,
     rows_until,
     saved_run,
     write_rows,
 )
-from sase_blocks.search.batches import Halves, halves, halves_of_images
+from sase_blocks.search.batches import Arrays, find_samples, open_halves
 from sase_blocks.search.synchronize import synchronize_norms
 from sase_blocks.train import build_model, check_model_name
 
@@ -53,10 +51,9 @@ __all__ = ['search']
 
 ADVICE = 'Try a lower --lr or --clip-grad.'
 HESSIAN_IMAGES = 32  # of a held-out batch, for the look at the Hessian
-ARRAYS = tuple[Tensor, Tensor, Sequence[str]]
 
 
-def search(config: SearchConfig, images: ARRAYS | None = None) -> dict[str, Any]:
+def search(config: SearchConfig, images: Arrays | None = None) -> dict[str, Any]:
     """Search an attention block.
 
     Writes into ``config.out``: after each epoch, and every ``save_minutes``, ``last.pt``, which is all that resuming
@@ -82,7 +79,7 @@ def search(config: SearchConfig, images: ARRAYS | None = None) -> dict[str, Any]
 
 
 class _Search:
-    def __init__(self, config: SearchConfig, accelerator: Any, images: ARRAYS | None) -> None:
+    def __init__(self, config: SearchConfig, accelerator: Any, images: Arrays | None) -> None:
         self.config, self.accelerator = config, accelerator
         self.device = accelerator.device
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
@@ -99,22 +96,13 @@ class _Search:
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         if config.deterministic:
             be_deterministic()
-        samples = None
-        if images is None:
-            with accelerator.main_process_first():  # it may download
-                samples = open_training_data(
-                    config.data,
-                    config.dataset,
-                    split=config.train_split,
-                    download=config.download,
-                    num_classes=config.num_classes,
-                )
-        classes = list(images[2]) if images is not None else samples.classes  # type: ignore[union-attr]
+        data = find_samples(config, accelerator) if images is None else images
+        classes = data.classes if isinstance(data, Samples) else list(data[2])
         torch.manual_seed(config.seed)
         model = build_model(config.model, len(classes), **config.model_args)
         size = {} if config.img_size is None else {'img_size': config.img_size}
         data_config = resolve_data_config(size, model=model)
-        channels = 3 if images is None else images[0].shape[1]
+        channels = 3 if isinstance(data, Samples) else data[0].shape[1]
         self.network = SearchNetwork(
             model,
             self.space,
@@ -124,35 +112,16 @@ class _Search:
             input_size=(channels, *data_config['input_size'][1:]),
             seed=derive_seed(config.seed, MODEL),
         )
-        if samples is not None:
-            (samples,) = leave_out_broken(config.skip_broken, accelerator, samples)
-        common: dict[str, Any] = {
-            'fraction': config.fraction,
-            'null': config.null,
-            'hflip': config.hflip,
-            'seed': config.seed,
-            'device': self.device,
-            'memory_format': self.memory_format,
-        }
-        self.halves: Halves
-        if images is not None:
-            self.halves = halves_of_images(images[0], images[1], classes, **common)
-        else:
-            assert samples is not None
-            workers, main = min(config.workers, os.cpu_count() or 1), accelerator.is_main_process
-            self.halves = halves(samples, data_config, workers=workers, progress=main, **common)
+        self.halves = open_halves(
+            config,
+            accelerator,
+            data,
+            data_config,
+            self.memory_format,
+            null=config.null,
+            saved=saved['data'] if saved else None,
+        )
         self.steps = len(self.halves.weights) // config.batch_size  # a last partial batch is dropped
-        for part, images_of in (('weights', self.halves.weights), ('logits', self.halves.held_out)):
-            if len(images_of) < config.batch_size:
-                raise ValueError(
-                    f'{len(images_of)} images for the {part} are fewer than one batch of {config.batch_size}; '
-                    f'lower --batch-size or change --fraction'
-                )
-        if saved and saved['data'] != self.halves.facts:
-            raise ValueError(
-                f'{self.last} is a search on other data: {_describe(saved["data"])}, '
-                f'this is {_describe(self.halves.facts)}'
-            )
         self._prepare(saved)
 
     def _prepare(self, saved: dict[str, Any] | None) -> None:
@@ -382,7 +351,7 @@ class _Search:
         )
         null = ', each with the label of another image' if config.null else ''
         say(
-            f'{_describe(self.halves.facts)}{null}; {config.epochs} epochs of {self.steps} steps of '
+            f'{self.halves}{null}; {config.epochs} epochs of {self.steps} steps of '
             f'{config.batch_size}; order {config.order}; {self.world} process(es) on {self.device.type}; '
             f'writing to {self.out}'
         )
@@ -407,13 +376,6 @@ class _Search:
         for text in row['warnings']:
             if text not in before:
                 self.progress.line(f'  warning: {text}')
-
-
-def _describe(facts: dict[str, Any]) -> str:
-    return (
-        f'{facts["weights"]} images for the weights and {facts["held_out"]} for the logits, of '
-        f'{len(facts["classes"])} classes (data {facts["fingerprint"]})'
-    )
 
 
 def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:

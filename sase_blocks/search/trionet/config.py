@@ -1,0 +1,103 @@
+"""The settings of a TrioNet search. The paper's (arXiv 2111.07547) are not public; these are ours, after practice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from sase_blocks.runs import demand, demand_choices, setting
+
+from .cost import Limits, count_number
+from .sampling import LAWS
+from .slicing import SHARINGS
+from .space import TrioSpace
+
+__all__ = ['ALGORITHMS', 'TrioConfig']
+
+ALGORITHMS = ('nsga2', 'random')
+
+
+@dataclass(frozen=True)
+class TrioConfig:
+    """Settings of a search; each is also an option of ``sase-blocks search trionet``, where its help text shows."""
+
+    data: str = field(metadata={'help': 'folder with train/CLASS/* in it, or the root of --dataset', 'place': True})
+    out: str = setting('runs/trionet', 'folder for checkpoints, metrics, the study and the result', place=True)
+    resume: bool = setting(False, 'continue what is in --out; start it where nothing is there yet', free=True)
+
+    space: str = setting('imagenet', "'imagenet', 'cifar' or a JSON file of a space")
+    max_macs: str | None = setting(None, 'most multiply-accumulates an image, such as 300M', free=True)
+    max_params: str | None = setting(None, 'most parameters, such as 5M', free=True)
+    max_ms: float | None = setting(
+        None, 'most milliseconds an image on this device, as a sum of measured parts', free=True
+    )
+
+    dataset: str = setting('', "a data set by timm's name for it, such as torch/cifar10; --data is then its root")
+    train_split: str = setting('train', 'training split of a --dataset')
+    val_split: str = setting('validation', 'test split of a --dataset, used once, at the end', free=True)
+    num_classes: int | None = setting(None, 'number of classes, where a --dataset does not tell')
+    download: bool = setting(False, 'let a --dataset download itself', free=True)
+    skip_broken: bool = setting(False, 'leave broken images out, with a warning')
+    hflip: float = setting(0.5, 'probability of a horizontal flip; 0 for text and digits')
+    fraction: float = setting(0.9, 'part of every class that trains the supernet; the rest scores networks')
+
+    epochs: int = setting(100, 'passes of the supernet over its part of the training images')
+    batch_size: int = setting(128, 'images a step, over all processes together')
+    opt: str = setting('sgd', 'optimizer; adamw learns more in few steps', choices=('sgd', 'adamw'))
+    lr: float = setting(0.1, 'highest learning rate')
+    warmup: float = setting(0.05, 'part of all steps in which the learning rate rises; it then falls as a cosine to 0')
+    momentum: float = setting(0.9, 'momentum of SGD')
+    weight_decay: float = setting(1e-4, 'weight decay, of all parameters but the one-dimensional')
+    label_smoothing: float = setting(0.1, 'label smoothing, for the largest network')
+    drop_rate: float = setting(0.1, 'dropout before the classifier of the largest network')
+    clip_grad: float | None = setting(5.0, 'largest norm of the gradient')
+    ema_decay: float | None = setting(0.999, 'search on an average of the weights with this decay')
+    networks: int = setting(2, 'networks a step that are drawn at random, besides the largest and the smallest')
+    sampling: str = setting('hierarchical', 'how the operators of a network are drawn', choices=tuple(LAWS))
+    sharing: str = setting('heads', 'which rows narrower attentions share', choices=SHARINGS)
+
+    algorithm: str = setting('nsga2', 'of the search', choices=ALGORITHMS, free=True)
+    evaluations: int = setting(500, 'networks that the search scores', free=True)
+    population: int = setting(50, 'networks of a generation', free=True)
+    calibration: int = setting(
+        2048, "training images for a network's batch-norm statistics before it is scored", free=True
+    )
+    finetune: int = setting(0, 'epochs for which the found network is trained further', free=True)
+    finetune_lr: float = setting(0.01, 'highest learning rate of that', free=True)
+
+    seed: int = setting(0, 'seed of everything random')
+    mixed_precision: str = setting('no', 'arithmetic below fp32', choices=('no', 'bf16'))
+    channels_last: bool = setting(False, 'channels_last memory format')
+    deterministic: bool = setting(False, 'only algorithms that give the same result every time; slower on GPUs')
+    cpu: bool = setting(False, 'search on the CPU though there is a GPU', free=True)
+    workers: int = setting(4, 'processes that load images above 64 px, for each process', free=True)
+    save_minutes: float = setting(10.0, 'minutes between checkpoints within an epoch', free=True)
+    tensorboard: bool = setting(True, 'write a TensorBoard log', free=True)
+
+    def __post_init__(self) -> None:
+        for name in ('epochs', 'batch_size', 'evaluations', 'calibration'):
+            demand(self, getattr(self, name) >= 1, name, 'at least 1')
+        demand(self, self.population >= 2, 'population', 'at least 2')
+        for name in ('seed', 'workers', 'weight_decay', 'networks', 'finetune'):
+            demand(self, getattr(self, name) >= 0, name, 'at least 0')
+        for name in ('lr', 'finetune_lr', 'save_minutes'):
+            demand(self, getattr(self, name) > 0, name, 'above 0')
+        for name in ('warmup', 'label_smoothing', 'drop_rate', 'momentum'):
+            demand(self, 0 <= getattr(self, name) < 1, name, 'at least 0 and below 1')
+        demand(self, 0 < self.fraction < 1, 'fraction', 'between 0 and 1')
+        demand(self, 0 <= self.hflip <= 1, 'hflip', 'a probability')
+        demand(self, self.clip_grad is None or self.clip_grad > 0, 'clip_grad', 'above 0')
+        demand(self, self.ema_decay is None or 0 < self.ema_decay < 1, 'ema_decay', 'between 0 and 1')
+        demand(self, self.max_ms is None or self.max_ms > 0, 'max_ms', 'above 0')
+        demand_choices(self)
+        for name in ('max_macs', 'max_params'):
+            try:
+                count_number(getattr(self, name))
+            except ValueError as error:
+                raise ValueError(f'{name}: {error}') from None
+        TrioSpace.parse(self.space)
+
+    @cached_property
+    def limits(self) -> Limits:
+        """The limits as numbers."""
+        return Limits(count_number(self.max_macs), count_number(self.max_params), self.max_ms)

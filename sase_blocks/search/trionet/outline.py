@@ -1,0 +1,29 @@
+"""Modules on the meta device: shapes without numbers, built quickly."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ['outline']
+
+
+class _WithoutDrawing(TorchFunctionMode):
+    """Leaves out random numbers: on the meta device there is nothing to fill, yet each draw costs milliseconds."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.normal_, torch.Tensor.uniform_) or getattr(func, '__module__', '') == 'torch.nn.init':
+            return args[0] if args else kwargs['tensor']
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def outline() -> Iterator[torch.device]:
+    """Within this context modules built on the device that it gives are not initialised."""
+    with _WithoutDrawing():
+        yield torch.device('meta')

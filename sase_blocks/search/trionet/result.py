@@ -1,0 +1,123 @@
+"""What a TrioNet search leaves: ``architecture.json``, the network with its weights, and pictures."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import einops
+import timm
+import torch
+
+from sase_blocks.checkpoint import save_checkpoint
+from sase_blocks.models import Architecture, TrioNet
+from sase_blocks.runs import write_text
+from sase_blocks.search.problem import Candidate, best, front
+
+from .cost import Limits, macs, parameters
+from .space import TrioSpace
+
+__all__ = ['describe_result', 'draw_result', 'format_result', 'write_network', 'write_result']
+
+
+def describe_result(
+    space: TrioSpace,
+    candidates: Sequence[Candidate],
+    pure: Mapping[str, str],
+    *,
+    limits: Limits,
+    objective: str,
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    in_chans: int = 3,
+) -> dict[str, Any]:
+    """The result as plain data.
+
+    Args:
+        space: of the search.
+        candidates: all networks that were scored.
+        pure: from an operator to the text of the network that consists of it as far as the space allows.
+        limits, objective: what was allowed, and which cost the front is drawn against.
+        config: the settings.
+        facts: of the data.
+        in_chans: channels of the images.
+
+    Returns:
+        'architecture' (text), 'score' (held-out accuracy in percent, with the supernet's weights), 'cost'; 'front' and
+        'pure', lists of such networks; 'space', 'limits', 'objective', 'seed', 'settings', 'data', 'evaluations',
+        'versions', 'machine'.
+    """
+    classes = len(facts['classes'])
+
+    def describe(candidate: Candidate) -> dict[str, Any]:
+        network = Architecture.parse(candidate.text)
+        cost = {'macs': macs(network, classes, in_chans), 'parameters': parameters(network, classes, in_chans)}
+        if objective not in cost:
+            cost[objective] = candidate.cost  # type: ignore[assignment]
+        return {'architecture': candidate.text, 'score': candidate.score, 'cost': cost}
+
+    by_text = {candidate.text: candidate for candidate in candidates}
+    return {
+        **describe(best(candidates)),
+        'front': [describe(candidate) for candidate in front(candidates)],
+        'pure': {name: describe(by_text[text]) for name, text in pure.items() if text in by_text},
+        'evaluations': len(candidates),
+        'objective': objective,
+        'limits': {'macs': limits.macs, 'parameters': limits.parameters, 'milliseconds': limits.milliseconds},
+        'space': space.to_dict(),
+        'seed': config['seed'],
+        'settings': dict(config),
+        'data': {key: value for key, value in facts.items() if key != 'held_out_indices'},
+        'versions': {
+            'python': platform.python_version(),
+            'torch': torch.__version__,
+            'timm': timm.__version__,
+            'einops': einops.__version__,
+        },
+        'machine': {'platform': platform.platform(), 'threads': torch.get_num_threads()},
+    }
+
+
+def write_result(result: Mapping[str, Any], out: Path) -> Path:
+    """``architecture.json`` in ``out``; ``timm.create_model('trionet', architecture=PATH)`` reads it."""
+    path = out / 'architecture.json'
+    write_text(path, json.dumps(result, indent=2) + '\n')
+    return path
+
+
+def write_network(network: TrioNet, architecture: str, out: Path) -> Path:
+    """``network.pt`` in ``out``, for the ``checkpoint_path`` of ``timm.create_model``."""
+    return save_checkpoint(
+        {'arch': 'trionet', 'architecture': architecture, 'state_dict': network.state_dict()}, out / 'network.pt'
+    )
+
+
+def draw_result(result: Mapping[str, Any], out: Path) -> list[Path]:
+    """``front.png`` and ``architecture.png`` in ``out``.
+
+    Raises:
+        ImportError: matplotlib is missing (extra ``viz``).
+    """
+    from sase_blocks.viz import draw_architecture, plot_front, save_figure
+
+    return [
+        Path(save_figure(plot_front(result), out / 'front.png')),
+        Path(save_figure(draw_architecture(result['architecture']), out / 'architecture.png')),
+    ]
+
+
+def format_result(result: Mapping[str, Any]) -> str:
+    """The networks of a result as a table: what was found, the pure ones, and the front."""
+    rows = [('found', result), *((f'all {name}', entry) for name, entry in result['pure'].items())]
+    rows += [('front', entry) for entry in result['front'] if entry['architecture'] != result['architecture']]
+    header = f'{"network":12}{"held-out %":>11}{"MACs":>11}{"parameters":>13}'
+    lines = [header, '-' * len(header)]
+    for name, entry in rows:
+        cost = entry['cost']
+        lines.append(f'{name:12}{entry["score"]:11.2f}{cost["macs"] / 1e6:9.2f} M{cost["parameters"]:13,}')
+    lines += ['', f'found: {result["architecture"]}']
+    lines += [f'all {name}: {entry["architecture"]}' for name, entry in result['pure'].items()]
+    return '\n'.join(lines)

@@ -1,0 +1,320 @@
+"""One TrioNet search (arXiv 2111.07547; extra ``search``): supernet, evolution under a limit, extraction, a test.
+
+The steps are the paper's by its abstract; how each is done is ours, see the modules. The same command run again goes
+on where it stopped, and, once the supernet is trained, any number of processes that run it share the evolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import resolve_data_config
+
+from sase_blocks.data import create_transforms, derive_seed, open_data
+from sase_blocks.models import Architecture
+from sase_blocks.models.trio_network import default_cfgs
+from sase_blocks.runs import be_deterministic, check_writable, launched
+from sase_blocks.search.batches import Arrays, LoadedBatches, MemoryBatches, find_samples, labels_of, open_halves
+from sase_blocks.search.evolution import Problem, evolve
+from sase_blocks.train import TrainConfig, train
+
+from .config import TrioConfig
+from .cost import Latency, Limits, bound, macs, parameters
+from .result import describe_result, draw_result, format_result, write_network, write_result
+from .sampling import LAWS, draw
+from .score import accuracy
+from .space import TrioSpace
+from .training import SupernetTraining, saved_supernet
+
+__all__ = ['search']
+
+PURE = 302  # stream of random numbers, see derive_seed
+PURE_DRAWS = 500
+NAMES = {'macs': 'max_macs', 'parameters': 'max_params', 'milliseconds': 'max_ms'}
+
+
+def search(
+    config: TrioConfig,
+    images: Arrays | None = None,
+    test: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    storage: str | None = None,
+) -> dict[str, Any]:
+    """Search a network for a data set and a budget.
+
+    Writes into ``config.out``: ``supernet.pt``, ``metrics.jsonl`` and ``tensorboard/`` while the supernet is trained;
+    the study of the evolution; in the end ``architecture.json``, ``network.pt``, which is the found network with the
+    supernet's weights, ``front.png`` and ``architecture.png``, and ``finetuned/`` if asked for.
+
+    Args:
+        config: the settings.
+        images: in place of ``config.data``: uint8 images (N, C, H, W), labels (N,) and the names of the classes.
+        test: with ``images``: test images and labels of that kind; None for no test.
+        storage: of the evolution, see ``search.study.Study``; default: ``study.db`` in ``config.out``.
+
+    Returns:
+        What architecture.json holds, see ``describe_result``, with 'test_accuracy' and, if asked for, 'finetuned'
+        (percent; None without test images).
+
+    Raises:
+        ImportError: accelerate, tensorboard or Optuna is missing.
+        ValueError, FileNotFoundError: a wrong setting, a limit that no network or every network keeps, wrong data, a
+            run or a study that cannot be resumed; before any work.
+        OSError: ``config.out`` or the storage cannot be written.
+        FloatingPointError: a loss is no longer finite; the text names the step, the network and the last checkpoint.
+    """
+    if config.finetune and images is not None:
+        raise ValueError('finetune reads class folders or a data set of timm; for images in memory write a loop')
+    with launched(config, 'a search', 'search') as accelerator:
+        result = _search(config, accelerator, images, test, storage)
+        main = accelerator.is_main_process
+        accelerator.wait_for_everyone()
+    if config.finetune:
+        trained = train(_finetuning(config, result['architecture']))
+        result['finetuned'] = trained['acc1']
+    if main:
+        write_result(result, Path(config.out))
+        try:
+            draw_result(result, Path(config.out))
+        except ImportError as error:
+            print(f'no pictures were drawn: {error}', flush=True)
+    return result
+
+
+def _search(
+    config: TrioConfig, accelerator: Any, images: Arrays | None, test: Any, storage: str | None
+) -> dict[str, Any]:
+    out, main = Path(config.out), accelerator.is_main_process
+    say = partial(print, flush=True) if main else (lambda text: None)
+
+    # What can be wrong is found out first, and what takes long to find out last.
+    check_writable(out)
+    saved = saved_supernet(config)
+    if config.batch_size % accelerator.num_processes:
+        raise ValueError(f'batch_size {config.batch_size} cannot be cut among {accelerator.num_processes} processes')
+    if config.algorithm == 'nsga2' and config.population >= config.evaluations:
+        raise ValueError(f'population {config.population} must be below evaluations, got {config.evaluations}')
+    if config.deterministic:
+        be_deterministic()
+    space = TrioSpace.parse(config.space)
+    data = find_samples(config, accelerator) if images is None else images
+    classes = list(data[2]) if isinstance(data, tuple) else data.classes
+    in_chans = data[0].shape[1] if isinstance(data, tuple) else 3
+    costs = _Costs(config.limits, len(classes), in_chans, accelerator.device)
+    _check_limits(space, costs)
+    size = space.image_sizes[-1]
+    data_config = {**_data_config(size), 'input_size': (in_chans, size, size)}
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    halves = open_halves(
+        config,
+        accelerator,
+        data,
+        data_config,
+        memory_format,
+        trains_on_both=False,
+        saved=saved['data'] if saved else None,
+    )
+    training = SupernetTraining(config, accelerator, halves, in_chans, saved)
+    weights = sum(p.numel() for p in training.supernet.parameters())
+    say(f'{space.size:.3g} networks of {weights:,} shared weights; {halves}')
+    say(
+        f'supernet: {config.epochs} epochs of {training.steps} steps of {config.batch_size}, {config.networks + 2} '
+        f'networks each, {config.sampling} sampling, {config.sharing} sharing; {accelerator.num_processes} process(es) '
+        f'on {accelerator.device.type}; writing to {out}'
+    )
+    training.run().eval()
+
+    pure = pure_networks(space, costs, config.seed)
+    law = LAWS[config.sampling]
+    candidates = evolve(
+        Problem(
+            genes=space.genes,
+            decode=lambda genome: str(space.architecture(genome)),
+            fits=lambda text: costs.fit(Architecture.parse(text)),
+            cost=lambda text: costs.objective(Architecture.parse(text)),
+            score=lambda text: training.score(Architecture.parse(text)),
+            draw=lambda rng: draw(space, rng, law),
+        ),
+        out / 'study.db' if storage is None else storage,
+        _study_name(config, storage),
+        evaluations=config.evaluations,
+        algorithm=config.algorithm,
+        population=config.population,
+        seeds=list(pure.values()),
+        settings=_settings(config, space, training, costs.limits),
+        seed=config.seed,
+        worker=accelerator.process_index,
+        say=say,
+    )
+    result = describe_result(
+        space,
+        candidates,
+        {name: str(space.architecture(genome)) for name, genome in pure.items()},
+        limits=costs.limits,
+        objective=costs.name,
+        config=asdict(config),
+        facts=halves.facts,
+        in_chans=in_chans,
+    )
+    say(format_result(result))
+    if main:
+        found = training.calibrated(Architecture.parse(result['architecture']))
+        write_network(found.extract(), result['architecture'], out)
+        result['test_accuracy'] = None
+        part = _test_part(config, found.architecture, images, test, training)
+        if part is not None:
+            # Once, and after everything is decided.
+            batches = training.resized(part, found.architecture)
+            result['test_accuracy'] = accuracy(found, batches, training.autocast())
+            say(
+                f'test accuracy with the weights of the supernet: {result["test_accuracy"]:.2f} % of {len(part)} images'
+            )
+        write_result(result, out)
+    return result
+
+
+class _Costs:
+    """The costs of networks on this data, the limits on them, and the one that the evolution weighs."""
+
+    def __init__(self, limits: Limits, classes: int, in_chans: int, device: torch.device) -> None:
+        self.limits = limits
+        given = {name: getattr(limits, name) for name in NAMES if getattr(limits, name) is not None}
+        self.name = next(iter(given), 'macs')
+        latency = Latency(device)
+        self.measures = {
+            'macs': cache(lambda network: macs(network, classes, in_chans)),
+            'parameters': cache(lambda network: parameters(network, classes, in_chans)),
+            'milliseconds': cache(latency),
+        }
+        self.given = given
+
+    def fit(self, network: Architecture) -> bool:
+        return all(self.measures[name](network) <= most for name, most in self.given.items())
+
+    def objective(self, network: Architecture) -> float:
+        return float(self.measures[self.name](network))
+
+
+def _check_limits(space: TrioSpace, costs: _Costs) -> None:
+    """Raise a ValueError for a limit below the cheapest network of the space or above the dearest one."""
+    for name, most in costs.given.items():
+        measure = costs.measures[name]
+        ends = [
+            bound(space, costs.measures['macs' if name == 'milliseconds' else name], pick)[1] for pick in (min, max)
+        ]
+        cheapest, dearest = (float(measure(network)) for network in ends)
+        if not cheapest <= most <= dearest:
+            text, low, high = (_format(name, value) for value in (most, cheapest, dearest))
+            where = 'below the cheapest' if most < cheapest else 'above the dearest'
+            raise ValueError(
+                f'{NAMES[name]} is {text}, {where} network of the space, which go from {low} ({ends[0]}) to {high} '
+                f'({ends[1]}); choose a limit between them' + ('' if most < cheapest else ', or none')
+            )
+
+
+def _format(name: str, value: float) -> str:
+    return f'{value:.3g} ms' if name == 'milliseconds' else f'{value / 1e6:.4g}M'
+
+
+def pure_networks(space: TrioSpace, costs: _Costs, seed: int = 0) -> dict[str, dict[str, str]]:
+    """For each operator the genome of a network that has no other one wherever the space allows it.
+
+    Of a few hundred draws the dearest within the limits; an operator of which none fits is left out.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for number, operator in enumerate(space.operators):
+        rng = np.random.default_rng(derive_seed(seed, PURE, number))
+        only = np.eye(len(space.operators))[number]
+        best: tuple[float, dict[str, str]] | None = None
+        for at in range(PURE_DRAWS):
+            extent = {0: 'largest', 1: 'smallest'}.get(at)
+            genome = draw(space, rng, lambda rng, count: only, extent)  # noqa: B023  # called at once
+            network = space.architecture(genome)
+            if costs.fit(network) and (best is None or costs.objective(network) > best[0]):
+                best = costs.objective(network), genome
+        if best is not None and best[1] not in found.values():
+            found[operator] = best[1]
+    return found
+
+
+def _study_name(config: TrioConfig, storage: str | None) -> str:
+    """Limits and algorithm may vary over one supernet: each has a study of its own."""
+    limits = [f'{name}={getattr(config, name)}' for name in NAMES.values() if getattr(config, name) is not None]
+    name = ' '.join(['evolution', config.algorithm, *limits, f'population={config.population}'])
+    return f'{name} in {config.out}' if '://' in str(storage) else name
+
+
+def _settings(config: TrioConfig, space: TrioSpace, training: SupernetTraining, limits: Limits) -> dict[str, Any]:
+    """What the scores of one study depend on."""
+    names = {f.name for f in fields(config) if not f.metadata.get('free') and not f.metadata.get('place')}
+    return {
+        **{name: value for name, value in asdict(config).items() if name in names - {'space'}},
+        'calibration': config.calibration,
+        'space': space.to_dict(),
+        'limits': asdict(limits),
+        'data': training.halves.facts['fingerprint'],
+        'supernet': _fingerprint(training.found.state_dict()),
+    }
+
+
+def _fingerprint(state: Mapping[str, torch.Tensor]) -> float:
+    """A number that tells trained weights apart, the same on every device that holds the same ones."""
+    return float(sum((i % 7 + 1) * t.double().cpu().abs().sum() for i, t in enumerate(state.values())))
+
+
+def _data_config(size: int) -> dict[str, Any]:
+    """timm's: how images are brought to a network of this size."""
+    return resolve_data_config({'img_size': size}, pretrained_cfg=default_cfgs['trionet'])
+
+
+def _test_part(config: TrioConfig, network: Architecture, images: Any, test: Any, training: SupernetTraining) -> Any:
+    """The test images as batches; None without any."""
+    seed, device = config.seed, training.accelerator.device
+    if images is None:
+        samples = open_data(
+            config.data,
+            config.dataset,
+            train_split=config.train_split,
+            val_split=config.val_split,
+            download=config.download,
+            num_classes=config.num_classes,
+        )[1]
+        return LoadedBatches(
+            samples,
+            torch.as_tensor(labels_of(samples)),
+            create_transforms(_data_config(network.image_size))[1],
+            seed=seed,
+            stream=2,
+            workers=config.workers,
+            device=device,
+        )
+    if test is None:
+        return None
+    weights = training.halves.weights
+    assert isinstance(weights, MemoryBatches)
+    mean, std = ((statistic / 255).flatten().tolist() for statistic in (weights.mean, weights.std))
+    return MemoryBatches(*test, mean=mean, std=std, augment=False, seed=seed, stream=2, device=device)
+
+
+def _finetuning(config: TrioConfig, architecture: str) -> TrainConfig:
+    """Further training of the found network on all training images, tested once, at the end."""
+    common = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(TrioConfig)}
+    apart = {'out', 'epochs', 'lr', 'resume', 'ema_decay', 'label_smoothing'}
+    return TrainConfig(
+        **{name: getattr(config, name) for name in common - apart},
+        out=str(Path(config.out) / 'finetuned'),
+        model='trionet',
+        model_args={'architecture': architecture},
+        checkpoint=str(Path(config.out) / 'network.pt'),
+        epochs=config.finetune,
+        lr=config.finetune_lr,
+        label_smoothing=config.label_smoothing,
+        eval_every=0,
+        resume=True,
+    )

@@ -1,0 +1,77 @@
+"""How good a network of the supernet is: its own batch-norm statistics first, then its accuracy on held-out images.
+
+The statistics of the supernet's training belong to no network: they are measured anew for every candidate, on training
+images, 1-d and 2-d norms and those inside axial attention alike. Without that accuracies are those of chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from sase_blocks.search.batches import Batches
+
+__all__ = ['accuracy', 'batches_of', 'recalibrate', 'resize']
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, size, size) by bilinear interpolation with antialiasing; what fits is left as it is."""
+    if images.shape[2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode='bilinear', antialias=True)
+
+
+def batches_of(part: Batches, batch_size: int, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first images of a part of the data in its first epoch's order, all of them by default, each once."""
+    count = len(part) if most is None else min(most, len(part))
+    steps = -(-count // batch_size)
+    for number, (images, labels) in enumerate(part.epoch(0, batch_size, 0, steps, 0, 1)):
+        left = min(batch_size, count - number * batch_size)
+        yield images[:left], labels[:left]
+
+
+@torch.no_grad()
+def recalibrate(
+    network: nn.Module, images: Iterable[Tensor], autocast: AbstractContextManager[Any] | None = None
+) -> None:
+    """Replace the statistics of all batch norms by the mean over these batches; the mode of the network stays."""
+    training = network.training
+    with autocast or nullcontext():
+        update_bn(images, network)
+    network.train(training)
+
+
+@torch.no_grad()
+def accuracy(
+    network: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    autocast: AbstractContextManager[Any] | None = None,
+) -> float:
+    """Percent of the images whose class is put first, in eval mode.
+
+    Raises:
+        ValueError: no images. FloatingPointError: outputs that are not finite.
+    """
+    training = network.training
+    network.eval()
+    right: list[Tensor] = []
+    count = 0
+    with autocast or nullcontext():
+        for images, labels in batches:
+            outputs = network(images)
+            finite = torch.isfinite(outputs).all(1)
+            right.append(torch.stack([((outputs.argmax(1) == labels) & finite).sum(), finite.sum()]))
+            count += len(labels)
+    network.train(training)
+    if count == 0:
+        raise ValueError('there are no images to measure an accuracy on')
+    good, finite_count = torch.stack(right).sum(0).tolist()
+    if finite_count < count:
+        raise FloatingPointError(f'the outputs for {count - finite_count} of {count} images are not finite')
+    return 100 * good / count

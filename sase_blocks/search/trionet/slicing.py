@@ -1,0 +1,152 @@
+"""Which weights of a supernet a smaller block uses: prefixes, centres, and Multi-head Sharing (arXiv 2111.07547).
+
+What is public of the paper names Multi-head Sharing; this reading of it is ours. The number of heads stays. A narrower
+attention takes the first channels inside every head, so that a weight serves the same head and the same role (q, k or
+v, and of local attention's q and k the half for rows or for columns) in every network: ``'heads'``. ``'plain'`` is what
+slicing does where it does not look: the first rows of a projection in which q, k and v are packed one behind the other,
+head after head. At half the width axial attention keeps head and role of 3.1 % of its rows then.
+
+Channels of our attentions are stored as ``c * heads + head``, so under ``'heads'`` all but the roles are prefixes. Of
+kernels and windows the centre is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sase_blocks.selfattention import AxialSelfAttention, LocalSelfAttention
+from sase_blocks.selfattention.axial import AxisAttention
+
+__all__ = ['SHARINGS', 'operator_tensors', 'output_channels', 'packed_rows', 'prefix']
+
+SHARINGS = ('heads', 'plain')
+
+# Channels that each role has in one head, by projection: of axial attention ((g / 2,), (g / 2,), (g,)) for q, k and v.
+Roles = tuple[tuple[int, ...], ...]
+
+
+@lru_cache(maxsize=4096)
+def packed_rows(full: Roles, narrow: Roles, heads: int, sharing: str) -> Tensor:
+    """For each row of a narrower packed projection, the row of the full one that it uses. -> (rows,) of int64.
+
+    Both in our order: q, k and v one behind the other, in each of them ``c * heads + head``.
+
+    Args:
+        full, narrow: channels of each role in one head.
+        heads: number of heads.
+        sharing: 'heads' or 'plain'.
+    """
+    # Kept for later calls, so as an ordinary tensor, wherever the first call comes from.
+    with torch.inference_mode(False), torch.device('cpu'):
+        if sharing == 'heads':
+            rows, at = [], 0
+            for many, few in zip(_flat(full), _flat(narrow), strict=True):
+                rows.append(at + torch.arange(few * heads))
+                at += many * heads
+            return torch.cat(rows)
+        # Where each row of ours lies when the heads follow one another: the same place in both.
+        place = torch.argsort(_head_major([sum(part) for part in narrow], heads))
+        return _head_major([sum(part) for part in full], heads)[place]
+
+
+def _flat(roles: Roles) -> list[int]:
+    return [channels for part in roles for channels in part]
+
+
+def _head_major(parts: Sequence[int], heads: int) -> Tensor:
+    """For each place of a projection packed head after head, our row: (sum(parts) * heads,)."""
+    rows, at = [], 0
+    for channels in parts:
+        rows.append(at + torch.arange(channels * heads).reshape(channels, heads).T.flatten())
+        at += channels * heads
+    return torch.cat(rows)
+
+
+def output_channels(channels: int, heads: int, sharing: str) -> slice | Tensor:
+    """Which channels of what follows an attention (a norm, a 1x1 convolution) its ``channels`` outputs go to."""
+    if sharing == 'heads':
+        return slice(channels)
+    return torch.argsort(_head_major([channels // heads], heads))
+
+
+def take(tensor: Tensor, dim: int, which: slice | Tensor) -> Tensor:
+    """The chosen places of one dimension: a view for a slice."""
+    if isinstance(which, slice):
+        return tensor.narrow(dim, which.start or 0, which.stop - (which.start or 0))
+    return tensor.index_select(dim, which.to(tensor.device))
+
+
+def prefix(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """The first places of every dimension, as a view."""
+    for dim, size in enumerate(shape):
+        tensor = tensor.narrow(dim, 0, size)
+    return tensor
+
+
+def centre(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """The places in the middle of one dimension, as a view."""
+    return tensor.narrow(dim, (tensor.shape[dim] - size) // 2, size)
+
+
+def operator_tensors(full: nn.Module, narrow: nn.Module, sharing: str) -> dict[str, Tensor]:
+    """The parameters that the operator ``narrow`` has by name, cut from those of ``full``, which is of its kind."""
+    if isinstance(narrow, AxialSelfAttention) and isinstance(full, AxialSelfAttention):
+        # The second pass reads what the first one writes.
+        columns = output_channels(narrow.channels, narrow.heads, sharing)
+        passes = {
+            'height': _axis(full.height, narrow.height, slice(narrow.channels), sharing),
+            'width': _axis(full.width, narrow.width, columns, sharing),
+        }
+        return {f'{axis}.{name}': tensor for axis, found in passes.items() for name, tensor in found.items()}
+    if isinstance(narrow, LocalSelfAttention) and isinstance(full, LocalSelfAttention):
+        return _local(full, narrow, sharing)
+    assert isinstance(narrow, nn.Conv2d)
+    assert isinstance(full, nn.Conv2d)
+    weight = prefix(full.weight, narrow.weight.shape[:2])
+    for dim in (2, 3):
+        weight = centre(weight, dim, narrow.weight.shape[dim])
+    return {'weight': weight}
+
+
+def _local(full: LocalSelfAttention, narrow: LocalSelfAttention, sharing: str) -> dict[str, Tensor]:
+    many, few = (layer.channels // layer.heads // 2 for layer in (full, narrow))
+    n = narrow.channels
+    rows = packed_rows(
+        ((many, many), (many, many), (2 * many,)), ((few, few), (few, few), (2 * few,)), narrow.heads, sharing
+    )
+    packed = torch.cat([layer.weight[:, :n] for layer in (full.query, full.key, full.value)])
+    query, key, value = take(packed, 0, rows).split(n)
+    table = prefix(full.relative, narrow.relative.shape[:3])
+    return {
+        'query.weight': query,
+        'key.weight': key,
+        'value.weight': value,
+        'relative': centre(table, 3, narrow.kernel_size),
+    }
+
+
+def _axis(full: AxisAttention, narrow: AxisAttention, columns: slice | Tensor, sharing: str) -> dict[str, Tensor]:
+    many, few = (layer.channels // layer.heads for layer in (full, narrow))
+    roles = ((many // 2,), (many // 2,), (many,)), ((few // 2,), (few // 2,), (few,))
+    rows = packed_rows(*roles, narrow.heads, sharing)
+    outputs = output_channels(narrow.channels, narrow.heads, sharing)
+    # The table is shared by the heads: one head, the same roles.
+    table = take(full.relative, 0, packed_rows(*roles, 1, sharing))
+    found = {
+        'project.weight': take(take(full.project.weight, 1, columns), 0, rows),
+        'relative': centre(table, 1, narrow.relative.shape[1]),
+    }
+    for name, which in (
+        ('norm', rows),
+        ('logit_norm', slice(3 * narrow.heads)),
+        ('value_norm', outputs),
+        ('position_norm', outputs),
+    ):
+        norm: Any = full.get_submodule(name)
+        found[f'{name}.weight'], found[f'{name}.bias'] = take(norm.weight, 0, which), take(norm.bias, 0, which)
+    return found

@@ -1,0 +1,273 @@
+"""The space of a TrioNet search (after the abstract of arXiv 2111.07547): one declared value, and its points.
+
+The paper's space is not public but for its three operators; both spaces here are ours. A point is an ``Architecture``.
+A search moves in genes: every choice by name, each as text, for all blocks that a network can have, so that a gene
+keeps its meaning when the depth changes. Genomes that differ in blocks left out are the same point.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sase_blocks.models import Architecture
+from sase_blocks.models.architecture import REDUCTIONS, Block, Stage
+from sase_blocks.selfattention import OPERATORS
+
+__all__ = ['SPACES', 'Genome', 'TrioSpace']
+
+Genome = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class TrioSpace:
+    """What may vary, and over which values. Stages are counted from 1, values are in rising order.
+
+    Args:
+        image_sizes: heights and widths of the images, px.
+        stem: width of the stem.
+        reduction: of the stem, 1 or 4, see ``Architecture``.
+        heads: of all attentions; widths of operators are multiples of 2 x heads.
+        depths: for each stage, how many blocks; fewer are the first ones.
+        widths: for each stage, its channels.
+        expansions: for each block, the width of its operator as a part of its stage's, rounded to 2 x heads.
+        kernels: for each convolution.
+        windows: for each local attention.
+        attention_stages: the stages that may use attention; the others are of convolutions.
+        operators: what a block may be.
+
+    Raises:
+        ValueError: an inconsistent space; the text names the field.
+
+    Examples:
+        >>> space = TrioSpace((32,), 16, 1, 4, ((1, 2),) * 3, ((64,), (128,), (256,)), attention_stages=(2, 3))
+        >>> space.size
+        800
+    """
+
+    image_sizes: tuple[int, ...]
+    stem: int
+    reduction: int
+    heads: int
+    depths: tuple[tuple[int, ...], ...]
+    widths: tuple[tuple[int, ...], ...]
+    expansions: tuple[float, ...] = (0.25,)
+    kernels: tuple[int, ...] = (3,)
+    windows: tuple[int, ...] = (3, 7)
+    attention_stages: tuple[int, ...] = ()
+    operators: tuple[str, ...] = tuple(OPERATORS)
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):  # lists of a JSON file
+            value = getattr(self, entry.name)
+            if isinstance(value, list):
+                value = tuple(tuple(inner) if isinstance(inner, list) else inner for inner in value)
+                object.__setattr__(self, entry.name, value)
+        for name in ('stem', 'heads'):
+            self._demand(name, _is_whole(getattr(self, name)), 'an int of at least 1')
+        self._demand('reduction', self.reduction in REDUCTIONS, 'one of 1, 4')
+        for name in ('image_sizes', 'kernels', 'windows'):
+            self._demand(name, _is_rising(getattr(self, name)), 'ints of at least 1 in rising order')
+        for name in ('kernels', 'windows'):
+            self._demand(name, all(k % 2 for k in getattr(self, name)), 'odd')
+        self._demand('depths', bool(self.depths) and isinstance(self.depths, tuple), 'a tuple for each stage')
+        for name in ('depths', 'widths'):
+            value = getattr(self, name)
+            good = isinstance(value, tuple) and all(_is_rising(one) for one in value)
+            self._demand(name, good, 'for each stage ints of at least 1 in rising order')
+        same = len(self.widths) == len(self.depths)
+        self._demand('widths', same, f'given for as many stages as depths, which has {len(self.depths)}')
+        self._demand('expansions', _is_rising(self.expansions, _is_number), 'numbers above 0 in rising order')
+        known = isinstance(self.operators, tuple) and bool(self.operators) and set(self.operators) <= set(OPERATORS)
+        self._demand(
+            'operators', known and len(set(self.operators)) == len(self.operators), f'some of {", ".join(OPERATORS)}'
+        )
+        stages = range(1, len(self.depths) + 1)
+        good = self.attention_stages == () or _is_rising(self.attention_stages)
+        self._demand(
+            'attention_stages',
+            good and set(self.attention_stages) <= set(stages),
+            f'stages from 1 to {len(stages)} in rising order',
+        )
+        if 'conv' not in self.operators:
+            good = set(self.attention_stages) == set(stages)
+            self._demand('attention_stages', good, "all stages, where 'conv' is not among the operators")
+
+    def _demand(self, name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise ValueError(f'{name} of the space must be {expected}, got {getattr(self, name)!r}')
+
+    # ---- choices ----
+
+    def width(self, stage_width: int, expansion: float) -> int:
+        """Channels of an operator: ``expansion`` of its stage's, rounded to the nearest multiple of 2 x heads."""
+        unit = 2 * self.heads
+        return max(unit, int(stage_width * expansion / unit + 0.5) * unit)
+
+    def stage_operators(self, stage: int) -> tuple[str, ...]:
+        """What a block of a stage may be."""
+        return self.operators if stage in self.attention_stages else ('conv',)
+
+    def sizes(self, operator: str) -> tuple[int | None, ...]:
+        """The kernels or windows of an operator; (None,) for axial attention."""
+        return {'conv': self.kernels, 'local': self.windows, 'axial': (None,)}[operator]
+
+    @cached_property
+    def genes(self) -> dict[str, tuple[str, ...]]:
+        """Every gene and its values, as text."""
+        found = {'image': tuple(map(str, self.image_sizes))}
+        for stage, (depths, widths) in enumerate(zip(self.depths, self.widths, strict=True), start=1):
+            found[f'stage {stage} depth'] = tuple(map(str, depths))
+            found[f'stage {stage} width'] = tuple(map(str, widths))
+            blocks = tuple(
+                f'{operator}{size or ""}/{float(expansion)}'  # all digits: rounding must not depend on the text
+                for operator in self.stage_operators(stage)
+                for size in self.sizes(operator)
+                for expansion in self.expansions
+            )
+            for number in range(1, max(depths) + 1):
+                found[f'stage {stage} block {number}'] = blocks
+        return found
+
+    def architecture(self, genome: Genome) -> Architecture:
+        """The point that a genome stands for.
+
+        Raises:
+            ValueError: a gene is missing or has a value that is not its own.
+        """
+        for name, values in self.genes.items():
+            if genome.get(name) not in values:
+                raise ValueError(f'gene {name!r} must be one of {", ".join(values)}, got {genome.get(name)!r}')
+        stages = []
+        for stage in range(1, len(self.depths) + 1):
+            width = int(genome[f'stage {stage} width'])
+            blocks = []
+            for number in range(1, int(genome[f'stage {stage} depth']) + 1):
+                kind, _, expansion = genome[f'stage {stage} block {number}'].partition('/')
+                operator = kind.rstrip('0123456789')
+                size = int(kind[len(operator) :]) if kind != operator else None
+                blocks.append(Block(operator, size, self.width(width, float(expansion))))
+            stages.append(Stage(width, tuple(blocks)))
+        return Architecture(int(genome['image']), self.stem, self.reduction, self.heads, tuple(stages))
+
+    def check(self, architecture: Architecture) -> None:
+        """Raise a ValueError that names the first thing in which an architecture is not of this space."""
+        for name, mine, its in (
+            ('stem', self.stem, architecture.stem),
+            ('reduction', self.reduction, architecture.reduction),
+            ('heads', self.heads, architecture.heads),
+            ('number of stages', len(self.depths), len(architecture.stages)),
+        ):
+            if mine != its:
+                raise ValueError(f'the architecture is not of this space: its {name} is {its}, not {mine}')
+        allowed: list[tuple[str, Any, tuple[Any, ...]]] = [('image size', architecture.image_size, self.image_sizes)]
+        for number, stage in enumerate(architecture.stages, start=1):
+            allowed.append((f'stage {number}: depth', len(stage.blocks), self.depths[number - 1]))
+            allowed.append((f'stage {number}: width', stage.width, self.widths[number - 1]))
+            widths = tuple(dict.fromkeys(self.width(stage.width, e) for e in self.expansions))
+            for block in stage.blocks:
+                allowed.append((f'stage {number}: operator', block.operator, self.stage_operators(number)))
+                allowed.append((f'stage {number}: size of {block}', block.kernel_size, self.sizes(block.operator)))
+                allowed.append((f'stage {number}: width of {block}', block.width, widths))
+        for name, value, values in allowed:
+            if value not in values:
+                known = ', '.join(map(str, values))
+                raise ValueError(f'the architecture is not of this space: {name} is {value}, not one of {known}')
+
+    @cached_property
+    def size(self) -> int:
+        """How many different networks the space holds."""
+        count = len(self.image_sizes)
+        for stage, (depths, widths) in enumerate(zip(self.depths, self.widths, strict=True), start=1):
+            kinds = sum(len(self.sizes(operator)) for operator in self.stage_operators(stage))
+            blocks = [kinds * len({self.width(width, e) for e in self.expansions}) for width in widths]
+            count *= sum(block**depth for block in blocks for depth in depths)
+        return count
+
+    # ---- text ----
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, the same whether it was read from JSON or written in Python."""
+        return dict(json.loads(json.dumps(asdict(self))))
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> TrioSpace:
+        """From what ``to_dict`` gives. Raises ValueError for anything else."""
+        if not isinstance(value, Mapping):
+            raise ValueError(f'a space is a JSON object of {", ".join(f.name for f in fields(cls))}, got {value!r}')
+        unknown = sorted(set(value) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f'a space has no {", ".join(unknown)}; it has {", ".join(f.name for f in fields(cls))}')
+        try:
+            return cls(**value)
+        except TypeError as error:
+            raise ValueError(f'not a space: {str(error).replace("TrioSpace.__init__() ", "")}') from None
+
+    @classmethod
+    def parse(cls, text: str) -> TrioSpace:
+        """A space that ships by its name, or one in a JSON file.
+
+        Raises:
+            ValueError: neither; or an inconsistent space, whose field the text names.
+        """
+        if text in SPACES:
+            return SPACES[text]
+        if not text.endswith('.json'):
+            raise ValueError(f'there is no space {text!r}: give {", ".join(SPACES)} or a .json file')
+        try:
+            return cls.from_dict(json.loads(Path(text).read_text(encoding='utf-8')))
+        except OSError as error:
+            raise ValueError(f'the space {text} cannot be read: {error.strerror or error}') from None
+        except ValueError as error:
+            raise ValueError(f'{text}: {error}') from None
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_rising(values: Any, good: Callable[[Any], bool] = _is_whole) -> bool:
+    """A tuple of one or more numbers, each larger than the one before it."""
+    if not isinstance(values, tuple) or not values or not all(good(value) for value in values):
+        return False
+    return all(a < b for a, b in itertools.pairwise(values))
+
+
+SPACES = {
+    # ResNet-50 at its widest without the first stage's attention, where maps are largest.
+    'imagenet': TrioSpace(
+        image_sizes=(160, 192, 224),
+        stem=64,
+        reduction=4,
+        heads=8,
+        depths=((2, 3), (2, 3, 4), (2, 4, 6), (2, 3)),
+        widths=((128, 256), (256, 384, 512), (512, 768, 1024), (1024, 1536, 2048)),
+        expansions=(0.125, 0.1875, 0.25),
+        kernels=(3, 5),
+        windows=(3, 5, 7),
+        attention_stages=(2, 3, 4),
+    ),
+    # Small enough for two CPU cores: attention at 16 x 16 and 8 x 8.
+    'cifar': TrioSpace(
+        image_sizes=(32,),
+        stem=16,
+        reduction=1,
+        heads=4,
+        depths=((1, 2), (1, 2, 3), (1, 2, 3)),
+        widths=((32, 64), (64, 96, 128), (128, 192, 256)),
+        expansions=(0.125, 0.25),
+        kernels=(3, 5),
+        windows=(3, 5, 7),
+        attention_stages=(2, 3),
+    ),
+}

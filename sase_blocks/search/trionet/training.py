@@ -1,0 +1,302 @@
+"""Training of a supernet (arXiv 2111.07547): the loop around ``sandwich.py`` on accelerate, with what it leaves.
+
+No gradient is averaged by a wrapper: the networks of a step use different parts of the weights, so the sum of their
+gradients is averaged over the processes once, at the end of the step. Everything random is a function of the seed and
+of the step, so a run that is killed at any moment and resumed arrives at the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
+from sase_blocks.data import MODEL, derive_seed
+from sase_blocks.models import Architecture
+from sase_blocks.runs import (
+    LOOK_EVERY,
+    Progress,
+    append_row,
+    check_finite,
+    rows_until,
+    saved_run,
+    write_rows,
+)
+from sase_blocks.search.batches import Batches, Halves
+
+from .config import TrioConfig
+from .sampling import LAWS, draw
+from .sandwich import networks_of, sandwich_step
+from .score import accuracy, batches_of, recalibrate, resize
+from .space import TrioSpace
+from .supernet import SubNetwork, SuperNet
+
+__all__ = ['SupernetTraining', 'load_supernet', 'saved_supernet']
+
+ADVICE = 'Try a lower --lr, a longer --warmup or a lower --clip-grad.'
+LOOKED_AT = 301  # stream of random numbers: the networks of the progress lines
+
+
+def saved_supernet(config: TrioConfig) -> dict[str, Any] | None:
+    """The checkpoint of the supernet in ``config.out`` to resume from, None for a fresh start.
+
+    Raises:
+        ValueError: one that is not to be resumed, of other settings, or of another space, whose fields are named.
+    """
+    last = Path(config.out) / 'supernet.pt'
+    saved = saved_run(config, last, ('config', 'supernet', 'space'), 'sase-blocks search trionet')
+    if saved is not None:
+        before, now = saved['space'], TrioSpace.parse(config.space).to_dict()
+        differing = [
+            f'{name} was {before.get(name)} and is {value}' for name, value in now.items() if before.get(name) != value
+        ]
+        if differing:
+            raise ValueError(f'{last} is a supernet of another space: {"; ".join(differing)}')
+    return saved
+
+
+def load_supernet(path: str | Path, *, average: bool = True) -> SuperNet:
+    """A supernet from its checkpoint, in eval mode, on the CPU.
+
+    Args:
+        path: of supernet.pt, or the run's folder.
+        average: the average of the weights, where the run kept one.
+
+    Raises:
+        ValueError, OSError: no such file, or not a supernet.
+    """
+    path = Path(path)
+    path = path / 'supernet.pt' if path.is_dir() else path
+    saved = read_checkpoint(path)
+    if 'supernet' not in saved or 'space' not in saved:
+        raise ValueError(f'{path} is not the checkpoint of a supernet')
+    config = saved['config']
+    supernet = SuperNet(
+        TrioSpace.from_dict(saved['space']),
+        len(saved['data']['classes']),
+        saved['in_chans'],
+        config['sharing'],
+        config['drop_rate'],
+    )
+    supernet.load_state_dict(saved['average'] if average and saved['average'] else saved['supernet'])
+    return supernet.eval()
+
+
+class SupernetTraining:
+    """A supernet on its way.
+
+    Args:
+        config: the settings.
+        accelerator: accelerate's.
+        halves: the data.
+        in_chans: channels of the images.
+        saved: what ``saved_supernet`` found.
+    """
+
+    def __init__(
+        self, config: TrioConfig, accelerator: Any, halves: Halves, in_chans: int, saved: dict[str, Any] | None
+    ) -> None:
+        self.config, self.accelerator, self.halves, self.in_chans = config, accelerator, halves, in_chans
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.out = Path(config.out)
+        self.last, self.metrics = self.out / 'supernet.pt', self.out / 'metrics.jsonl'
+        self.space, self.law = TrioSpace.parse(config.space), LAWS[config.sampling]
+        torch.manual_seed(derive_seed(config.seed, MODEL))
+        self.supernet = SuperNet(self.space, len(halves.classes), in_chans, config.sharing, config.drop_rate)
+        # channels_last is a matter of the images alone: parts of weights are cut anew in each forward.
+        self.supernet.to(accelerator.device)
+        self.optimizer = create_optimizer_v2(
+            self.supernet,
+            opt={'sgd': 'momentum'}.get(config.opt, config.opt),  # what timm calls sgd is Nesterov's
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self.steps = len(halves.weights) // config.batch_size  # a last partial batch is dropped
+        total = config.epochs * self.steps
+        warmup = round(config.warmup * total)
+        self.scheduler = CosineLRScheduler(
+            self.optimizer, total, warmup_t=warmup, warmup_lr_init=config.lr / max(warmup, 1), t_in_epochs=False
+        )
+        self.average = ModelEmaV3(self.supernet, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+        self.step = 0
+        self.sums = torch.zeros(2 + config.networks, dtype=torch.float64)
+        self.rows: list[dict[str, Any]] = []
+        self.resumed = saved is not None
+        if saved:
+            self.supernet.load_state_dict(saved['supernet'])
+            self.optimizer.load_state_dict(saved['optimizer'])
+            if self.average:
+                self.average.module.load_state_dict(saved['average'])
+            self.step, self.sums = saved['step'], saved['sums']
+            self.rows = rows_until(self.metrics, self.step // self.steps)
+
+    @property
+    def found(self) -> SuperNet:
+        """The supernet that the search uses: the average where there is one."""
+        return self.average.module if self.average else self.supernet
+
+    # ---- one step ----
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        config = self.config
+        # Dropout: a function of the step, whatever drew random numbers in between.
+        torch.manual_seed(derive_seed(config.seed, MODEL, self.step, self.rank))
+        self.scheduler.step_update(self.step)
+        losses = sandwich_step(
+            self.supernet,
+            networks_of(self.space, self.law, config.seed, self.step, config.networks),
+            images,
+            labels,
+            label_smoothing=config.label_smoothing,
+            autocast=self.autocast,
+        )
+        # What no network of this step used has no gradient, on no process, and stays as it is.
+        used = [p for p in self.supernet.parameters() if p.grad is not None]
+        if self.world > 1:
+            flat = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in used if p.grad is not None]), 'mean')
+            for parameter, part in zip(used, flat.split([p.numel() for p in used]), strict=True):
+                parameter.grad = part.view_as(parameter)
+        if config.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(used, config.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average:
+            self.average.update(self.supernet, self.step)
+        return losses
+
+    def autocast(self) -> Any:
+        """accelerate's context for mixed precision."""
+        return self.accelerator.autocast() if self.config.mixed_precision != 'no' else nullcontext()
+
+    # ---- the run ----
+
+    def run(self) -> SuperNet:
+        """Train to the end. -> ``found``."""
+        config, main = self.config, self.accelerator.is_main_process
+        if self.step == config.epochs * self.steps:
+            return self.found
+        writer = None
+        if main:
+            write_rows(self.metrics, self.rows)
+            if config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                writer = SummaryWriter(str(self.out / 'tensorboard'), purge_step=self.step)
+        self.progress = Progress(config.epochs * self.steps, self.step, enabled=main)
+        if self.resumed:
+            self.progress.line(f'resuming the supernet at step {self.step} of {config.epochs * self.steps}')
+        for epoch in range(self.step // self.steps, config.epochs):
+            self._epoch(epoch)
+            if main and writer:
+                for name, value in self.rows[-1].items():
+                    writer.add_scalar(name, value, self.step)
+                writer.flush()
+            self.accelerator.wait_for_everyone()
+        self.progress.close()
+        if writer:
+            writer.close()
+        return self.found
+
+    def _epoch(self, epoch: int) -> None:
+        config = self.config
+        first = self.step - epoch * self.steps
+        self.supernet.train()
+        began = last_save = time.perf_counter()
+        unseen: list[Tensor] = []
+        batches = self.halves.weights.epoch(epoch, config.batch_size, first, self.steps, self.rank, self.world)
+        for number, (images, labels) in enumerate(batches, start=first + 1):
+            unseen.append(self._train_step(images, labels).double())
+            self.step += 1
+            if len(unseen) == LOOK_EVERY or number == self.steps:
+                self._look(unseen)
+                self.progress.update(self.step, f'epoch {epoch + 1}/{config.epochs}', float(unseen[-1][0]))
+                unseen = []
+                if number < self.steps and time.perf_counter() - last_save > 60 * config.save_minutes:
+                    self._save()
+                    last_save = time.perf_counter()
+        seconds = (time.perf_counter() - began) / max(self.steps - first, 1)
+        means = (self.sums / self.steps).tolist()
+        row = {
+            'epoch': epoch + 1,
+            'step': self.step,
+            'lr': self.optimizer.param_groups[0]['lr'],
+            'largest_loss': means[0],
+            'smallest_loss': means[1],
+            **({'random_loss': sum(means[2:]) / config.networks} if config.networks else {}),
+            **{f'{extent}_accuracy': self._accuracy(extent) for extent in ('largest', 'smallest')},
+            'seconds_per_step': seconds,
+        }
+        self.rows.append(row)
+        self.sums = torch.zeros_like(self.sums)
+        if self.accelerator.is_main_process:
+            append_row(self.metrics, row)
+        self._save()
+        self.progress.line(
+            f'epoch {row["epoch"]}/{config.epochs}: loss of the largest network {row["largest_loss"]:.4f}, of the '
+            f'smallest {row["smallest_loss"]:.4f}; held-out accuracy {row["largest_accuracy"]:.2f} % and '
+            f'{row["smallest_accuracy"]:.2f} %, {seconds:.3f} s a step, {self.progress.left()} left'
+        )
+
+    def _look(self, unseen: list[Tensor]) -> None:
+        """Wait for the losses, stop at one that is not finite, and add them up."""
+        seen = torch.stack(unseen)
+        seen = (self.accelerator.reduce(seen, 'mean') if self.world > 1 else seen).cpu()
+        start = self.step - len(unseen)
+        for step, losses in enumerate(seen.tolist(), start=start):
+            networks = networks_of(self.space, self.law, self.config.seed, step, self.config.networks)
+            for loss, network in zip(losses, networks, strict=True):
+                check_finite([loss], step + 1, self.last, f'The network is "{network}". {ADVICE}')
+        self.sums += seen.sum(0)
+
+    def _accuracy(self, extent: str) -> float:
+        """Held-out accuracy, in percent, of one of the ends of the space, with the same operators each time."""
+        rng = np.random.default_rng(derive_seed(self.config.seed, LOOKED_AT))
+        return self.score(self.space.architecture(draw(self.space, rng, self.law, extent)))
+
+    def score(self, architecture: Architecture) -> float:
+        """Held-out accuracy of a network, in percent."""
+        network = self.calibrated(architecture)
+        return accuracy(network, self.resized(self.halves.held_out, architecture), self.autocast())
+
+    def calibrated(self, architecture: Architecture) -> SubNetwork:
+        """A network with statistics of its own."""
+        network = self.found.activate(architecture)
+        images = (x for x, _ in self.resized(self.halves.weights, architecture, self.config.calibration))
+        recalibrate(network, images, self.autocast())
+        return network.eval()
+
+    def resized(
+        self, part: Batches, architecture: Architecture, most: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first images of a part in the size of a network, and their labels."""
+        for images, labels in batches_of(part, self.config.batch_size, most):
+            yield resize(images, architecture.image_size), labels
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                {
+                    'config': asdict(self.config),
+                    'space': self.space.to_dict(),
+                    'data': self.halves.facts,
+                    'in_chans': self.in_chans,
+                    'step': self.step,
+                    'supernet': self.supernet.state_dict(),
+                    'average': self.average.module.state_dict() if self.average else None,
+                    'optimizer': self.optimizer.state_dict(),
+                    'sums': self.sums,
+                },
+                self.last,
+            )

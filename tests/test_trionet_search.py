@@ -1,0 +1,530 @@
+"""The TrioNet search from the supernet to the file of a found network: training, scores, limits, faults, resuming."""
+
+import copy
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from test_data import make_images
+from torch import nn
+
+from sase_blocks.checkpoint import read_checkpoint
+from sase_blocks.models import Architecture
+from sase_blocks.search.batches import halves_of_images
+from sase_blocks.search.trionet import (
+    SuperNet,
+    TrioConfig,
+    TrioSpace,
+    draw,
+    hierarchical,
+    load_supernet,
+    run,
+    search,
+    training,
+)
+from sase_blocks.search.trionet.cost import macs
+from sase_blocks.search.trionet.sampling import uniform
+from sase_blocks.search.trionet.sandwich import networks_of, sandwich_step
+from sase_blocks.search.trionet.score import accuracy, batches_of, recalibrate, resize
+
+ROOT = Path(__file__).parents[1]
+CLASSES = ('dark', 'light', 'striped')
+SPACE = {
+    'image_sizes': [8, 12], 'stem': 4, 'reduction': 1, 'heads': 1,
+    'depths': [[1], [1, 2]], 'widths': [[8], [8, 16]], 'expansions': [0.25, 0.5],
+    'kernels': [3], 'windows': [3], 'attention_stages': [2],
+}  # fmt: skip
+STEPS = 6  # an epoch: 72 images for the weights, in batches of 12
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Maps this small only lose by more threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pictures(count=96, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    images = torch.randint(0, 60, (count, 1, 12, 12), generator=generator)
+    images += 120 * (labels == 1)[:, None, None, None]
+    images[labels == 2, :, ::2] += 150
+    return images.to(torch.uint8), labels, CLASSES
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / 'space.json').write_text(json.dumps(SPACE))
+    return TrioConfig(
+        data='', out=str(tmp_path / 'run'), space=str(tmp_path / 'space.json'), epochs=2, batch_size=12, fraction=0.75,
+        lr=0.05, evaluations=8, population=4, calibration=24, workers=0, cpu=True, tensorboard=False,
+        save_minutes=1e-9,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def look_often(monkeypatch):
+    monkeypatch.setattr(training, 'LOOK_EVERY', 2)
+
+
+@pytest.fixture
+def supernet():
+    torch.manual_seed(0)
+    return SuperNet(TrioSpace.from_dict(SPACE), 3, 1)
+
+
+# ---- a step ----
+
+
+def test_a_step_adds_up_the_gradients_of_its_networks(supernet):
+    """Against the extracted networks, each with its own loss, whose gradients are put back where the parts were cut."""
+    supernet.double()
+    networks = networks_of(supernet.space, hierarchical, 0, 0, 2)
+    assert [str(n) for n in networks] == [str(n) for n in networks_of(supernet.space, hierarchical, 0, 0, 2)]
+    assert [str(n) for n in networks] != [str(n) for n in networks_of(supernet.space, hierarchical, 0, 1, 2)]
+    images, labels = torch.randn(6, 1, 12, 12, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    losses = sandwich_step(supernet, networks, images, labels, label_smoothing=0.1, autocast=nullcontext)
+    found = {name: p.grad.clone() for name, p in supernet.named_parameters() if p.grad is not None}
+
+    supernet.zero_grad()
+    expected_losses, teacher = [], None
+    for network in networks:
+        outputs = supernet.activate(network)(
+            F.interpolate(images, (network.image_size,) * 2, mode='bilinear', antialias=True)
+        )
+        if teacher is None:
+            smoothed = F.one_hot(labels, 3) * 0.9 + 0.1 / 3
+            loss = -(smoothed * outputs.log_softmax(1)).sum(1).mean()
+            teacher = outputs.softmax(1).detach()
+        else:
+            loss = -(teacher * outputs.log_softmax(1)).sum(1).mean()
+        loss.backward()
+        expected_losses.append(loss.item())
+    torch.testing.assert_close(losses, torch.tensor(expected_losses, dtype=torch.float64))
+    assert found.keys() == {name for name, p in supernet.named_parameters() if p.grad is not None}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, supernet.get_parameter(name).grad)
+
+
+def test_the_ends_of_a_step_have_drawn_operators():
+    space = TrioSpace.from_dict(SPACE)
+    seen = {extent: set() for extent in ('largest', 'smallest')}
+    for step in range(60):
+        largest, smallest = networks_of(space, hierarchical, 0, step, 0)
+        assert largest.image_size == 12
+        assert smallest.image_size == 8
+        assert [s.width for s in largest.stages] == [8, 16]
+        assert [len(s.blocks) for s in smallest.stages] == [1, 1]
+        seen['largest'] |= {b.operator for b in largest.stages[1].blocks}
+        seen['smallest'] |= {b.operator for b in smallest.stages[1].blocks}
+    assert seen['largest'] == seen['smallest'] == {'conv', 'local', 'axial'}
+
+
+# ---- scores ----
+
+
+def test_statistics_are_measured_anew(supernet):
+    """All batch norms, 1-d ones too: the mean over the batches of what each norm met, found by a loop of its own."""
+    network = nn.Sequential(supernet.extract(architecture_of(supernet.space)), nn.BatchNorm1d(3)).train()
+    batches = [torch.randn(8, 1, 12, 12, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.fill_(7.0)
+    reference = copy.deepcopy(network)
+    recalibrate(network, batches)
+    assert network.training
+    means = {}
+    for name, module in reference.named_modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)) and not name.endswith('logit_norm'):
+            module.register_forward_hook(
+                lambda m, x, y, name=name: means.setdefault(name, []).append(
+                    x[0].detach().double().transpose(0, 1).flatten(1).mean(1)
+                )
+            )
+    for batch in batches:
+        reference(batch)
+    assert len(means) > 8
+    for name, values in means.items():
+        found = network.get_submodule(name)
+        torch.testing.assert_close(found.running_mean.double(), torch.stack(values).mean(0), rtol=1e-4, atol=1e-5)
+    logits = [m for n, m in network.named_modules() if n.endswith('logit_norm')]
+    assert logits
+    assert all((m.running_mean != 7.0).all() for m in logits)
+    assert all(m.momentum is not None for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+
+
+def architecture_of(space, seed=0, operator=2):
+    only = np.eye(3)[operator]
+    return space.architecture(draw(space, np.random.default_rng(seed), lambda rng, count: only, 'largest'))
+
+
+def test_every_image_is_counted_once():
+    halves = halves_of_images(*pictures(), fraction=0.75, hflip=0.0)
+    assert len(halves.held_out) == 24
+    parts = [labels for _, labels in batches_of(halves.held_out, 10)]
+    assert [len(part) for part in parts] == [10, 10, 4]
+    assert torch.cat(parts).bincount().tolist() == [8, 8, 8]
+    assert sum(len(labels) for _, labels in batches_of(halves.weights, 10, most=25)) == 25
+
+    class Constant(nn.Module):
+        def __init__(self, value=1.0):
+            super().__init__()
+            self.value = value
+
+        def forward(self, x):
+            return torch.tensor([[0.0, self.value, 0.5]]).repeat(len(x), 1)
+
+    assert accuracy(Constant(), batches_of(halves.held_out, 10)) == pytest.approx(100 / 3)
+    with pytest.raises(ValueError, match='no images'):
+        accuracy(Constant(), [])
+    with pytest.raises(FloatingPointError, match='for 24 of 24 images are not finite'):
+        accuracy(Constant(math.nan), batches_of(halves.held_out, 10))
+
+
+def test_images_are_brought_to_the_size_of_a_network():
+    images = torch.randn(2, 1, 12, 12)
+    assert resize(images, 12) is images
+    assert resize(images, 8).shape == (2, 1, 8, 8)
+
+
+# ---- the whole way ----
+
+
+def test_what_a_search_leaves(config, look_often, capsys):
+    config = replace(config, max_macs='40k', tensorboard=True)
+    result = search(config, pictures(), pictures(30, seed=1)[:2])
+    out = Path(config.out)
+    assert {path.name for path in out.iterdir()} == {
+        'architecture.json', 'architecture.png', 'front.png', 'metrics.jsonl', 'network.pt', 'study.db', 'supernet.pt',
+        'tensorboard',
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
+    assert [row['step'] for row in rows] == [STEPS, 2 * STEPS]
+    assert rows[-1]['largest_loss'] < rows[0]['largest_loss']
+    stored = json.loads((out / 'architecture.json').read_text())
+    assert stored == json.loads(json.dumps(result))
+    assert stored['evaluations'] == 8
+    assert stored['cost']['macs'] <= 40_000
+    assert stored['cost']['macs'] == macs(Architecture.parse(stored['architecture']), 3, 1)
+    assert {'conv', 'local', 'axial'} >= stored['pure'].keys() >= {'conv'}
+    for entry in [*stored['front'], *stored['pure'].values()]:
+        assert entry['cost']['macs'] <= 40_000
+    front = [(entry['cost']['macs'], entry['score']) for entry in stored['front']]
+    assert front == sorted(front)
+    assert stored['score'] == max(score for _, score in front)
+
+    model = timm.create_model(
+        'trionet', architecture=str(out / 'architecture.json'), checkpoint_path=str(out / 'network.pt'), num_classes=3,
+        in_chans=1,
+    ).eval()  # fmt: skip
+    assert sum(p.numel() for p in model.parameters()) == stored['cost']['parameters']
+    halves = halves_of_images(*pictures(), fraction=0.75)
+    size = Architecture.parse(stored['architecture']).image_size
+    batches = [(resize(x, size), y) for x, y in batches_of(halves.held_out, 12)]
+    assert accuracy(model, batches) == pytest.approx(stored['score'])
+    test_images, test_labels, _ = pictures(30, seed=1)
+    normalised = (test_images - halves.held_out.mean) / halves.held_out.std
+    assert accuracy(model, [(resize(normalised, size), test_labels)]) == pytest.approx(stored['test_accuracy'])
+    said = capsys.readouterr().out
+    assert 'epoch 2/2' in said
+    assert 'test accuracy' in said
+
+    again = search(replace(config, resume=True), pictures(), pictures(30, seed=1)[:2])
+    assert again['architecture'] == result['architecture']
+    more = search(replace(config, resume=True, max_macs=None, max_params='2k', evaluations=5), pictures())
+    assert more['cost']['parameters'] <= 2000
+    assert more['objective'] == 'parameters'
+    supernet = load_supernet(out)
+    assert supernet.space == TrioSpace.from_dict(SPACE)
+    assert not supernet.training
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'sampling': 'uniform', 'sharing': 'plain', 'networks': 0},
+        {'mixed_precision': 'bf16', 'channels_last': True, 'ema_decay': None, 'clip_grad': None},
+        {'algorithm': 'random', 'deterministic': True, 'label_smoothing': 0.0, 'drop_rate': 0.0},
+        {'max_ms': 1e4, 'evaluations': 5},
+    ],
+    ids=lambda changes: ','.join(changes),
+)
+def test_settings(config, changes, monkeypatch):
+    monkeypatch.setattr(run, 'Latency', lambda device: lambda network: 2e4 * macs(network, 3, 1) / 60_000)
+    try:
+        result = search(replace(config, **{'epochs': 1, **changes}), pictures())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert result['evaluations'] == changes.get('evaluations', 8)
+    assert result['test_accuracy'] is None
+    Architecture.parse(result['architecture'])
+    if 'max_ms' in changes:
+        assert result['cost']['milliseconds'] <= 1e4
+
+
+def test_images_from_files_and_finetuning(config, tmp_path, look_often):
+    data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
+    changes = {'data': str(data), 'batch_size': 4, 'epochs': 1, 'evaluations': 5, 'finetune': 1}
+    result = search(replace(config, **changes))
+    assert result['data']['weights'] == 12
+    assert result['data']['held_out'] == 4
+    assert result['test_accuracy'] in (0, 25, 50, 75, 100)
+    rows = [json.loads(line) for line in (Path(config.out) / 'finetuned' / 'metrics.jsonl').read_text().splitlines()]
+    assert result['finetuned'] == rows[-1]['acc1']
+    start = read_checkpoint(Path(config.out) / 'network.pt')['state_dict']
+    end = read_checkpoint(Path(config.out) / 'finetuned' / 'last.pt')['state_dict']
+    assert start.keys() == end.keys()
+    assert not torch.equal(start['conv1.weight'], end['conv1.weight'])
+
+
+# ---- faults ----
+
+
+@pytest.fixture(scope='session')
+def processes():
+    """Processes that start from one with everything imported."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['sase_blocks.search.trionet', 'accelerate', 'optuna'])
+    return context
+
+
+def _searching(config, delay):
+    torch.set_num_threads(1)
+    training.LOOK_EVERY = 2
+    if delay is not None:
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    search(config, pictures())
+
+
+def test_killed_at_any_moment(config, processes):
+    """SIGKILL a dozen times, in supernet and search, then to the end: the bits and scores of an undisturbed run."""
+    config = replace(config, resume=True, epochs=3)
+    rng = random.Random(0)
+    kills = 0
+    while kills < 12:
+        process = processes.Process(target=_searching, args=(config, rng.uniform(0.1, 3.5)))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+    whole = replace(config, out=config.out + '-whole', resume=False)
+    for one in (config, whole):
+        process = processes.Process(target=_searching, args=(one, None))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    assert kills >= 2
+    a, b = (read_checkpoint(Path(c.out) / 'supernet.pt') for c in (config, whole))
+    assert a['step'] == b['step'] == 3 * STEPS
+    for part in ('supernet', 'average', 'optimizer'):
+        torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
+    rows = [(Path(c.out) / 'metrics.jsonl').read_text().splitlines() for c in (config, whole)]
+    for one, two in zip(*rows, strict=True):
+        assert {**json.loads(one), 'seconds_per_step': 0} == {**json.loads(two), 'seconds_per_step': 0}
+    results = [json.loads((Path(c.out) / 'architecture.json').read_text()) for c in (config, whole)]
+    for name in ('architecture', 'score', 'front', 'pure', 'evaluations'):
+        assert results[0][name] == results[1][name]
+
+
+def test_two_processes_search_as_one_study(config, tmp_path):
+    """The command under torchrun: both hold the same weights, and share the scoring."""
+    data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc-per-node',
+        '2',
+        '-m',
+        'sase_blocks',
+    ]
+    command += f'search trionet --data {data} --space {config.space} --out {tmp_path / "two"} --epochs 1'.split()
+    command += [
+        '--batch-size',
+        '4',
+        '--fraction',
+        '0.75',
+        '--evaluations',
+        '6',
+        '--population',
+        '3',
+        '--cpu',
+        '--no-tensorboard',
+    ]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo'}
+    two = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert two.returncode == 0, two.stderr
+    assert '2 process(es)' in two.stdout
+    assert two.stdout.count('found: ') == 1
+    assert two.stdout.count('test accuracy') == 1
+    assert json.loads((tmp_path / 'two' / 'architecture.json').read_text())['evaluations'] >= 6
+
+
+def _stepping(rank, world, store, out):
+    """Weights after two steps on a joint batch in float64, as this process holds them."""
+    from accelerate import Accelerator
+
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(world), 'LOCAL_RANK': str(rank), 'MASTER_ADDR': 'localhost'}
+        os.environ['MASTER_PORT'] = '29500'  # not used: the group is there
+        torch.distributed.init_process_group('gloo', f'file://{store}', rank=rank, world_size=world)
+    config = TrioConfig(
+        data='', out=str(out), space=str(out.parent / 'space.json'), batch_size=12, drop_rate=0.0, cpu=True
+    )
+    accelerator = Accelerator(cpu=True)
+    halves = halves_of_images(*pictures(), fraction=0.75)
+    one = training.SupernetTraining(config, accelerator, halves, 1, None)
+    one.supernet.double().eval()  # in training a batch norm sees its own process's images alone
+    batches = list(halves.weights.epoch(0, 12, 0, 2, rank, world))
+    for images, labels in batches:
+        one._train_step(images.double(), labels)
+    torch.save([p.detach() for p in one.supernet.parameters()], f'{out}-{rank}.pt')
+
+
+def test_two_processes_step_as_one(processes, config, tmp_path):
+    started = [processes.Process(target=_stepping, args=(r, 2, tmp_path / 'store', tmp_path / 'two')) for r in (0, 1)]
+    started.append(processes.Process(target=_stepping, args=(0, 1, None, tmp_path / 'one')))
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+        assert process.exitcode == 0
+    one, first, second = (torch.load(tmp_path / f'{name}.pt') for name in ('one-0', 'two-0', 'two-1'))
+    for alone, a, b in zip(one, first, second, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_not_a_number_stops(config, look_often, monkeypatch):
+    real = training.sandwich_step
+
+    def poisoned(supernet, networks, *args, **kwargs):
+        poisoned.step += 1
+        losses = real(supernet, networks, *args, **kwargs)
+        return losses * float('nan') if poisoned.step == STEPS + 3 else losses
+
+    poisoned.step = 0
+    monkeypatch.setattr(training, 'sandwich_step', poisoned)
+    with pytest.raises(
+        FloatingPointError, match=rf'nan at step {STEPS + 3}; the last good .*supernet.pt.*"image 12; stem'
+    ):
+        search(config, pictures())
+    saved = read_checkpoint(Path(config.out) / 'supernet.pt')
+    assert saved['step'] == STEPS + 2
+    assert all(value.isfinite().all() for value in saved['supernet'].values())
+
+
+@pytest.mark.parametrize(
+    ('changes', 'says'),
+    [
+        ({'epochs': 0}, 'epochs must be at least 1, got 0'),
+        ({'population': 1}, 'population must be at least 2'),
+        ({'drop_rate': 1.0}, 'drop_rate must be at least 0 and below 1'),
+        ({'sampling': 'fair'}, "sampling must be one of .*got 'fair'"),
+        ({'sharing': 'all'}, "sharing must be one of .*got 'all'"),
+        ({'algorithm': 'bo'}, "algorithm must be one of .*got 'bo'"),
+        ({'max_macs': 'many'}, "max_macs: a count is a number such as 300M.*got 'many'"),
+        ({'max_params': '-1M'}, 'max_params: a count is a number'),
+        ({'max_ms': 0.0}, 'max_ms must be above 0'),
+        ({'space': 'coco'}, "there is no space 'coco': give imagenet, cifar or a .json file"),
+        ({'space': 'nowhere.json'}, 'the space nowhere.json cannot be read'),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_wrong_settings(config, changes, says):
+    with pytest.raises(ValueError, match=says):
+        replace(config, **changes)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'says'),
+    [
+        (
+            {'max_macs': '1k'},
+            r'max_macs is 0.001M, below the cheapest network .* from .*image 8; .* to .*image 12; .*between',
+        ),
+        ({'max_macs': '9G'}, 'max_macs is 9000M, above the dearest network of the space.*or none'),
+        ({'max_params': '10'}, 'max_params is 1e-05M, below the cheapest'),
+        ({'max_params': '1G'}, 'max_params is 1000M, above the dearest'),
+        ({'max_ms': 1e-9}, 'max_ms is 1e-09 ms, below the cheapest'),
+        ({'batch_size': 96}, '72 images for the weights are fewer than one batch of 96'),
+        ({'evaluations': 4}, 'population 4 must be below evaluations, got 4'),
+        ({'finetune': 1}, 'finetune reads class folders'),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_refused_before_any_work(config, changes, says):
+    with pytest.raises(ValueError, match=says):
+        search(replace(config, **changes), pictures())
+    assert not (Path(config.out) / 'supernet.pt').exists()
+
+
+def test_a_folder_of_another_run(config, tmp_path):
+    config = replace(config, epochs=1, evaluations=5)
+    search(config, pictures())
+    with pytest.raises(ValueError, match='holds a run already: --resume'):
+        search(config, pictures())
+    again = replace(config, resume=True)
+    with pytest.raises(ValueError, match=r'sharing was .heads. and is .plain.'):
+        search(replace(again, sharing='plain'), pictures())
+    images, labels, classes = pictures()
+    with pytest.raises(ValueError, match='holds a search on other data'):
+        search(again, (images + 1, labels, classes))
+    with pytest.raises(ValueError, match='made with other settings: calibration was 24 and is 12'):
+        search(replace(again, calibration=12), pictures())
+    (tmp_path / 'space.json').write_text(json.dumps({**SPACE, 'windows': [3, 5]}))
+    with pytest.raises(ValueError, match=r'supernet of another space: windows was \[3\] and is \[3, 5\]'):
+        search(again, pictures())
+    with pytest.raises(ValueError, match='not the checkpoint of a supernet'):
+        load_supernet(Path(config.out) / 'network.pt')
+    (Path(config.out) / 'supernet.pt').write_bytes(b'nothing')
+    with pytest.raises(ValueError, match=r'supernet\.pt'):
+        load_supernet(config.out)
+
+
+def test_pure_networks_fit_and_are_pure(config):
+    space = TrioSpace.from_dict(SPACE)
+    costs = run._Costs(replace(config, max_macs='40k').limits, 3, 1, torch.device('cpu'))
+    found = run.pure_networks(space, costs)
+    assert found.keys() == {'conv', 'local', 'axial'}
+    for name, genome in found.items():
+        network = space.architecture(genome)
+        assert {block.operator for block in network.stages[1].blocks} == {name}
+        assert {block.operator for block in network.stages[0].blocks} == {'conv'}
+        assert macs(network, 3, 1) <= 40_000
+    only_conv = TrioSpace.from_dict({**SPACE, 'attention_stages': []})
+    assert run.pure_networks(only_conv, costs).keys() == {'conv'}
+
+
+@pytest.mark.slow
+def test_hierarchical_draws_train_pure_networks_more_often():
+    """What Hierarchical Sampling is for: of 16 blocks, pure networks are 3 of 153 compositions, and else never met."""
+    space = TrioSpace((8,), 4, 1, 1, ((8,), (8,)), ((8,), (8,)), (0.5,), (3,), (3,), (1, 2))
+    count = {}
+    for name, law in (('hierarchical', hierarchical), ('uniform', uniform)):
+        rng = np.random.default_rng(0)
+        pure = [len(set(space.architecture(draw(space, rng, law)).operators)) == 1 for _ in range(3000)]
+        count[name] = sum(pure)
+    assert count['uniform'] == 0
+    assert math.isclose(count['hierarchical'], 3000 * 3 / 153, rel_tol=0.35)
