@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument('--data', help='folder with train/CLASS/* and val/CLASS/* in it (default: the digits)')
     parser.add_argument('--img-size', type=int, default=16, help='px; for photographs 32 or more, and larger limits')
     parser.add_argument('--max-macs', nargs='+', default=['1.5M', '0.8M'], help='the limits, one search for each')
-    parser.add_argument('--epochs', type=int, default=12, help='of the supernet')
+    parser.add_argument('--epochs', type=int, default=10, help='of the supernet')
     parser.add_argument('--out', type=Path, default=Path('runs/search_network'), help='what is there is continued')
     parser.add_argument('--tiny', action='store_true', help='260 images, one epoch, few networks')
     args = parser.parse_args()
@@ -137,15 +137,15 @@ def main() -> None:
             hflip=0.5 if args.data else 0.0,  # a mirrored digit is none
             fraction=0.8,  # of the images trains the supernet; the rest scores networks
             epochs=1 if args.tiny else args.epochs,
-            batch_size=32,
+            batch_size=32 if args.tiny else 64,
             opt='adamw',  # learns more than SGD in few steps
-            lr=0.004,
+            lr=0.006,
             weight_decay=0.05,
             networks=1,
             ema_decay=None,
-            evaluations=4 if args.tiny else 40,
-            population=2 if args.tiny else 15,
-            calibration=64 if args.tiny else 512,
+            evaluations=4 if args.tiny else 24,
+            population=2 if args.tiny else 8,
+            calibration=64 if args.tiny else 256,
             workers=0,
             tensorboard=False,
         )

@@ -179,7 +179,9 @@ def run_search_demo(out: str | Path = 'runs/search', seed: int = 0, epochs: int 
     return result
 
 
-def run_trionet_demo(out: str | Path = 'runs/trionet', seed: int = 0, epochs: int = 12) -> dict[str, Any]:
+def run_trionet_demo(
+    out: str | Path = 'runs/trionet', seed: int = 0, epochs: int = 12, evaluations: int = 60
+) -> dict[str, Any]:
     """Search a network of convolutions and attentions on handwritten digits, in a few minutes on 2 cores.
 
     A small space of 16 x 16 images; a supernet, an evolution under a limit of 4 M multiply-accumulates, extraction,
@@ -190,6 +192,7 @@ def run_trionet_demo(out: str | Path = 'runs/trionet', seed: int = 0, epochs: in
         out: the run's folder, see ``search.trionet.search``; what an interrupted demo left in it is continued.
         seed: of everything random.
         epochs: passes of the supernet over its images.
+        evaluations: networks that are scored, more than 2.
 
     Returns:
         What ``search.trionet.search`` returns.
@@ -222,8 +225,8 @@ def run_trionet_demo(out: str | Path = 'runs/trionet', seed: int = 0, epochs: in
         weight_decay=0.05,
         networks=1,
         ema_decay=None,
-        evaluations=60,
-        population=20,
+        evaluations=evaluations,
+        population=min(20, evaluations - 1),
         calibration=512,
         seed=seed,
         cpu=True,

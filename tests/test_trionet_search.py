@@ -23,6 +23,8 @@ from test_data import make_images
 from torch import nn
 
 from sase_blocks.checkpoint import read_checkpoint
+from sase_blocks.cli import main
+from sase_blocks.demo import run_trionet_demo
 from sase_blocks.models import Architecture
 from sase_blocks.search.batches import halves_of_images
 from sase_blocks.search.trionet import (
@@ -292,6 +294,47 @@ def test_images_from_files_and_finetuning(config, tmp_path, look_often):
     end = read_checkpoint(Path(config.out) / 'finetuned' / 'last.pt')['state_dict']
     assert start.keys() == end.keys()
     assert not torch.equal(start['conv1.weight'], end['conv1.weight'])
+
+
+def test_the_demo_at_a_smaller_size(tmp_path, capsys):
+    """Supernet, search, extraction and a test on the digits, by the function behind --demo."""
+    result = run_trionet_demo(tmp_path / 'demo', epochs=1, evaluations=4)
+    assert result['evaluations'] == 4
+    assert result['pure'].keys() == {'conv', 'local', 'axial'}
+    assert result['cost']['macs'] <= 4_000_000
+    assert 5 < result['test_accuracy'] <= 100
+    out = tmp_path / 'demo'
+    for name in ('front.png', 'architecture.png'):
+        assert (out / name).read_bytes().startswith(b'\x89PNG')
+    model = timm.create_model(
+        'trionet', architecture=out / 'architecture.json', checkpoint_path=str(out / 'network.pt'), num_classes=10,
+        in_chans=1,
+    )  # fmt: skip
+    assert sum(p.numel() for p in model.parameters()) == result['cost']['parameters']
+    assert 'written: ' in capsys.readouterr().out
+
+
+def test_the_command(config, tmp_path, capsys):
+    data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
+    options = f"""
+        search trionet --data {data} --space {config.space} --out {tmp_path / 'run'} --storage {tmp_path / 's.journal'}
+        --epochs 1 --batch-size 4 --fraction 0.75 --max-macs 80k --evaluations 4 --population 3 --calibration 8
+        --networks 0 --workers 0 --cpu --no-tensorboard
+    """.split()
+    assert main(options) == 0
+    assert (tmp_path / 's.journal').exists()
+    assert f'written: {tmp_path / "run"}/architecture.json and network.pt' in capsys.readouterr().out
+    for change, says in (
+        ([], 'holds a run already: --resume'),
+        (['--resume', '--max-macs', '10'], 'max_macs is 1e-05M, below the cheapest network'),
+        (['--resume', '--storage', str(tmp_path / 'nowhere' / 'x' / '..' / '..')], 'cannot be written'),
+        (['--resume', '--storage', 'ftp://host/study'], 'a storage is a SQLite file'),
+        (['--resume', '--sharing', 'plain'], 'sharing was'),
+    ):
+        assert main([*options, *change]) == 2
+        assert says in capsys.readouterr().err
+    assert main(['search', 'trionet']) == 2
+    assert '--data DIR is missing' in capsys.readouterr().err
 
 
 # ---- faults ----
