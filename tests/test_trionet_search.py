@@ -484,6 +484,7 @@ def test_not_a_number_stops(config, look_often, monkeypatch):
         ({'epochs': 0}, 'epochs must be at least 1, got 0'),
         ({'population': 1}, 'population must be at least 2'),
         ({'drop_rate': 1.0}, 'drop_rate must be at least 0 and below 1'),
+        ({'concentration': 0.0}, 'concentration must be above 0'),
         ({'sampling': 'fair'}, "sampling must be one of .*got 'fair'"),
         ({'sharing': 'all'}, "sharing must be one of .*got 'all'"),
         ({'algorithm': 'bo'}, "algorithm must be one of .*got 'bo'"),
@@ -523,6 +524,19 @@ def test_refused_before_any_work(config, changes, says):
     assert not (Path(config.out) / 'supernet.pt').exists()
 
 
+def test_a_storage_is_tried_before_any_work(config, tmp_path):
+    for storage, error, says in (
+        ('ftp://host/study', ValueError, 'a storage is a SQLite file'),
+        (str(tmp_path), OSError, 'cannot be written'),
+    ):
+        with pytest.raises(error, match=says):
+            search(config, pictures(), storage=storage)
+    (tmp_path / 'other.db').write_bytes(b'no database, but long enough to be looked at' * 40)
+    with pytest.raises(OSError, match='does not answer: file is not a database'):
+        search(config, pictures(), storage=str(tmp_path / 'other.db'))
+    assert not (Path(config.out) / 'supernet.pt').exists()
+
+
 def test_a_folder_of_another_run(config, tmp_path):
     config = replace(config, epochs=1, evaluations=5)
     search(config, pictures())
@@ -558,6 +572,14 @@ def test_pure_networks_fit_and_are_pure(config):
         assert macs(network, 3, 1) <= 40_000
     only_conv = TrioSpace.from_dict({**SPACE, 'attention_stages': []})
     assert run.pure_networks(only_conv, costs).keys() == {'conv'}
+
+
+def test_concentration_is_that_of_the_draws(config):
+    """The chance of an operator drawn for two blocks of one network: (1 + a) / (1 + 3 a) for Dirichlet(a, a, a)."""
+    for a in (0.2, 1.0, 5.0):
+        law, rng = replace(config, concentration=a).law, np.random.default_rng(0)
+        same = np.mean([(law(rng, 3) ** 2).sum() for _ in range(4000)])
+        assert same == pytest.approx((1 + a) / (1 + 3 * a), rel=0.03)
 
 
 @pytest.mark.slow

@@ -27,9 +27,10 @@ import numpy as np
 from sase_blocks.search.problem import Candidate, Genome, Problem, best, front
 from sase_blocks.search.study import State, Study, beating, describe_owner
 
-__all__ = ['ALGORITHMS', 'Candidate', 'Problem', 'best', 'evolve', 'front']
+__all__ = ['ALGORITHMS', 'Candidate', 'Problem', 'best', 'check_storage', 'evolve', 'front']
 
 ALGORITHMS = ('nsga2', 'random')
+DIRECTIONS = ('maximize', 'minimize')  # score, cost
 FAILURES = 3  # candidates in a row that may fail
 LINES = 20  # progress lines of a whole search
 
@@ -123,7 +124,7 @@ def evolve(
         storage,
         study_name,
         mark='text',
-        directions=('maximize', 'minimize'),
+        directions=DIRECTIONS,
         patience=patience,
         timeout=timeout,
         deaths=deaths,
@@ -135,6 +136,11 @@ def evolve(
     search.retry_failed()
     _work(search, say, heartbeat, poll)
     return search.candidates()
+
+
+def check_storage(storage: str | Path, study_name: str, timeout: float = 60.0) -> None:
+    """Raise now what ``evolve`` would raise about Optuna, the storage, or a study of that name that is another kind."""
+    Study(storage, study_name, mark='text', directions=DIRECTIONS, timeout=timeout).connect()
 
 
 def _work(search: _Search, say: Callable[[str], None], heartbeat: float, poll: float) -> None:

@@ -101,6 +101,25 @@ class Study:
             OSError: the storage is locked, gone, damaged or not writable.
         """
         settings = json.loads(json.dumps(dict(settings)))  # as the study will hold them
+        self.connect()
+        stored = self.patiently(lambda: self.study.user_attrs)
+        if 'settings' not in stored:
+            self.patiently(lambda: self.study.set_user_attr('settings', settings))
+            stored = self.patiently(lambda: self.study.user_attrs)
+        before = stored['settings']
+        names = sorted({*before, *settings})
+        differing = [
+            f'{name} was {before.get(name)!r} and is {settings.get(name)!r}'
+            for name in names
+            if before.get(name) != settings.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f'{self.name()} was made with other settings: {"; ".join(differing)}; set them back or start elsewhere'
+            )
+
+    def connect(self) -> None:
+        """``open`` without a look at the settings; raises what that raises about the storage."""
         if self.file is not None:
             try:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -118,21 +137,6 @@ class Study:
                 self.study = self.patiently(self._open)
         finally:
             self.optuna.logging.set_verbosity(verbosity)
-        stored = self.patiently(lambda: self.study.user_attrs)
-        if 'settings' not in stored:
-            self.patiently(lambda: self.study.set_user_attr('settings', settings))
-            stored = self.patiently(lambda: self.study.user_attrs)
-        before = stored['settings']
-        names = sorted({*before, *settings})
-        differing = [
-            f'{name} was {before.get(name)!r} and is {settings.get(name)!r}'
-            for name in names
-            if before.get(name) != settings.get(name)
-        ]
-        if differing:
-            raise ValueError(
-                f'{self.name()} was made with other settings: {"; ".join(differing)}; set them back or start elsewhere'
-            )
 
     def _open(self) -> Any:
         optuna = self.optuna

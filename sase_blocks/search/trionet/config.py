@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 from sase_blocks.runs import demand, demand_choices, setting
 
 from .cost import Limits, count_number
-from .sampling import LAWS
+from .sampling import LAWS, Law, hierarchical
 from .slicing import SHARINGS
 from .space import TrioSpace
 
@@ -54,6 +54,7 @@ class TrioConfig:
     ema_decay: float | None = setting(0.999, 'search on an average of the weights with this decay')
     networks: int = setting(2, 'networks a step that are drawn at random, besides the largest and the smallest')
     sampling: str = setting('hierarchical', 'how the operators of a network are drawn', choices=tuple(LAWS))
+    concentration: float = setting(1.0, 'of hierarchical sampling; less draws purer networks')
     sharing: str = setting('heads', 'which rows narrower attentions share', choices=SHARINGS)
 
     algorithm: str = setting('nsga2', 'of the search', choices=ALGORITHMS, free=True)
@@ -80,7 +81,7 @@ class TrioConfig:
         demand(self, self.population >= 2, 'population', 'at least 2')
         for name in ('seed', 'workers', 'weight_decay', 'networks', 'finetune'):
             demand(self, getattr(self, name) >= 0, name, 'at least 0')
-        for name in ('lr', 'finetune_lr', 'save_minutes'):
+        for name in ('lr', 'finetune_lr', 'save_minutes', 'concentration'):
             demand(self, getattr(self, name) > 0, name, 'above 0')
         for name in ('warmup', 'label_smoothing', 'drop_rate', 'momentum'):
             demand(self, 0 <= getattr(self, name) < 1, name, 'at least 0 and below 1')
@@ -101,3 +102,10 @@ class TrioConfig:
     def limits(self) -> Limits:
         """The limits as numbers."""
         return Limits(count_number(self.max_macs), count_number(self.max_params), self.max_ms)
+
+    @property
+    def law(self) -> Law:
+        """By which the operators of a network are drawn."""
+        if self.sampling == 'hierarchical':
+            return partial(hierarchical, concentration=self.concentration)
+        return LAWS[self.sampling]

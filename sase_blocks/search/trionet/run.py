@@ -21,13 +21,13 @@ from sase_blocks.models import Architecture
 from sase_blocks.models.trio_network import default_cfgs
 from sase_blocks.runs import be_deterministic, check_writable, launched
 from sase_blocks.search.batches import Arrays, LoadedBatches, MemoryBatches, find_samples, labels_of, open_halves
-from sase_blocks.search.evolution import Problem, evolve
+from sase_blocks.search.evolution import Problem, check_storage, evolve
 from sase_blocks.train import TrainConfig, train
 
 from .config import TrioConfig
 from .cost import Latency, Limits, bound, macs, parameters
 from .result import describe_result, draw_result, format_result, write_network, write_result
-from .sampling import LAWS, draw
+from .sampling import draw
 from .score import accuracy
 from .space import TrioSpace
 from .training import SupernetTraining, saved_supernet
@@ -108,6 +108,9 @@ def _search(
     in_chans = data[0].shape[1] if isinstance(data, tuple) else 3
     costs = _Costs(config.limits, len(classes), in_chans, accelerator.device)
     _check_limits(space, costs)
+    storage = str(out / 'study.db') if storage is None else storage
+    study_name = _study_name(config, storage)
+    check_storage(storage, study_name)
     size = space.image_sizes[-1]
     data_config = {**_data_config(size), 'input_size': (in_chans, size, size)}
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -131,7 +134,6 @@ def _search(
     training.run().eval()
 
     pure = pure_networks(space, costs, config.seed)
-    law = LAWS[config.sampling]
     candidates = evolve(
         Problem(
             genes=space.genes,
@@ -139,10 +141,10 @@ def _search(
             fits=lambda text: costs.fit(Architecture.parse(text)),
             cost=lambda text: costs.objective(Architecture.parse(text)),
             score=lambda text: training.score(Architecture.parse(text)),
-            draw=lambda rng: draw(space, rng, law),
+            draw=lambda rng: draw(space, rng, config.law),
         ),
-        out / 'study.db' if storage is None else storage,
-        _study_name(config, storage),
+        storage,
+        study_name,
         evaluations=config.evaluations,
         algorithm=config.algorithm,
         population=config.population,
@@ -243,11 +245,11 @@ def pure_networks(space: TrioSpace, costs: _Costs, seed: int = 0) -> dict[str, d
     return found
 
 
-def _study_name(config: TrioConfig, storage: str | None) -> str:
+def _study_name(config: TrioConfig, storage: str) -> str:
     """Limits and algorithm may vary over one supernet: each has a study of its own."""
     limits = [f'{name}={getattr(config, name)}' for name in NAMES.values() if getattr(config, name) is not None]
     name = ' '.join(['evolution', config.algorithm, *limits, f'population={config.population}'])
-    return f'{name} in {config.out}' if '://' in str(storage) else name
+    return f'{name} in {config.out}' if '://' in storage else name
 
 
 def _settings(config: TrioConfig, space: TrioSpace, training: SupernetTraining, limits: Limits) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from sase_blocks.runs import (
 from sase_blocks.search.batches import Batches, Halves
 
 from .config import TrioConfig
-from .sampling import LAWS, draw
+from .sampling import draw
 from .sandwich import networks_of, sandwich_step
 from .score import accuracy, batches_of, recalibrate, resize
 from .space import TrioSpace
@@ -111,7 +111,7 @@ class SupernetTraining:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.out = Path(config.out)
         self.last, self.metrics = self.out / 'supernet.pt', self.out / 'metrics.jsonl'
-        self.space, self.law = TrioSpace.parse(config.space), LAWS[config.sampling]
+        self.space, self.law = TrioSpace.parse(config.space), config.law
         torch.manual_seed(derive_seed(config.seed, MODEL))
         self.supernet = SuperNet(self.space, len(halves.classes), in_chans, config.sharing, config.drop_rate)
         # channels_last is a matter of the images alone: parts of weights are cut anew in each forward.
