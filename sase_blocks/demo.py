@@ -180,7 +180,11 @@ def run_search_demo(out: str | Path = 'runs/search', seed: int = 0, epochs: int 
 
 
 def run_trionet_demo(
-    out: str | Path = 'runs/trionet', seed: int = 0, epochs: int = 12, evaluations: int = 60
+    out: str | Path = 'runs/trionet',
+    seed: int = 0,
+    epochs: int = 12,
+    evaluations: int = 60,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Search a network of convolutions and attentions on handwritten digits, in a few minutes on 2 cores.
 
@@ -193,6 +197,7 @@ def run_trionet_demo(
         seed: of everything random.
         epochs: passes of the supernet over its images.
         evaluations: networks that are scored, more than 2.
+        limit: use that many training images; default: all 1,437.
 
     Returns:
         What ``search.trionet.search`` returns.
@@ -205,7 +210,7 @@ def run_trionet_demo(
 
     images, labels, classes = _small_digits()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    test, train = order[:TEST_IMAGES], order[TEST_IMAGES:]
+    test, train = order[:TEST_IMAGES], order[TEST_IMAGES:][:limit]
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     space = out / 'space.json'
