@@ -37,12 +37,12 @@ DEMO_SPACE = {
     'stem': 16,
     'reduction': 1,
     'heads': 2,
-    'depths': [[1], [1, 2], [1, 2]],
+    'depths': [[1], [1, 2], [1, 2, 3]],
     'widths': [[32], [48, 64], [96, 128]],
     'expansions': [0.25, 0.5],
     'kernels': [3, 5],
     'windows': [3, 5],
-    'attention_stages': [2, 3],
+    'attention_stages': [3],
 }
 NOTE = (
     'One seed and {images} test images: one image is {step:.2f} points, and the standard error of an accuracy is about '
@@ -182,8 +182,8 @@ def run_search_demo(out: str | Path = 'runs/search', seed: int = 0, epochs: int 
 def run_trionet_demo(
     out: str | Path = 'runs/trionet',
     seed: int = 0,
-    epochs: int = 12,
-    evaluations: int = 60,
+    epochs: int = 10,
+    evaluations: int = 40,
     limit: int | None = None,
 ) -> dict[str, Any]:
     """Search a network of convolutions and attentions on handwritten digits, in a few minutes on 2 cores.
@@ -232,7 +232,7 @@ def run_trionet_demo(
         ema_decay=None,
         evaluations=evaluations,
         population=min(20, evaluations - 1),
-        calibration=512,
+        calibration=256,
         seed=seed,
         cpu=True,
         workers=0,
