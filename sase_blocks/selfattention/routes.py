@@ -65,9 +65,8 @@ def exported() -> bool:
 
 def autocast_active(device: torch.device) -> bool:
     """Whether autocast would run products on ``device`` in half precision. (The meta device has no autocast.)"""
-    if not torch.amp.is_autocast_available(device.type):
-        return False
-    return torch.is_autocast_enabled(device.type)
+    # Not torch.amp.is_autocast_available, of which torch 2.6 can capture no graph.
+    return device.type != 'meta' and torch.is_autocast_enabled(device.type)
 
 
 def chunks(first: int, second: int, numbers: int, x: Tensor) -> Iterator[tuple[slice, slice]]:
