@@ -583,6 +583,17 @@ def test_concentration_is_that_of_the_draws(config):
         assert same == pytest.approx((1 + a) / (1 + 3 * a), rel=0.03)
 
 
+def test_ends_by_time_are_not_those_by_products():
+    """Where attention is dear in time and cheap in products, the dearest network is of attentions."""
+    space = TrioSpace.from_dict(SPACE)
+
+    def seconds(network):
+        return sum({'conv': 1, 'local': 5, 'axial': 3}[name] for name in network.operators)
+
+    assert run._end(space, seconds, 'largest', max).operators == ('conv', 'local', 'local')
+    assert run._end(space, seconds, 'smallest', min).operators == ('conv', 'conv')
+
+
 @pytest.mark.slow
 def test_hierarchical_draws_train_pure_networks_more_often():
     """What Hierarchical Sampling is for: of 16 blocks, pure networks are 3 of 153 compositions, and else never met."""
