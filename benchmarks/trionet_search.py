@@ -32,7 +32,7 @@ from sase_search import subset
 from sase_blocks.data import derive_seed, open_training_data
 from sase_blocks.models import Architecture
 from sase_blocks.runs import write_text
-from sase_blocks.search.batches import halves
+from sase_blocks.search.halves import halves
 from sase_blocks.search.tasks import run_tasks
 from sase_blocks.search.trionet import TrioConfig, TrioSpace, draw, hierarchical, load_supernet, search
 from sase_blocks.search.trionet.cost import macs

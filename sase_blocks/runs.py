@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,8 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
+import einops
+import timm
 import torch
 from torch import Tensor, distributed
 from tqdm import tqdm
@@ -219,6 +222,25 @@ def check_finite(losses: list[float], first_step: int, last: Path, advice: str) 
         if not math.isfinite(loss):
             kept = f'the last good checkpoint is {last}' if last.exists() else 'no checkpoint was written yet'
             raise FloatingPointError(f'the loss is {loss} at step {step}; {kept}. {advice}')
+
+
+def open_log(config: Any, out: Path, step: int) -> Any:
+    """A TensorBoard log in ``out`` from a step on, or None where ``config.tensorboard`` is off."""
+    if not config.tensorboard:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(out / 'tensorboard'), purge_step=step)
+
+
+def environment() -> dict[str, dict[str, Any]]:
+    """What a result was made with: 'versions' and 'machine'."""
+    versions = {'python': platform.python_version()}
+    versions |= {module.__name__: str(module.__version__) for module in (torch, timm, einops)}
+    return {
+        'versions': versions,
+        'machine': {'platform': platform.platform(), 'threads': torch.get_num_threads()},
+    }
 
 
 # ---- progress ----

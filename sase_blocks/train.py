@@ -41,6 +41,7 @@ from .runs import (
     launched,
     leave_out_broken,
     named_errors,
+    open_log,
     rows_until,
     saved_run,
     setting,
@@ -243,10 +244,7 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
     if main:
         # What a killed run wrote after its last checkpoint is written again, so it goes.
         write_rows(metrics, history)
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(out / 'tensorboard'), purge_step=start * steps_per_epoch)
+        writer = open_log(config, out, start * steps_per_epoch)
     progress = Progress(steps, start * steps_per_epoch, enabled=main)
     parameters = sum(p.numel() for p in model.parameters())
     shape = ' x '.join(str(n) for n in data_config['input_size'])

@@ -8,3 +8,16 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def one_thread():
+    """One thread and a fixed seed: maps this small only lose by more, and lose minutes on a machine that is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

@@ -21,17 +21,10 @@ from sase_blocks.models.trio_network import DEFAULT, read_architecture
 from sase_blocks.search.trionet.sampling import draw
 from sase_blocks.search.trionet.space import SPACES
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 SMALL = 'image 16; stem 8; heads 2; 16: conv3/4 + local3/8; 24: axial/8*2'
 LARGE = 'image 64; stem 8/4; heads 2; 16: local5/8; 16: conv1/4; 24: axial/8; 8: conv3/4'
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(text=SMALL, num_classes=5, **kwargs):

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import timm
 from test_data import make_images
-from test_search_run import SPACE, one_thread  # noqa: F401
+from test_search_run import SPACE
 
 from sase_blocks.cli import main
 from sase_blocks.demo import run_search_demo
+
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 SMALL = f'--space|{SPACE}|--model-args|layers=[1,1,1]|channels=[4,8,8]|--img-size|12|--batch-size|4'.split('|')
 SMALL += ['--epochs', '1', '--hessian-every', '0', '--cpu', '--no-tensorboard', '--workers', '0']

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from test_data import make_images
 
 from sase_blocks.blocks import Genotype
@@ -20,17 +19,11 @@ from sase_blocks.search.sase.agreement import chance_of_agreement, compare_searc
 from sase_blocks.search.sase.evaluate import compare, evaluate, format_table, random_genotypes
 from sase_blocks.train import TrainConfig
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 FOUND = 'avg_max,conv3,affine,p_norm,avg,conv3x3'
 OTHER = 'avg,mlp,affine,avg,avg,conv5x5'
 SMALL = {'model_args': {'attn_stages': [3]}, 'img_size': 12, 'batch_size': 4, 'workers': 0}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='session')

@@ -21,7 +21,7 @@ from test_data import make_images, truncate
 
 from sase_blocks.blocks import Genotype
 from sase_blocks.checkpoint import read_checkpoint
-from sase_blocks.search.batches import halves_of_images, relabelled, split_classes
+from sase_blocks.search.halves import halves_of_images, relabelled, split_classes
 from sase_blocks.search.sase import bilevel, run
 from sase_blocks.search.sase.bilevel import VirtualStep, logits_gradient
 from sase_blocks.search.sase.config import SearchConfig
@@ -31,6 +31,8 @@ from sase_blocks.search.sase.run import search, second_order_bytes
 from sase_blocks.search.sase.space import SearchSpace
 from sase_blocks.search.sase.watch import dead_operations, describe_edges, hessian_eigenvalue, warnings_of
 from sase_blocks.search.synchronize import synchronize_norms
+
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 ROOT = Path(__file__).parents[1]
 SPACE = (
@@ -53,15 +55,6 @@ SMALL = {
     'save_minutes': 1e-9,  # at every look
 }
 STEPS = 6  # an epoch: 48 images for the weights
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Maps this small only lose by more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pictures() -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:

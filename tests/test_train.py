@@ -21,6 +21,8 @@ from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
 from sase_blocks.data import TransformedSamples
 from sase_blocks.train import TrainConfig, build_model, evaluate, train
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 ROOT = Path(__file__).parents[1]
 STEPS = 3  # an epoch of SMALL: 14 images and batches of 4, so two images are dropped
 SMALL = {
@@ -33,15 +35,6 @@ SMALL = {
     'cpu': True,
     'tensorboard': False,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Maps this small only lose by more threads, and lose minutes on a machine that is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='session')

@@ -14,17 +14,10 @@ from sase_blocks.insert.measure import count_macs
 from sase_blocks.models.trionet import NAMES, parse_operators, set_operators
 from sase_blocks.selfattention import OPERATORS, AxialSelfAttention, LocalSelfAttention, TrioBlock, build_operator
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 LAYERS = (3, 4, 6, 3)
 SMALL = {'num_classes': 10, 'img_size': 64}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- the notation ----

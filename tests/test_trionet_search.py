@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from sase_blocks.checkpoint import read_checkpoint
 from sase_blocks.cli import main
 from sase_blocks.demo import run_trionet_demo
 from sase_blocks.models import Architecture
-from sase_blocks.search.batches import halves_of_images
+from sase_blocks.search.halves import halves_of_images
 from sase_blocks.search.trionet import (
     SuperNet,
     TrioConfig,
@@ -43,6 +44,8 @@ from sase_blocks.search.trionet.sampling import uniform
 from sase_blocks.search.trionet.sandwich import networks_of, sandwich_step
 from sase_blocks.search.trionet.score import accuracy, batches_of, recalibrate, resize
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 ROOT = Path(__file__).parents[1]
 CLASSES = ('dark', 'light', 'striped')
 SPACE = {
@@ -51,15 +54,6 @@ SPACE = {
     'kernels': [3], 'windows': [3], 'attention_stages': [2],
 }  # fmt: skip
 STEPS = 6  # an epoch: 72 images for the weights, in batches of 12
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Maps this small only lose by more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pictures(count=96, seed=0):
@@ -288,10 +282,11 @@ def test_images_from_files_and_finetuning(config, tmp_path, look_often):
     assert result['data']['weights'] == 12
     assert result['data']['held_out'] == 4
     assert result['test_accuracy'] in (0, 25, 50, 75, 100)
-    rows = [json.loads(line) for line in (Path(config.out) / 'finetuned' / 'metrics.jsonl').read_text().splitlines()]
+    (tuned,) = (Path(config.out) / 'finetuned').iterdir()
+    rows = [json.loads(line) for line in (tuned / 'metrics.jsonl').read_text().splitlines()]
     assert result['finetuned'] == rows[-1]['acc1']
     start = read_checkpoint(Path(config.out) / 'network.pt')['state_dict']
-    end = read_checkpoint(Path(config.out) / 'finetuned' / 'last.pt')['state_dict']
+    end = read_checkpoint(tuned / 'last.pt')['state_dict']
     assert start.keys() == end.keys()
     assert not torch.equal(start['conv1.weight'], end['conv1.weight'])
 
@@ -338,7 +333,66 @@ def test_the_command(config, tmp_path, capsys):
     assert '--data DIR is missing' in capsys.readouterr().err
 
 
+def test_another_limit_is_finetuned_beside_the_first(config, tmp_path):
+    data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
+    one = replace(config, data=str(data), batch_size=4, epochs=1, evaluations=5, finetune=1)
+    found = [search(one), search(replace(one, resume=True, max_macs='20k'))]
+    assert found[0]['architecture'] != found[1]['architecture']
+    assert len(list((Path(config.out) / 'finetuned').iterdir())) == 2
+
+
 # ---- faults ----
+
+
+def test_no_test_images(config, tmp_path, capsys):
+    data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
+    shutil.rmtree(data / 'val')
+    one = replace(config, data=str(data), batch_size=4, epochs=1, evaluations=5)
+    with pytest.raises(FileNotFoundError, match='has no folder val'):
+        search(replace(one, finetune=1))
+    assert not (Path(config.out) / 'supernet.pt').exists()
+    assert search(one)['test_accuracy'] is None
+    assert 'there will be no test: ' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('test', 'says'),
+    [
+        ((torch.zeros(4, 1, 12, 12), torch.zeros(4)), 'expected uint8 images'),
+        ((torch.zeros(4, 1, 12, 12, dtype=torch.uint8), torch.zeros(3)), 'and 3 labels'),
+    ],
+    ids=['float images', 'labels'],
+)
+def test_wrong_test_images_are_refused_before_any_work(config, test, says):
+    with pytest.raises(ValueError, match=says):
+        search(config, pictures(), test)
+    assert not (Path(config.out) / 'supernet.pt').exists()
+
+
+def test_other_classes_in_the_test_split_are_refused_before_any_work(config, tmp_path):
+    data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
+    (data / 'val' / 'dog').rename(data / 'val' / 'owl')
+    with pytest.raises(ValueError, match='the classes of train and val differ'):
+        search(replace(config, data=str(data), batch_size=4))
+    with pytest.raises(ValueError, match='test goes with images'):
+        search(replace(config, data=str(data), batch_size=4), None, pictures()[:2])
+    assert not (Path(config.out) / 'supernet.pt').exists()
+
+
+def test_a_network_without_finite_outputs_fails_alone(config, monkeypatch, capsys):
+    real, calls = training.SupernetTraining.score, []
+
+    def poisoned(self, architecture):
+        calls.append(str(architecture))
+        if len(calls) == 2 * config.epochs + 2:  # two looks an epoch, then the second candidate
+            raise FloatingPointError('the outputs for 3 of 24 images are not finite')
+        return real(self, architecture)
+
+    monkeypatch.setattr(training.SupernetTraining, 'score', poisoned)
+    result = search(config, pictures())
+    assert result['evaluations'] == 8
+    assert calls[2 * config.epochs + 1] not in [entry['architecture'] for entry in [*result['front'], result]]
+    assert 'not finite' in capsys.readouterr().out
 
 
 @pytest.fixture(scope='session')

@@ -21,6 +21,8 @@ from sase_blocks.search.trionet.space import TrioSpace
 from sase_blocks.search.trionet.supernet import SuperNet
 from sase_blocks.selfattention import TrioBlock
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 OPERATORS = ('conv', 'local', 'axial')
 HEADS = 2
 SPACE = TrioSpace(
@@ -37,15 +39,6 @@ SPACE = TrioSpace(
 )
 LARGEST = 'image 16; stem 8; heads 2; 16: {0}/16*2; 24: {0}/24*2'
 NARROW = 'image 16; stem 8; heads 2; 8: {0}/8*2; 16: {0}/8'
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pure(text, operator):

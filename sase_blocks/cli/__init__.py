@@ -21,7 +21,7 @@ from sase_blocks.ops import EXTENDED_SETS
 
 from .model_args import is_ours, model_arguments
 from .options import add_model_options, add_settings
-from .search import add_search
+from .search_sase import add_sase
 from .search_trionet import add_trionet
 
 __all__ = ['main']
@@ -202,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser('search', help='search an architecture on your images')
     searches = sub.add_subparsers(title='searches', required=True, metavar='SEARCH')
-    add_search(partial(command, parent=searches))
+    add_sase(partial(command, parent=searches))
     add_trionet(partial(command, parent=searches))
 
     sub = command('run', _run, 'run a Python script with the models of sase_blocks registered')

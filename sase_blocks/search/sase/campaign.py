@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sase_blocks.runs import check_writable, is_main, write_text
-from sase_blocks.search.batches import Arrays
+from sase_blocks.search.halves import Arrays
 from sase_blocks.search.tasks import run_tasks
 from sase_blocks.train import TrainConfig
 

@@ -26,7 +26,7 @@ from sase_blocks import models  # noqa: F401  # registers our models with timm
 from sase_blocks.blocks import Genotype
 from sase_blocks.data import derive_seed
 from sase_blocks.insert.measure import count_macs, milliseconds_per_image
-from sase_blocks.runs import check_writable, is_main, write_text
+from sase_blocks.runs import check_writable, environment, is_main, write_text
 from sase_blocks.search.tasks import run_tasks
 from sase_blocks.train import TrainConfig, build_model, check_model_name, open_samples, train
 
@@ -144,7 +144,7 @@ def evaluate(
         'images': images[0] if images else None,
         **compare(rows),
         'errors': outcome.errors,
-        'versions': {'python': platform.python_version(), 'torch': str(torch.__version__), 'timm': timm.__version__},
+        'versions': environment()['versions'],
     }
     if is_main():
         write_text(out / 'evaluation.json', json.dumps(result, indent=2) + '\n')

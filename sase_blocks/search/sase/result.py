@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
-import einops
 import numpy as np
-import timm
 import torch
 from torch import Tensor
 
 from sase_blocks.blocks import Genotype
-from sase_blocks.runs import write_text
+from sase_blocks.runs import environment, write_text
 
 from .space import SearchSpace
 from .watch import describe_edges
@@ -51,13 +48,7 @@ def describe_result(
         'epoch': epoch,
         'settings': config,
         'data': {key: value for key, value in facts.items() if key != 'held_out_indices'},
-        'versions': {
-            'python': platform.python_version(),
-            'torch': torch.__version__,
-            'timm': timm.__version__,
-            'einops': einops.__version__,
-        },
-        'machine': {'platform': platform.platform(), 'threads': torch.get_num_threads()},
+        **environment(),
         **more,
     }
 

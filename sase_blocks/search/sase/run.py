@@ -31,11 +31,12 @@ from sase_blocks.runs import (
     check_finite,
     check_writable,
     launched,
+    open_log,
     rows_until,
     saved_run,
     write_rows,
 )
-from sase_blocks.search.batches import Arrays, find_samples, open_halves
+from sase_blocks.search.halves import Arrays, find_samples, open_halves
 from sase_blocks.search.synchronize import synchronize_norms
 from sase_blocks.train import build_model, check_model_name
 
@@ -212,10 +213,7 @@ class _Search:
         writer = None
         if main:
             write_rows(self.metrics, self.rows)
-            if config.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                writer = SummaryWriter(str(self.out / 'tensorboard'), purge_step=self.step)
+            writer = open_log(config, self.out, self.step)
         self.progress = Progress(config.epochs * self.steps, self.step, enabled=main)
         self._announce()
         result = self._result()

@@ -43,7 +43,7 @@ class TrioConfig:
 
     epochs: int = setting(100, 'passes of the supernet over its part of the training images')
     batch_size: int = setting(128, 'images a step, over all processes together')
-    opt: str = setting('sgd', 'optimizer; adamw learns more in few steps', choices=('sgd', 'adamw'))
+    opt: str = setting('sgd', 'optimizer', choices=('sgd', 'adamw'))
     lr: float = setting(0.1, 'highest learning rate')
     warmup: float = setting(0.05, 'part of all steps in which the learning rate rises; it then falls as a cosine to 0')
     momentum: float = setting(0.9, 'momentum of SGD')

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import einops
-import timm
-import torch
-
 from sase_blocks.checkpoint import save_checkpoint
 from sase_blocks.models import Architecture, TrioNet
-from sase_blocks.runs import write_text
+from sase_blocks.runs import environment, write_text
 from sase_blocks.search.problem import Candidate, best, front
 
 from .cost import Limits, macs, parameters
@@ -71,13 +66,7 @@ def describe_result(
         'seed': config['seed'],
         'settings': dict(config),
         'data': {key: value for key, value in facts.items() if key != 'held_out_indices'},
-        'versions': {
-            'python': platform.python_version(),
-            'torch': torch.__version__,
-            'timm': timm.__version__,
-            'einops': einops.__version__,
-        },
-        'machine': {'platform': platform.platform(), 'threads': torch.get_num_threads()},
+        **environment(),
     }
 
 

@@ -6,6 +6,7 @@ on where it stopped, and, once the supernet is trained, any number of processes 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from functools import cache, partial
@@ -15,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import resolve_data_config
+from torch import Tensor
 
-from sase_blocks.data import create_transforms, derive_seed, open_data
+from sase_blocks.data import Samples, create_transforms, derive_seed, open_data
 from sase_blocks.models import Architecture
 from sase_blocks.models.trio_network import default_cfgs
 from sase_blocks.runs import be_deterministic, check_writable, launched
-from sase_blocks.search.batches import Arrays, LoadedBatches, MemoryBatches, find_samples, labels_of, open_halves
+from sase_blocks.search.batches import Batches, LoadedBatches, MemoryBatches
 from sase_blocks.search.evolution import Problem, check_storage, evolve
+from sase_blocks.search.halves import Arrays, check_images, find_samples, labels_of, open_halves
 from sase_blocks.train import TrainConfig, train
 
 from .config import TrioConfig
@@ -42,7 +45,7 @@ NAMES = {'macs': 'max_macs', 'parameters': 'max_params', 'milliseconds': 'max_ms
 def search(
     config: TrioConfig,
     images: Arrays | None = None,
-    test: tuple[torch.Tensor, torch.Tensor] | None = None,
+    test: tuple[Tensor, Tensor] | None = None,
     *,
     storage: str | None = None,
 ) -> dict[str, Any]:
@@ -50,7 +53,7 @@ def search(
 
     Writes into ``config.out``: ``supernet.pt``, ``metrics.jsonl`` and ``tensorboard/`` while the supernet is trained;
     the study of the evolution; in the end ``architecture.json``, ``network.pt``, which is the found network with the
-    supernet's weights, ``front.png`` and ``architecture.png``, and ``finetuned/`` if asked for.
+    supernet's weights, ``front.png`` and ``architecture.png``, and a run in ``finetuned/`` if asked for.
 
     Args:
         config: the settings.
@@ -68,6 +71,7 @@ def search(
             run or a study that cannot be resumed; before any work.
         OSError: ``config.out`` or the storage cannot be written.
         FloatingPointError: a loss is no longer finite; the text names the step, the network and the last checkpoint.
+        RuntimeError: three networks in a row could not be scored.
     """
     if config.finetune and images is not None:
         raise ValueError('finetune reads class folders or a data set of timm; for images in memory write a loop')
@@ -106,6 +110,9 @@ def _search(
     data = find_samples(config, accelerator) if images is None else images
     classes = list(data[2]) if isinstance(data, tuple) else data.classes
     in_chans = data[0].shape[1] if isinstance(data, tuple) else 3
+    tests = _find_test(config, accelerator, test) if images is None else test
+    if images is not None and test is not None:
+        check_images(*test)
     costs = _Costs(config.limits, len(classes), in_chans, accelerator.device)
     _check_limits(space, costs)
     storage = str(out / 'study.db') if storage is None else storage
@@ -140,7 +147,7 @@ def _search(
             decode=lambda genome: str(space.architecture(genome)),
             fits=lambda text: costs.fit(Architecture.parse(text)),
             cost=lambda text: costs.objective(Architecture.parse(text)),
-            score=lambda text: training.score(Architecture.parse(text)),
+            score=partial(_score, training),
             draw=lambda rng: draw(space, rng, config.law),
         ),
         storage,
@@ -169,9 +176,9 @@ def _search(
         found = training.calibrated(Architecture.parse(result['architecture']))
         write_network(found.extract(), result['architecture'], out)
         result['test_accuracy'] = None
-        part = _test_part(config, found.architecture, images, test, training)
-        if part is not None:
+        if tests is not None:
             # Once, and after everything is decided.
+            part = _test_part(config, found.architecture, tests, training)
             batches = training.resized(part, found.architecture)
             result['test_accuracy'] = accuracy(found, batches, training.autocast())
             say(
@@ -284,9 +291,20 @@ def _settings(config: TrioConfig, space: TrioSpace, training: SupernetTraining, 
     }
 
 
-def _fingerprint(state: Mapping[str, torch.Tensor]) -> float:
-    """A number that tells trained weights apart, the same on every device that holds the same ones."""
-    return float(sum((i % 7 + 1) * t.double().cpu().abs().sum() for i, t in enumerate(state.values())))
+def _fingerprint(state: Mapping[str, torch.Tensor]) -> str:
+    """A short hash of trained weights: the same bits, the same text, on every machine."""
+    digest = hashlib.sha256()
+    for tensor in state.values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _score(training: SupernetTraining, text: str) -> float:
+    """The score of a network; one whose outputs are not finite fails alone, and does not end the search."""
+    try:
+        return training.score(Architecture.parse(text))
+    except FloatingPointError as error:
+        raise ValueError(str(error)) from error
 
 
 def _data_config(size: int) -> dict[str, Any]:
@@ -294,33 +312,47 @@ def _data_config(size: int) -> dict[str, Any]:
     return resolve_data_config({'img_size': size}, pretrained_cfg=default_cfgs['trionet'])
 
 
-def _test_part(config: TrioConfig, network: Architecture, images: Any, test: Any, training: SupernetTraining) -> Any:
-    """The test images as batches; None without any."""
+def _find_test(config: TrioConfig, accelerator: Any, test: Any) -> Samples | None:
+    """The test split; None where class folders have none, unless a fine-tuning needs it."""
+    if test is not None:
+        raise ValueError('test goes with images; the test split of config.data is found there')
+    try:
+        with accelerator.main_process_first():  # it may download
+            return open_data(
+                config.data,
+                config.dataset,
+                train_split=config.train_split,
+                val_split=config.val_split,
+                download=config.download,
+                num_classes=config.num_classes,
+            )[1]
+    except FileNotFoundError as error:
+        if config.finetune:
+            raise
+        if accelerator.is_main_process:
+            print(f'there will be no test: {error}', flush=True)
+        return None
+
+
+def _test_part(
+    config: TrioConfig, network: Architecture, tests: Samples | tuple[Tensor, Tensor], training: SupernetTraining
+) -> Batches:
+    """The test images as batches."""
     seed, device = config.seed, training.accelerator.device
-    if images is None:
-        samples = open_data(
-            config.data,
-            config.dataset,
-            train_split=config.train_split,
-            val_split=config.val_split,
-            download=config.download,
-            num_classes=config.num_classes,
-        )[1]
+    if isinstance(tests, Samples):
         return LoadedBatches(
-            samples,
-            torch.as_tensor(labels_of(samples)),
+            tests,
+            torch.as_tensor(labels_of(tests)),
             create_transforms(_data_config(network.image_size))[1],
             seed=seed,
             stream=2,
             workers=config.workers,
             device=device,
         )
-    if test is None:
-        return None
     weights = training.halves.weights
     assert isinstance(weights, MemoryBatches)
     mean, std = ((statistic / 255).flatten().tolist() for statistic in (weights.mean, weights.std))
-    return MemoryBatches(*test, mean=mean, std=std, augment=False, seed=seed, stream=2, device=device)
+    return MemoryBatches(*tests, mean=mean, std=std, augment=False, seed=seed, stream=2, device=device)
 
 
 def _finetuning(config: TrioConfig, architecture: str) -> TrainConfig:
@@ -329,7 +361,8 @@ def _finetuning(config: TrioConfig, architecture: str) -> TrainConfig:
     apart = {'out', 'epochs', 'lr', 'resume', 'ema_decay', 'label_smoothing'}
     return TrainConfig(
         **{name: getattr(config, name) for name in common - apart},
-        out=str(Path(config.out) / 'finetuned'),
+        # Another limit finds another network: each has a folder of its own.
+        out=str(Path(config.out) / 'finetuned' / hashlib.sha256(architecture.encode()).hexdigest()[:8]),
         model='trionet',
         model_args={'architecture': architecture},
         checkpoint=str(Path(config.out) / 'network.pt'),

@@ -126,7 +126,7 @@ class SuperNet(nn.Module):
     def _initialise(self) -> None:
         """He for convolutions, attentions as they do.
 
-        Blocks do not start as the identity: their weights are met by a part of the steps only, and start slowly then.
+        Blocks do not start as the identity: each weight is met by a part of the steps only, and would start slowly.
         """
         attentions = [m for m in self.modules() if hasattr(m, 'heads')]
         theirs = {id(part) for attention in attentions for part in attention.modules()}

@@ -29,11 +29,13 @@ from sase_blocks.runs import (
     Progress,
     append_row,
     check_finite,
+    open_log,
     rows_until,
     saved_run,
     write_rows,
 )
-from sase_blocks.search.batches import Batches, Halves
+from sase_blocks.search.batches import Batches
+from sase_blocks.search.halves import Halves
 
 from .config import TrioConfig
 from .sampling import draw
@@ -45,7 +47,7 @@ from .supernet import SubNetwork, SuperNet
 __all__ = ['SupernetTraining', 'load_supernet', 'saved_supernet']
 
 ADVICE = 'Try a lower --lr, a longer --warmup or a lower --clip-grad.'
-LOOKED_AT = 301  # stream of random numbers: the networks of the progress lines
+LOOKED_AT = 303  # stream of random numbers: the networks of the progress lines
 
 
 def saved_supernet(config: TrioConfig) -> dict[str, Any] | None:
@@ -190,10 +192,7 @@ class SupernetTraining:
         writer = None
         if main:
             write_rows(self.metrics, self.rows)
-            if config.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                writer = SummaryWriter(str(self.out / 'tensorboard'), purge_step=self.step)
+            writer = open_log(config, self.out, self.step)
         self.progress = Progress(config.epochs * self.steps, self.step, enabled=main)
         if self.resumed:
             self.progress.line(f'resuming the supernet at step {self.step} of {config.epochs * self.steps}')
@@ -254,10 +253,10 @@ class SupernetTraining:
         seen = torch.stack(unseen)
         seen = (self.accelerator.reduce(seen, 'mean') if self.world > 1 else seen).cpu()
         start = self.step - len(unseen)
-        for step, losses in enumerate(seen.tolist(), start=start):
-            networks = networks_of(self.space, self.law, self.config.seed, step, self.config.networks)
-            for loss, network in zip(losses, networks, strict=True):
-                check_finite([loss], step + 1, self.last, f'The network is "{network}". {ADVICE}')
+        for bad, number in (~seen.isfinite()).nonzero().tolist():  # in the order of the steps; the first one stops
+            step = start + bad
+            network = networks_of(self.space, self.law, self.config.seed, step, self.config.networks)[number]
+            check_finite([float(seen[bad, number])], step + 1, self.last, f'The network is "{network}". {ADVICE}')
         self.sums += seen.sum(0)
 
     def _accuracy(self, extent: str) -> float:

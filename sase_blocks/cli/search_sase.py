@@ -1,4 +1,4 @@
-"""``sase-blocks search``: find an attention block on one's own data."""
+"""``sase-blocks search sase``: find an attention block on one's own data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sase_blocks.blocks import BLOCKS
 from .model_args import model_arguments
 from .options import add_model_options, add_settings
 
-__all__ = ['add_search']
+__all__ = ['add_sase']
 
 EXAMPLES = """
 examples:
@@ -31,7 +31,7 @@ several processes, with one --storage for all machines, shares them.
 """
 
 
-def add_search(
+def add_sase(
     command: Callable[..., argparse.ArgumentParser],
 ) -> None:
     """The command's parser; ``command(name, run, help, epilog, parent)`` makes one."""
