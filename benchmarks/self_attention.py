@@ -3,8 +3,8 @@
 Two groups, each beside the unfold formulation (k x k copies of k and v, which the public codes of stand-alone
 self-attention make), measured in turn with it, all figures as medians and as ratios to it:
 
-    attention   from q, k and v to the result: every route of `local_attention`, and NATTEN where it is installed
-                (which has no relative term: it computes less)
+    attention   from q, k and v to the result: every route of `local_attention` that the device has, and NATTEN where it
+                is installed (which has no relative term: it computes less)
     layers      from x, with the projections: LocalSelfAttention, timm's HaloAttn and BottleneckAttn, and
                 AxialSelfAttention by its routes and with its batch norm over maps, as the authors' code has it
 
@@ -12,6 +12,9 @@ self-attention make), measured in turn with it, all figures as medians and as ra
     python benchmarks/self_attention.py --json attention.json    # 56, 28, 14 with k = 3, 5, 7
     python benchmarks/self_attention.py --sizes 28 --kernels 7 --compile
     python benchmarks/self_attention.py --device cuda --dtype bf16 fp32 --batch 64 --json gpu.json
+
+Attention by itself must read q, k and v and write the result, and backward read these four and one gradient and write
+three: these fewest bytes are counted, and on a GPU each time is set against a copy of as many bytes.
 
 benchmarks/README.md says what the columns are. Exits with 1 if a route differs from unfold.
 """
@@ -36,7 +39,19 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from blocks import DTYPES, Clock, CpuClock, CudaClock, cpu_name, interleaved, kept_bytes, peak_bytes, progress, spread
+from blocks import (
+    DTYPES,
+    Clock,
+    CpuClock,
+    CudaClock,
+    copy_bandwidth,
+    cpu_name,
+    interleaved,
+    kept_bytes,
+    peak_bytes,
+    progress,
+    spread,
+)
 from timm.layers.bottleneck_attn import BottleneckAttn
 from timm.layers.halo_attn import HaloAttn
 from torch import Tensor, nn
@@ -76,6 +91,10 @@ class Row:
     kept_of_unfold: float | None = None
     peak: float | None = None  # of forward + backward, above what was there before, in sizes of x (or of q)
     peak_of_unfold: float | None = None
+    fewest_forward_bytes: int | None = None  # of attention: q, k, v and y, each once
+    fewest_forward_backward_bytes: int | None = None
+    forward_of_copy: float | None = None  # the time of a copy that moves the fewest bytes over this time, on CUDA
+    forward_backward_of_copy: float | None = None
     error: float | None = None  # against unfold
     failure: str | None = None
 
@@ -136,10 +155,11 @@ def bottleneck(channels: int, size: int) -> nn.Module:
     return layer
 
 
-def functions() -> dict[str, Callable[..., Tensor]]:
+def functions(device: str) -> dict[str, Callable[..., Tensor]]:
     """The group `attention`; unfold first."""
     found: dict[str, Callable[..., Tensor]] = {'unfold': unfold_attention}
-    found.update({route: partial(local_attention, route=route) for route in LOCAL_ROUTES})
+    routes = [route for route in LOCAL_ROUTES if route != 'triton' or device == 'cuda']
+    found.update({route: partial(local_attention, route=route) for route in routes})
     if importlib.util.find_spec('natten') is not None:
         found['natten, no relative term'] = natten_attention
     return found
@@ -260,17 +280,21 @@ def measure(group: str, size: int, kernel: int, dtype: str, options: argparse.Na
         arguments = [torch.randn(shape, **kind).transpose(1, 2) / d**0.25 for _ in range(3)]
         arguments.append(torch.randn(1, 2, d // 2, kernel, **kind) / d**0.25)
         arguments = [x.detach().requires_grad_() for x in arguments]
-        makers = {n: partial(function_subject, f, arguments) for n, f in functions().items()}
+        makers = {n: partial(function_subject, f, arguments) for n, f in functions(options.device).items()}
     else:
         x = torch.randn(options.batch, channels, size, size, **kind).requires_grad_()
         makers = {n: partial(layer_subject, build, x) for n, build in layers(channels, size, kernel).items()}
     unit = options.batch * channels * size * size * DTYPES[dtype].itemsize
     for name, make in makers.items():
         for compiled in (False, True) if options.compile else (False,):
-            if compiled and name in ('recompute', 'axial, recompute', 'unfold'):
+            if compiled and name in ('recompute', 'triton', 'axial, recompute', 'unfold'):
                 continue
             label = f'{name}, compiled' if compiled else name
             row = Row(group, label, size, kernel, channels, options.batch, dtype)
+            if group == 'attention':
+                table = arguments[3].numel() * DTYPES[dtype].itemsize  # read forward and backward; its gradient written
+                row.fewest_forward_bytes = 4 * unit + table
+                row.fewest_forward_backward_bytes = 12 * unit + 3 * table
             rows.append(row)
             progress(f'{group} {size} k={kernel} {dtype}: {label}')
             try:
@@ -292,6 +316,10 @@ def measure(group: str, size: int, kernel: int, dtype: str, options: argparse.Na
         forward, both = seconds[f'{name}|forward'], seconds[f'{name}|both']
         row.forward_ms, row.forward_backward_ms = (1e3 * statistics.median(s) for s in (forward, both))
         row.spread = max(spread(forward), spread(both))
+        if options.bandwidth is not None and row.fewest_forward_bytes and row.fewest_forward_backward_bytes:
+            row.forward_of_copy = row.fewest_forward_bytes / options.bandwidth / (row.forward_ms / 1e3)
+            whole = row.fewest_forward_backward_bytes / options.bandwidth
+            row.forward_backward_of_copy = whole / (row.forward_backward_ms / 1e3)
     base = subjects['unfold'][0]
     for row, _ in subjects.values():
         row.forward_times_faster = base.forward_ms / row.forward_ms  # type: ignore[operator]
@@ -308,8 +336,11 @@ def table(rows: list[Row]) -> str:
         f'{first.group}: {first.batch} x {first.channels} x {first.size} x {first.size}, {HEADS} heads, '
         f'k = {first.kernel}, {first.dtype}',
         f'{"":30s}{"forward ms":>11s}{"fwd+bwd ms":>11s}{"x faster":>9s}{"x faster":>9s}{"spread":>8s}'
-        f'{"kept":>7s}{"part":>6s}{"peak":>7s}{"part":>6s}{"error":>9s}',
+        f'{"kept":>7s}{"part":>6s}{"peak":>7s}{"part":>6s}{"copy":>6s}{"copy":>6s}{"error":>9s}',
     ]
+    if first.fewest_forward_bytes and first.fewest_forward_backward_bytes:
+        fewest = first.fewest_forward_bytes / 1e6, first.fewest_forward_backward_bytes / 1e6
+        lines.insert(1, f'fewest bytes: forward {fewest[0]:.2f} MB, forward + backward {fewest[1]:.2f} MB')
     for row in rows:
         if row.failure is not None:
             lines.append(f'{row.name:30s} failed: {row.failure}')
@@ -317,7 +348,8 @@ def table(rows: list[Row]) -> str:
         cells = [
             (row.forward_ms, '11.2f'), (row.forward_backward_ms, '11.2f'), (row.forward_times_faster, '9.2f'),
             (row.forward_backward_times_faster, '9.2f'), (row.spread, '8.0%'), (row.kept, '7.1f'),
-            (row.kept_of_unfold, '6.2f'), (row.peak, '7.1f'), (row.peak_of_unfold, '6.2f'), (row.error, '9.0e'),
+            (row.kept_of_unfold, '6.2f'), (row.peak, '7.1f'), (row.peak_of_unfold, '6.2f'),
+            (row.forward_of_copy, '6.0%'), (row.forward_backward_of_copy, '6.0%'), (row.error, '9.0e'),
         ]  # fmt: skip
         text = ''.join(format('-', f'>{f.split(".")[0]}s') if x is None else format(x, f) for x, f in cells)
         lines.append(f'{row.name:30s}{text}')
@@ -364,6 +396,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     torch.set_num_threads(1)
     clock: Clock = CudaClock() if options.device == 'cuda' else CpuClock()
+    options.bandwidth = copy_bandwidth(clock, 'cuda') if options.device == 'cuda' else None
     rows: list[Row] = []
     for dtype in options.dtype:
         for size in options.sizes:
@@ -378,6 +411,7 @@ def main(argv: list[str] | None = None) -> int:
             'command': shlex.join(['python', 'benchmarks/self_attention.py', *argv]),
             'clock': clock.what,
             'device': torch.cuda.get_device_name() if options.device == 'cuda' else cpu_name(),
+            'copy_bytes_per_second': options.bandwidth,
             'versions': {'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__},
             'natten': importlib.util.find_spec('natten') is not None,
             'rows': [asdict(row) for row in rows],

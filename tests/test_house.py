@@ -21,6 +21,10 @@ ROOMS = (
 # with huggingface_hub, which timm requires).
 REQUIRED = {'torch', 'einops', 'timm', 'torchvision', 'numpy', 'PIL', 'safetensors', 'tqdm', 'sase_blocks'}
 
+# Triton's decorator takes the functions of a module, so a file of kernels imports it at its top. Such a file is itself
+# imported where it is needed, like an optional library.
+KERNELS = {'sase_blocks.selfattention.local_triton_forward', 'sase_blocks.selfattention.local_triton_backward'}
+
 # Nobody knows what is in them, so everything ends there.
 DRAWERS = {'utils', 'util', 'helpers', 'helper', 'common', 'misc'}
 
@@ -63,12 +67,16 @@ def faults(source: str, path: Path) -> list[str]:
     found = []
     if path.stem in DRAWERS:
         found.append(f'{path.name}: a drawer; name the file after the one thing that is in it')
+    own = '.'.join(['sase_blocks', *path.relative_to(PACKAGE).with_suffix('').parts])
     for name, early, line in imports(source, path):
         above = imported_room(name)
+        if early and own not in KERNELS and any(name == k or name.startswith(f'{k}.') for k in KERNELS):
+            found.append(f'{path.name}:{line}: {name} imports Triton and must be imported inside a function')
         if above is not None and ROOMS.index(above) > ROOMS.index(room(path)):
             found.append(f'{path.name}:{line}: {room(path)} imports {above}, which is above it')
         top = name.split('.')[0]
-        if above is None and early and top not in REQUIRED and top not in sys.stdlib_module_names:
+        kernel = own in KERNELS and top == 'triton'
+        if above is None and early and not kernel and top not in REQUIRED and top not in sys.stdlib_module_names:
             found.append(
                 f'{path.name}:{line}: {top} is optional and must be imported inside the function that needs it'
             )
@@ -94,8 +102,13 @@ def test_every_file_keeps_the_rules(path):
         ('viz.py', 'import matplotlib.pyplot as plt', 'matplotlib is optional'),
         ('train.py', 'from accelerate import Accelerator', 'accelerate is optional'),
         ('train.py', 'try:\n    import tensorboard\nexcept ImportError:\n    pass', 'tensorboard is optional'),
+        ('selfattention/local.py', 'import triton', 'triton is optional'),
+        ('selfattention/local.py', 'from .local_triton_forward import forward', 'imports Triton'),
+        ('selfattention/local.py', 'from . import local_triton_backward', 'imports Triton'),
         ('ops/utils.py', '', 'a drawer'),
         ('cli.py', 'from .train import train', None),
+        ('selfattention/local_triton_forward.py', 'import triton', None),
+        ('selfattention/local_triton.py', 'def f():\n    from .local_triton_forward import forward', None),
         ('ops/avg.py', 'from .primitive import Primitive', None),
         ('viz.py', 'def plot():\n    import matplotlib', None),
         ('viz.py', 'if TYPE_CHECKING:\n    from matplotlib.axes import Axes', None),
@@ -113,7 +126,7 @@ def test_the_map_names_every_room():
 
 
 def test_import_stays_light():
-    late = ('matplotlib', 'accelerate', 'sklearn', 'tensorboard', 'onnx', 'torch._dynamo', 'torch._inductor')
+    late = ('matplotlib', 'accelerate', 'sklearn', 'tensorboard', 'onnx', 'triton', 'torch._dynamo', 'torch._inductor')
     code = (
         'import sys, timm\n'
         'before = set(sys.modules)\n'

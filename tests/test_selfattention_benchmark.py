@@ -30,7 +30,13 @@ def test_table_and_json(bench, tmp_path, capsys):
     printed, result = capsys.readouterr().out, json.loads(file.read_text())
     rows = result['rows']
     assert {row['failure'] for row in rows} == {None}
-    assert [row['name'] for row in rows if row['group'] == 'attention'][:4] == ['unfold', *bench.LOCAL_ROUTES]
+    attention = [row for row in rows if row['group'] == 'attention']
+    assert [row['name'] for row in attention][:4] == ['unfold', 'shifts', 'blocks', 'recompute']
+    assert [set(bench.functions(device)) & {'triton'} for device in ('cpu', 'cuda')] == [set(), {'triton'}]
+    q, table = 4 * 512 * 7 * 7, 4 * 2 * 32 * 3
+    assert {row['fewest_forward_bytes'] for row in attention} == {4 * q + table}
+    assert {row['fewest_forward_backward_bytes'] for row in attention} == {12 * q + 3 * table}
+    assert 'fewest bytes: forward 0.40 MB, forward + backward 1.21 MB' in printed
     assert {'local', 'timm HaloAttn', 'timm BottleneckAttn', 'axial, maps'} < {row['name'] for row in rows}
     assert 'attention: 1 x 512 x 7 x 7, 8 heads, k = 3, fp32' in printed
     for row in rows:
@@ -43,8 +49,8 @@ def test_table_and_json(bench, tmp_path, capsys):
 
 
 def test_a_wrong_route_is_an_error(bench, monkeypatch):
-    wrong = {**bench.functions(), 'shifts': lambda *a: 1.01 * bench.unfold_attention(*a)}
-    monkeypatch.setattr(bench, 'functions', lambda: wrong)
+    wrong = {**bench.functions('cpu'), 'shifts': lambda *a: 1.01 * bench.unfold_attention(*a)}
+    monkeypatch.setattr(bench, 'functions', lambda device: wrong)
     assert bench.main([*TINY, '--groups', 'attention']) == 1
 
 

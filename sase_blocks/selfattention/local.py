@@ -40,7 +40,7 @@ class LocalSelfAttention(nn.Module):
         border: ``'zero'``: k and v are zero outside the map and take part, as in the paper; ``'mask'``: they do not.
         stride: 2 takes a 2 x 2 average pool behind the attention at full resolution; a last odd row or column is
             averaged with itself, as the strided convolutions of a ResNet round up.
-        route: forces one of ``LOCAL_ROUTES``; None lets ``local_attention`` choose.
+        route: forces one of ``LOCAL_ROUTES``; None lets ``local_attention`` choose, by device among other things.
         device, dtype: of the parameters.
 
     Raises:

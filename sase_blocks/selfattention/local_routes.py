@@ -1,4 +1,4 @@
-"""Attention of each position to the k x k positions around it: one formula, three ways to compute it.
+"""Attention of each position to the k x k positions around it: one formula, four ways to compute it.
 
 The formula is that of Stand-Alone Self-Attention (Ramachandran et al. 2019), per head, for the query at (i, j) and the
 keys at (a, b) of its window, with r the concatenation of a row and a column table:
@@ -14,12 +14,16 @@ No route makes k * k copies of k and v, and the two tables are never added up in
 | shifts | one shifted copy of the map after another; few products, many passes | everything |
 | blocks | blocks of queries with a halo of keys: product, softmax, product | everything |
 | recompute | the same in chunks, keeps only q, k, v, and computes the weights again for the backward | eager |
+| triton | one fused pass over the maps, two backward; see ``local_triton`` (not run on a GPU yet) | eager, on CUDA |
 
 In blocks, the terms of the tables are products, too: the dot products of a query with the row table and with the column
 table, times ones where a key has its row and its column. What is outside the window, or outside the map, is pushed
 down by the same products. Orientations are those that a CPU's batched products are fast in: queries (N, Q, d), keys
 (N, d, K).
 """
+
+import contextlib
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +44,7 @@ from .windows import (
 )
 
 BORDERS = ('zero', 'mask')
-LOCAL_ROUTES = ('shifts', 'blocks', 'recompute')
+LOCAL_ROUTES = ('shifts', 'blocks', 'recompute', 'triton')
 
 
 def spread_tables(relative: Tensor, side: int) -> tuple[Tensor, Tensor]:
@@ -210,14 +214,23 @@ class Recompute(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         q, k, v, relative = saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-            y = blocks(widen(q), widen(k), widen(v), widen(relative), ctx.mask, ctx.side)
-            wanted = [x for x, needed in zip(saved, ctx.needs_input_grad, strict=False) if needed]
-            found = iter(torch.autograd.grad(narrow(y, q), wanted, grad, create_graph=True))
-            return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), None, None)
+            return (*gradients_of_blocks(saved, grad, ctx.needs_input_grad, ctx.mask), None, None)
         if autocast_active(grad.device):
             with torch.autocast(grad.device.type, enabled=False):
                 return (*gradients(q, k, v, relative, grad, ctx.mask, ctx.side), None, None)
         return (*gradients(q, k, v, relative, grad, ctx.mask, ctx.side), None, None)
+
+
+def gradients_of_blocks(
+    inputs: Sequence[Tensor], grad: Tensor, needed: Sequence[bool], mask: bool
+) -> list[Tensor | None]:
+    """Those of q, k, v and the tables that are needed, with a graph of their own for a second derivative."""
+    q, k, v, relative = (widen(x) for x in inputs)
+    with torch.autocast(grad.device.type, enabled=False) if autocast_active(grad.device) else contextlib.nullcontext():
+        y = narrow(blocks(q, k, v, relative, mask, block_side(q.shape[3], q.shape[4])), inputs[0])
+        wanted = [x for x, wants in zip(inputs, needed, strict=False) if wants]
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [next(found) if wants else None for wants in needed[:4]]
 
 
 def numbers_per_head(q: Tensor, relative: Tensor, side: int) -> int:
@@ -280,25 +293,40 @@ def recomputed(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool, si
     return y
 
 
+def fused(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool) -> Tensor:
+    """The route ``triton``, or a ValueError that says why not."""
+    from .local_triton import fused_attention
+
+    return fused_attention(q, k, v, relative, mask)
+
+
 def run_route(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool, route: str, side: int) -> Tensor:
     """``local_attention`` behind its checks, outside autocast."""
     if route == 'auto' and relative.shape[3] <= 3:
         route = 'shifts'
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out what is under such a line alone
+    if not torch.jit.is_scripting():  # TorchScript leaves out what is under such a line alone
         if route == 'recompute':
             return recomputed(q, k, v, relative, mask, side)
+        if route == 'triton':
+            return fused(q, k, v, relative, mask)
     dtype, q, k, v, relative = q, widen(q), widen(k), widen(v), widen(relative)
     if route == 'shifts':
         return narrow(shifts(q, k, v, relative, mask), dtype)
     return narrow(blocks(q, k, v, relative, mask, side), dtype)
 
 
-def eager_route(q: Tensor, k: Tensor, v: Tensor, relative: Tensor) -> str:
-    """What was fastest on a CPU, at 14, 28 and 56 with 8, 16 and 32 channels a head and k = 3, 5 and 7.
+def eager_route(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool) -> str:
+    """On CUDA triton, where its kernels run and have passed their check. Else what was fastest on a CPU.
 
-    For small windows forward, shifts. With the backward, from 16 channels a head on, recompute is as fast and keeps
-    less; below, the windows of keys are mostly copying. Nothing was measured on a GPU.
+    Measured at 14, 28 and 56 with 8, 16 and 32 channels a head and k = 3, 5 and 7: for small windows forward, shifts;
+    with the backward, from 16 channels a head on, recompute is as fast and keeps less; below, the windows of keys are
+    mostly copying. Nothing was measured on a GPU.
     """
+    if q.device.type == 'cuda':
+        from .local_triton import trusted
+
+        if trusted(q, k, v, relative, mask):
+            return 'triton'
     backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, relative))
     small = relative.shape[3] <= 3
     return 'shifts' if small and not (backward and q.shape[2] >= 16) else 'recompute'
@@ -316,8 +344,8 @@ def check_local(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, border: str, 
         raise ValueError(f'relative must be (1 or 3, 2, d / 2, k), k odd, got {size} for q of shape {q.shape}')
     if border != 'zero' and border != 'mask':
         raise ValueError(f'border must be one of zero, mask, got {border}')
-    if route != 'auto' and route != 'shifts' and route != 'blocks' and route != 'recompute':
-        raise ValueError(f'route must be one of shifts, blocks, recompute, got {route}')
+    if route != 'auto' and route != 'shifts' and route != 'blocks' and route != 'recompute' and route != 'triton':
+        raise ValueError(f'route must be one of shifts, blocks, recompute, triton, got {route}')
 
 
 @torch.fx.wrap
@@ -326,7 +354,8 @@ def local_attention(
 ) -> Tensor:
     """Attention of every position to the k x k positions around it, with relative positions.
 
-    Products and the softmax are in fp32 for half inputs, under autocast too; the result has the dtype of q.
+    Products and the softmax are in fp32 for half inputs, under autocast too (triton multiplies half inputs as they are,
+    and sums in fp32); the result has the dtype of q.
 
     Args:
         q, k, v: (B, heads, d, H, W), d even, any strides.
@@ -335,33 +364,34 @@ def local_attention(
             the second half. Entry k // 2 is offset 0, a larger one is further down or right.
         border: ``'zero'``: outside the map k and v are 0, and these positions take part with what the relative terms
             give them, as with the zero padding of the paper. ``'mask'``: they take no part.
-        route: one of ``LOCAL_ROUTES``; None chooses: recompute, or shifts for k up to 3 where these are faster
+        route: one of ``LOCAL_ROUTES``; None chooses: on CUDA triton, where its kernels run and agree with blocks in
+            a check at the first use (``local_triton``); else recompute, or shifts for k up to 3 where these are faster
             (``eager_route``); where a compiler or TorchScript looks on, blocks, and shifts for k up to 3; for an
-            export shifts, since the number of blocks, which may be 1, would pin its sizes. recompute has no
-            forward-mode derivative.
+            export shifts, since the number of blocks, which may be 1, would pin its sizes. recompute and triton have
+            no forward-mode derivative.
 
     Returns:
         (B, heads, d, H, W).
 
     Raises:
-        ValueError: shapes that do not fit, a map of size 0, an unknown border or route, or ``'recompute'`` where it
-            does not run.
+        ValueError: shapes that do not fit, a map of size 0, an unknown border or route, or ``'recompute'`` or
+            ``'triton'`` where it does not run.
     """
     forced = 'auto' if route is None else route
     check_local(q, k, v, relative, border, forced)
     if torch.jit.is_scripting():
-        if forced == 'recompute':
-            raise ValueError("the route 'recompute' is an autograd function, TorchScript has none; use 'blocks'")
+        if forced == 'recompute' or forced == 'triton':
+            raise ValueError(f"the route '{forced}' is an autograd function, TorchScript has none; use 'blocks'")
         side = block_side(q.shape[3], q.shape[4])
         return run_route(q, k, v, relative, border == 'mask', forced, side)
     else:
         graph = captured()
         if forced == 'auto' and graph and exported():
             forced = 'shifts'  # the numbers of blocks, which may be 1, would pin the exported sizes
-        if forced == 'recompute' and graph:
-            raise ValueError("the route 'recompute' is an autograd function and cannot be captured; use 'blocks'")
+        if (forced == 'recompute' or forced == 'triton') and graph:
+            raise ValueError(f"the route '{forced}' is an autograd function and cannot be captured; use 'blocks'")
         if forced == 'auto' and not graph:
-            forced = eager_route(q, k, v, relative)
+            forced = eager_route(q, k, v, relative, border == 'mask')
         side = SIDE if graph else block_side(q.shape[3], q.shape[4])
         if autocast_active(q.device):
             with torch.autocast(q.device.type, enabled=False):
