@@ -309,6 +309,57 @@ def test_replacing_by_name_in_any_network():
     assert plain(torch.randn(1, 3, 9, 9)).shape == (1, 16, 5, 5)
 
 
+OTHERS = [  # network, operator, where, how many, the first
+    ('resnet26d', 'axial', None, 8, 'layer1.0.conv2'),  # average pools in its shortcuts, three convolutions in its stem
+    ('resnetblur18', 'local', None, 13, 'layer1.0.conv1'),  # blurs and pools behind the convolution
+    ('skresnet18', 'axial', None, 8, 'layer1.0.conv2.conv'),
+    ('res2net50_26w_4s', 'local', None, 48, 'layer1.0.convs.0'),  # several a block, of a part of its channels each
+    ('hrnet_w18_small', 'local', None, 41, 'layer1.0.conv2'),
+    ('resnetv2_50', 'axial', 'stages.3.*.conv2', 3, 'stages.3.blocks.0.conv2'),  # norms before the convolution
+    ('gcresnet33ts', 'local', 'stages.2.*.conv2_kxk.conv', 3, 'stages.2.0.conv2_kxk.conv'),
+    ('cspdarknet53', 'axial', 'stages.4.blocks.*.conv2.conv', 4, 'stages.4.blocks.0.conv2.conv'),
+    ('dla34', 'local', lambda name, module: name.endswith('tree2.conv2'), 6, 'level2.tree2.conv2'),
+]
+
+
+@pytest.mark.parametrize(('name', 'operator', 'where', 'count', 'first'), OTHERS, ids=[o[0] for o in OTHERS])
+def test_replacing_in_other_networks(name, operator, where, count, first):
+    """It runs at the size the tables were made for and at another, and every new parameter gets a gradient."""
+    model = timm.create_model(name, num_classes=2)
+    names = replace_convolutions(model, operator, where, kernel_size=None, heads=1, input_size=64)
+    assert (len(names), names[0]) == (count, first)
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    for new in names:
+        for parameter, value in model.get_submodule(new).named_parameters():
+            assert value.grad is not None, f'{new}.{parameter}'
+            assert value.grad.isfinite().all(), f'{new}.{parameter}'
+    with torch.no_grad():
+        assert model.eval()(torch.randn(1, 3, 96, 64)).isfinite().all()
+
+
+def test_replacing_inside_a_segmentation_network():
+    segmentation = pytest.importorskip('torchvision').models.segmentation
+    model = segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=2).eval()
+    assert len(replace_convolutions(model, 'local', stages=(1, 2), kernel_size=3)) == 7
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 33, 40))['out'].shape == (1, 2, 33, 40)
+    with pytest.raises(ValueError, match=r'backbone.layer4.1.conv2 cannot be replaced: it is dilated by \(4, 4\)'):
+        replace_convolutions(model, 'local', 'backbone.layer4.1.conv2')
+
+
+@pytest.mark.parametrize(
+    ('name', 'says'),
+    [
+        ('resnetv2_50', r"this ResNetV2 has .*, but 16 elsewhere can: .* 'stages.3.blocks.2.conv2'"),
+        ('regnetx_002', r'this RegNet has .*; of stem.conv: it has 1 groups, 3 channels in and 32 out'),
+        ('vit_tiny_patch16_224', r'no residual block of this VisionTransformer has a 3 x 3 convolution'),
+    ],
+)
+def test_nothing_to_replace(name, says):
+    with pytest.raises(ValueError, match=says):
+        replace_convolutions(timm.create_model(name, num_classes=2), 'local')
+
+
 @pytest.mark.parametrize(
     ('change', 'error', 'says'),
     [

@@ -58,8 +58,7 @@ def replace_convolutions(
     check_choice('operator', operator, tuple(OPERATORS))
     found = dict(_matching(model, where, stages))
     if not found:
-        chosen = 'residual block' if where is None else f'module that where={where!r} names'
-        raise ValueError(f'no {chosen} of this {type(model).__name__} has a 3 x 3 convolution that can be replaced')
+        raise ValueError(_nothing_found(model, where, stages))
     for name, conv in found.items():
         if reason := _why_not(conv):
             raise ValueError(f'{name} cannot be replaced: {reason}')
@@ -75,6 +74,22 @@ def replace_convolutions(
         parent, _, child = name.rpartition('.')
         setattr(model.get_submodule(parent), child, new)
     return list(built)
+
+
+def _nothing_found(model: nn.Module, where: Where, stages: Any) -> str:
+    """What was looked for, and what the network has instead."""
+    if where is not None:
+        within = '' if stages is None else f' in the stages {stages!r}'
+        return f'no module that where={where!r} names{within} is in this {type(model).__name__}'
+    message = f'no residual block of this {type(model).__name__} has a 3 x 3 convolution that can be replaced'
+    convs = {n: _why_not(m) for n, m in model.named_modules() if getattr(m, 'kernel_size', None) == (3, 3)}
+    possible = [name for name, reason in convs.items() if reason is None]
+    if possible:
+        return f'{message}, but {len(possible)} elsewhere can: choose them with where=, for instance {possible[-1]!r}'
+    for name, reason in convs.items():
+        message += f'; of {name}: {reason}'
+        break
+    return message
 
 
 def _matching(model: nn.Module, where: Where, stages: Any) -> Iterator[tuple[str, Any]]:
@@ -109,6 +124,8 @@ def _why_not(conv: nn.Module) -> str | None:
         return f'it has {conv.groups} groups, {conv.in_channels} channels in and {conv.out_channels} out'
     if conv.stride not in ((1, 1), (2, 2)):
         return f'its stride is {conv.stride}; operators have 1 or 2'
+    if conv.dilation != (1, 1):
+        return f'it is dilated by {conv.dilation}'
     if conv.kernel_size[0] % 2 == 0 or tuple(conv.padding) != tuple(k // 2 for k in conv.kernel_size):
         return f'its kernel {conv.kernel_size} with padding {conv.padding} does not keep the size of the map'
     return None
