@@ -66,7 +66,7 @@ class Ours:
 
             compile_mixed_blocks(self.network)
         self.weights = list(self.network.weights().values())
-        self.optimizer = torch.optim.SGD(self.weights, LR, MOMENTUM, weight_decay=DECAY)
+        self.optimizer = torch.optim.SGD(self.weights, LR, MOMENTUM, weight_decay=DECAY, fused=True)
         self.logits_optimizer = torch.optim.Adam(
             [self.network.logits], LOGITS_LR, (0.5, 0.999), weight_decay=LOGITS_DECAY
         )

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sase_blocks.ops import ChannelPNorm, SpatialAvgStd
-from sase_blocks.search.sase import convolutions, moments, parts
+from sase_blocks.ops import ChannelPNorm, SpatialAvgStd, SpatialL2Norm
+from sase_blocks.ops.spatial_squeeze import SpatialSqueeze
+from sase_blocks.search.sase import convolutions, formulas, moments, parts, second_order
 from sase_blocks.search.sase.mixed import MixedBlock
 from sase_blocks.search.sase.space import EDGES, SearchSpace
 
@@ -100,7 +101,8 @@ def test_shapes(channels, size, shape):
     for memory_format in (torch.contiguous_format, torch.channels_last):
         plain, twin = pair('paper', channels, size, False, torch.float32)
         x = x.to(memory_format=memory_format)
-        assert worst(off(derivatives(twin, x, False), derivatives(plain, x, False))) < (1e-6, '')
+        found = {name: value.double() for name, value in derivatives(twin, x, False).items()}
+        assert worst(off(found, derivatives(plain.double(), x.double(), False))) < (1e-6, '')
     plain, twin = pair('paper', channels, size, False, torch.float64)
     x, second = x.double(), channels > 1 and size != (1, 1)  # a deviation of one value, 0, has an infinite curvature
     for training in (True, False):
@@ -139,7 +141,7 @@ def test_a_mean_far_from_zero_costs_no_digits(where):
             found = moments.moments(dims, x, gate)
             for power, (a, b) in enumerate(zip(found[:4], expected[:4], strict=True), 1):
                 assert (a - b).abs().max() < 2e-4 * b.abs().max(), power
-            total, fourth = moments.fourth_power_sum(found, 16), moments.fourth_power_sum(expected, 16)
+            total, fourth = formulas.fourth_power_sum(found, 16), formulas.fourth_power_sum(expected, 16)
             assert (total / fourth - 1).abs().max() < 1e-5
 
 
@@ -150,17 +152,30 @@ def test_twice_differentiable(gated):
     def tensor(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
-    x, gate, mean, rates = tensor(2, 3, 2, 2), tensor(2, 3, 1, 1), tensor(2, 3, 1, 1), tensor(2, 2, 3)
+    x, gate, mean, rates = tensor(2, 4, 4, 2), tensor(2, 4, 1, 1), tensor(2, 4, 1, 1), tensor(2, 2, 4)
     plan = moments.Plan(gated, not gated, True)
     gate_or_not = (gate,) if gated else ()
+
+    def positions(x: Tensor) -> tuple[Tensor, ...]:
+        return moments.PositionStatistics.apply(moments.Positions(2 * gated, 2), x)
 
     def spatial(x: Tensor, mean: Tensor, rates: Tensor, *gate: Tensor) -> tuple[Tensor, ...]:
         return moments.SpatialStatistics.apply(plan, x, gate[0] if gate else None, mean, rates)
 
+    def rows(values: Tensor, kernel: Tensor, *gate: Tensor) -> tuple[Tensor, ...]:
+        return second_order.RowSums.apply(values, gate[0] if gate else None, kernel)
+
+    kinds = [*(kind for kind in formulas.PURE if issubclass(kind, SpatialSqueeze)), SpatialL2Norm]
+    kinds += [kind for kind in formulas.BESIDE_MEAN if issubclass(kind, SpatialSqueeze)]
+    maps = formulas.SpatialMaps(tuple(kinds), 4, torch.float64)
+    of_maps = [*(tensor(2, 1, 4, 2) for _ in range(7)), tensor(4, 2), tensor(4, 2), tensor(2), tensor(2), tensor(2)]
     for function, inputs in (
-        (moments.ChannelMoments.apply, (x,)),
+        (positions, (x,)),
         (spatial, (x, mean, rates, *gate_or_not)),
-        (moments.Gated.apply, (x, gate, tensor(2, 1, 2, 2))),
+        (rows, (tensor(2, 3, 4), tensor(4, 4), *((tensor(2, 3, 1),) if gated else ()))),
+        (rows, (tensor(2, 4, 3), tensor(3, 3), *((tensor(2, 4, 1),) if gated else ()))),
+        (moments.Gated.apply, (x, gate, tensor(2, 1, 4, 2))),
+        (lambda *a: parts.Recomputed.apply(parts.Weighted(maps), *a), (tensor(len(kinds)), *of_maps)),
         (lambda a, b: parts.Recomputed.apply(lambda a, b: (a * b).sin(), a, b * a), (x, gate)),
     ):
         outputs = function(*inputs)

@@ -33,13 +33,15 @@ from sase_blocks.ops.primitive import (
     saturate,
 )
 
-from .parts import Part, alone
+from .parts import Part
 
 __all__ = ['excited']
 
+KEPT = 256  # positions of a map up to which what is on the way to an excitation is little, and is kept
 BAND_WIDTH = 64  # rows up to this length are multiplied by band matrices; on longer ones their zeros cost too much
 
 _selections: dict[tuple[Any, ...], Tensor] = {}
+_placements: dict[tuple[Any, ...], Tensor] = {}
 
 
 def selection(kernel: int, length: int, like: Tensor) -> Tensor:
@@ -94,52 +96,74 @@ CONVOLUTIONS: frozenset[type] = frozenset(
 
 def kernels(op: Any) -> list[Tensor]:
     """The kernels (kh, kw) of an operation, those with a ReLU between them apart, those without composed."""
-    weights = [conv.weight[0] if conv.weight.dim() == 3 else conv.weight[0, 0] for conv in op.convs]
+    weights = [conv.weight.view(-1, conv.weight.shape[-1]) for conv in op.convs]
     if type(op) in (SpatialConv3Separable, SpatialConv5Separable):
         row, column = weights
         return [column * row]  # (k, 1) times (1, k)
     return weights
 
 
+def placement(sizes: tuple[tuple[int, int], ...], like: Tensor) -> Tensor:
+    """Where the taps of kernels of these sizes, one after the other, are in kernels of the largest size, one-hot.
+
+    -> (taps, kernels * kh * kw).
+    """
+    key = (sizes, like.device, like.dtype)
+    if not torch.compiler.is_compiling() and key in _placements:
+        return _placements[key]
+    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    targets = []
+    for number, (h, w) in enumerate(sizes):
+        top, left = (height - h) // 2, (width - w) // 2
+        targets += [((number * height) + top + i) * width + left + j for i in range(h) for j in range(w)]
+    with torch.inference_mode(False), torch.no_grad():
+        hot = torch.eye(len(sizes) * height * width, device=like.device, dtype=like.dtype)[targets]
+    if not torch.compiler.is_compiling() and type(hot) is Tensor:  # no fake tensors
+        _placements[key] = hot
+    return hot
+
+
 def stacked_kernels(parts: Sequence[Tensor]) -> Tensor:
     """Kernels of odd sizes, padded around to the largest: (N, kh, kw)."""
-    height, width = max(k.shape[0] for k in parts), max(k.shape[1] for k in parts)
-    padded = []
-    for k in parts:
-        dy, dx = (height - k.shape[0]) // 2, (width - k.shape[1]) // 2
-        padded.append(F.pad(k, (dx, dx, dy, dy)) if dy or dx else k)
-    return torch.stack(padded)
+    sizes = tuple((k.shape[0], k.shape[1]) for k in parts)
+    if len(set(sizes)) == 1:
+        return torch.stack(tuple(parts))
+    taps = torch.cat([k.flatten() for k in parts])
+    return (taps @ placement(sizes, taps)).view(len(parts), max(h for h, _ in sizes), max(w for _, w in sizes))
 
 
-def excited(q: Tensor, *edges: Sequence[Any]) -> list[list[Part]]:
+def excited(q: Tensor, *edges: Sequence[Any], fair: bool) -> list[list[Part]]:
     """What the excitations of one or more edges give for the same q; each output is shaped as q.
 
-    q: (B, C, 1, 1) for channel excitations, (B, 1, H, W) for spatial ones.
+    q: (B, C, 1, 1) for channel excitations, (B, 1, H, W) for spatial ones. fair: a sigmoid behind those that are no
+    gates already.
     """
     ops = [op for edge in edges for op in edge]
-    chosen = [i for i, op in enumerate(ops) if type(op) in CONVOLUTIONS]
-    outputs: dict[int, Tensor] = {}
-    if len(chosen) > 1:
-        of_op = [kernels(ops[i]) for i in chosen]
+    convolved = [op for op in ops if type(op) in CONVOLUTIONS]
+    shared = len(convolved) > 1
+    found: list[Part | None] = [None] * len(edges)
+    if shared:
+        of_op = [kernels(op) for op in convolved]
         # The deepest first: each further layer is for the first few of what the one before it gave.
-        order = sorted(range(len(chosen)), key=lambda i: -len(of_op[i]))
+        order = sorted(range(len(convolved)), key=lambda i: -len(of_op[i]))
         layers = [
             stacked_kernels([of_op[i][depth] for i in order if len(of_op[i]) > depth])
             for depth in range(len(of_op[order[0]]))
         ]
-        channel = isinstance(ops[chosen[0]], ChannelConv)
+        channel = isinstance(convolved[0], ChannelConv)
         function = partial(_convolved, tuple(order), channel)
+        positions = [[i for i, op in enumerate(edge) if type(op) in CONVOLUTIONS] for edge in edges]
         if len(edges) == 1 and not channel:
-            rest = [Part.of(i, op(q)) for i, op in enumerate(ops) if i not in chosen]
-            return [[Part(chosen, function, [q, *layers], again=True), *rest]]
-        outputs = dict(zip(chosen, function(q, *layers).unbind(0), strict=True))
-    parts, number = [], 0
-    for edge in edges:
-        found = []
-        for op in edge:
-            found.append(outputs[number] if number in outputs else op(q))
-            number += 1
-        parts.append(alone(found))
+            found = [Part(positions[0], function, [q, *layers], again=q.shape[2] * q.shape[3] > KEPT)]
+        else:
+            shares = function(q, *layers).split([len(chosen) for chosen in positions])
+            found = [Part.of_stack(*pair) for pair in zip(positions, shares, strict=True)]
+    parts = []
+    for edge, part in zip(edges, found, strict=True):
+        rest = {i: op(q) for i, op in enumerate(edge) if not (shared and type(op) in CONVOLUTIONS)}
+        if fair:
+            rest = {i: output if edge[i].gated else torch.sigmoid(output) for i, output in rest.items()}
+        parts.append([p for p in (part, Part.of(rest)) if p is not None and p.positions])
     return parts
 
 

@@ -113,25 +113,29 @@ class MixedBlock(AttentionModule):
         """The channel attention c (B, C, 1, 1) and the spatial attention a (B, 1, H, W) for x (B, C, H, W)."""
         ops = [self.operations(edge) for edge in range(len(EDGES))]
         if self.form == 'shared':
-            squeezes = SharedSqueezes(x)
+            squeezes = SharedSqueezes(x, ops[0], (*ops[3], *ops[4]))
             q = self._mixed(0, squeezes.channel(ops[0]))
-            c, d = (self._mixed(edge, parts) for edge, parts in zip((1, 2), excited(q, ops[1], ops[2]), strict=True))
+            of_c, of_d = excited(q, ops[1], ops[2], fair=self.fair)
+            c, d = self._mixed(1, of_c), self._mixed(2, of_d)
             of_gated, of_plain = squeezes.spatial(ops[3], d, ops[4])
         else:
             q = self._mixed(0, alone([op(x) for op in ops[0]]))
-            c = self._mixed(1, alone([op(q) for op in ops[1]]))
-            d = self._mixed(2, alone([op(q) for op in ops[2]]))
+            c, d = self._mixed(1, self._excited(q, ops[1])), self._mixed(2, self._excited(q, ops[2]))
             of_gated, of_plain = alone([op(x, d) for op in ops[3]]), alone([op(x) for op in ops[4]])
         s = torch.relu(self.norm(mix(self._mixed(3, of_gated), self._mixed(4, of_plain), self.mix_weight)))
-        of_s = excited(s, ops[5])[0] if self.form == 'shared' else alone([op(s) for op in ops[5]])
+        of_s = excited(s, ops[5], fair=self.fair)[0] if self.form == 'shared' else self._excited(s, ops[5])
         return c, self._mixed(5, of_s)
+
+    def _excited(self, q: Tensor, ops: Sequence[Any]) -> list[Part]:
+        """What excitations give, each computed by itself; with fair mixing, each behind a sigmoid."""
+        outputs = [op(q) for op in ops]
+        if self.fair:
+            outputs = [y if op.gated else torch.sigmoid(y) for op, y in zip(ops, outputs, strict=True)]
+        return alone(outputs)
 
     def _mixed(self, edge: int, parts: Sequence[Part]) -> Tensor:
         """The weighted sum of the outputs of an edge's operations."""
-        normed = self.fair and EDGES[edge] in self.scales
-        if self.fair and not normed:
-            ops = self.operations(edge)
-            parts = [part.gated(ops) for part in parts]
+        normed = EDGES[edge] in self.scales
         if self.form == 'shared' and not normed and self.observer is None and self.probabilities is not None:
             return weighted_sum(parts, self.probabilities[edge])
         stack = stacked(parts)  # (operations, B, ...)

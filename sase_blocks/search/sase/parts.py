@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ __all__ = ['Part', 'Recomputed', 'alone', 'stacked', 'weighted_sum']
 class Recomputed(torch.autograd.Function):
     """``function(*tensors)``, one tensor, that keeps its inputs alone; differentiable twice.
 
+    The first derivative is autograd's, or what the function's own ``vjp(grad, tensors)`` gives unless that is None.
     Not ``torch.utils.checkpoint``: that would call modules again, which have other weights by then where
     ``torch.func.functional_call`` put tensors in the place of parameters.
     """
@@ -33,6 +35,11 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         twice, needed = torch.is_grad_enabled(), ctx.needs_input_grad[1:]
+        if not twice and hasattr(ctx.function, 'vjp'):
+            with torch.autocast(ctx.autocast[0], enabled=False):
+                grads = ctx.function.vjp(grad, ctx.saved_tensors)
+            if grads is not None:
+                return None, *grads
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
             # Aliases: an input may be a function of another one, through which its gradient must not go as well.
             inputs = [
@@ -52,60 +59,81 @@ class Part:
         positions: of the operations on the edge.
         function: of the tensors, gives the stack (operations, B, ...).
         again: compute it again for the backward pass instead of keeping what is on the way.
+        after: a linear map of the stack, or of a weighted sum over it, that comes last.
     """
 
     def __init__(
-        self, positions: Sequence[int], function: Callable[..., Tensor], tensors: Sequence[Tensor], again: bool
+        self,
+        positions: Sequence[int],
+        function: Callable[..., Tensor],
+        tensors: Sequence[Tensor],
+        again: bool,
+        after: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.positions = list(positions)
         self.function = function
         self.tensors = list(tensors)
         self.again = again and not torch.compiler.is_compiling()
+        self.after = after or _itself
 
     @classmethod
-    def of(cls, position: int, output: Tensor) -> Part:
-        """One operation's output."""
-        return cls([position], _one, [output], False)
+    def of(cls, outputs: Mapping[int, Tensor], after: Callable[[Tensor], Tensor] | None = None) -> Part:
+        """Outputs that are there already, by the operation's position."""
+        return cls(list(outputs), _stack, list(outputs.values()), False, after)
 
-    def gated(self, ops: Sequence[Any]) -> Part:
-        """With a sigmoid behind the excitations of ``ops``, the whole edge, that are no gates already."""
-        if all(ops[i].gated for i in self.positions):
-            return self
-        return Part(self.positions, partial(_sigmoid, self.function), self.tensors, self.again)
+    @classmethod
+    def of_stack(cls, positions: Sequence[int], stack: Tensor) -> Part:
+        """The same, as one tensor (operations, B, ...)."""
+        return cls(positions, _itself, [stack], False)
 
     def stack(self) -> Tensor:
         """(operations, B, ...)."""
-        return self._call(self.function, self.tensors)
+        return self.after(self._call(self.function, self.tensors))
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """The sum of the outputs times the edge's weights. weights: one for each operation of the edge."""
-        first, last = self.positions[0], self.positions[-1]
-        if last - first + 1 == len(self.positions):
-            chosen = weights[first : last + 1]
-        else:
-            chosen = torch.cat([weights[i : i + 1] for i in self.positions])
-        return self._call(partial(_weighted, self.function), [chosen, *self.tensors])
+        """The sum of the outputs times their weights, one for each of ``positions``."""
+        return self.after(self._call(Weighted(self.function), [weights, *self.tensors]))
 
     def _call(self, function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensor:
         return Recomputed.apply(function, *tensors) if self.again else function(*tensors)
 
 
-def _one(output: Tensor) -> Tensor:
-    return output.unsqueeze(0)
+def _itself(stack: Tensor) -> Tensor:
+    return stack
 
 
-def _sigmoid(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    return torch.sigmoid(function(*tensors))
+def _stack(*outputs: Tensor) -> Tensor:
+    return torch.stack(outputs)
 
 
-def _weighted(function: Callable[..., Tensor], weights: Tensor, *tensors: Tensor) -> Tensor:
-    stack = function(*tensors)
-    return torch.tensordot(weights.to(stack.dtype), stack, 1)
+@dataclass(frozen=True)
+class Weighted:
+    """The sum over the stack that a function gives, times weights: called with (weights, *tensors)."""
+
+    function: Callable[..., Tensor]
+
+    def __call__(self, weights: Tensor, *tensors: Tensor) -> Tensor:
+        stack = self.function(*tensors)
+        # One product. (tensordot, and a sum of products, are several times as many operations on small tensors.)
+        return (weights.to(stack.dtype) @ stack.flatten(1)).view(stack.shape[1:])
+
+    def vjp(self, grad: Tensor, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+        """The gradients of weights and tensors, where the function has its own (``SpatialMaps.gradients``)."""
+        if not hasattr(self.function, 'gradients'):
+            return None
+        weights, *tensors = tensors
+        grad = grad.to(tensors[0].dtype)  # under autocast the product is in half precision
+        found = self.function.gradients([grad * w for w in weights.to(grad.dtype).unbind(0)], tensors)
+        if found is None:
+            return None
+        maps, grads = found
+        flat = grad.flatten()
+        return [torch.stack([torch.dot(flat, m.flatten()) for m in maps]).to(weights.dtype), *grads]
 
 
 def alone(outputs: Sequence[Tensor]) -> list[Part]:
-    """Each operation's output as a part of its own."""
-    return [Part.of(i, output) for i, output in enumerate(outputs)]
+    """The outputs of all operations of an edge, each computed by itself."""
+    return [Part.of(dict(enumerate(outputs)))]
 
 
 def stacked(parts: Sequence[Part]) -> Tensor:
@@ -117,5 +145,7 @@ def stacked(parts: Sequence[Part]) -> Tensor:
 
 
 def weighted_sum(parts: Sequence[Part], weights: Tensor) -> Tensor:
-    """The sum of the outputs of all operations of an edge times their weights; no stack of them is made."""
-    return reduce(torch.add, [part.weighted(weights) for part in parts])
+    """The sum of the outputs of all operations of an edge times their weights; no stack of them all is made."""
+    each = weights.unbind(0)  # not an index by a list, which would wait for a GPU
+    shares = [torch.stack([each[i] for i in part.positions]) for part in parts]
+    return reduce(torch.add, [part.weighted(share) for part, share in zip(parts, shares, strict=True)])

@@ -133,7 +133,11 @@ class _Search:
         self.named = network.weights()
         self.weights = list(self.named.values())
         self.optimizer = torch.optim.SGD(
-            self.weights, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+            self.weights,
+            config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=self.device.type in ('cpu', 'cuda'),  # hundreds of small tensors: one pass instead of four
         )
         self.arch = torch.optim.Adam(
             [network.logits], config.arch_lr, betas=(0.5, 0.999), weight_decay=config.arch_weight_decay

@@ -2,11 +2,13 @@
 
 - the squeezes of x share its statistics (``moments.py``). The gated map ``gate * x`` needs none over (H, W) of its
   own: its mean is ``gate * m``, its variance ``gate^2 * v``.
-- the second-order squeezes of both spatial edges share their pooling, which commutes with the gate.
+- the second-order squeezes of both spatial edges share their pooling, which commutes with the gate, and are computed
+  without their covariance (``second_order.py``).
 - excitations that convolve the same small tensor are one convolution (``convolutions.py``).
 - what is computed from small tensors is not kept but computed again in the backward pass (``parts.py``).
 
-The perceptron, the affine ones, whatever is not of the paper's sets, and any subclass is called by itself.
+On small tensors it is the number of operations that costs, so these are few and of several outputs each. The
+perceptron, the affine ones, whatever is not of the paper's sets, and any subclass is called by itself.
 """
 
 from __future__ import annotations
@@ -19,33 +21,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sase_blocks.ops import (
-    ChannelL2Norm,
-    ChannelSecondOrder,
-    SpatialL2Norm,
-    SpatialSecondOrder,
-)
-from sase_blocks.ops.normalization import BatchNorm2d
-from sase_blocks.ops.primitive import (
-    adaptive_avg_pool,
-    contract_rows,
-    narrow,
-    widen,
-)
+from sase_blocks.ops import ChannelL2Norm, ChannelSecondOrder, SpatialL2Norm, SpatialSecondOrder
+from sase_blocks.ops.primitive import adaptive_avg_pool, narrow, widen
 from sase_blocks.ops.spatial_squeeze import pool_to
 
+from .formulas import BESIDE_MEAN, OF_MOMENTS, PURE, SpatialMaps, beside_mean, channel_l2
 from .moments import (
-    OF_MOMENTS,
-    ChannelMoments,
-    Formula,
     Plan,
+    Positions,
+    PositionStatistics,
     SpatialStatistics,
-    channel_l2,
-    moments,
-    spatial_l2,
+    group_means,
+    position_statistics,
     spatial_statistics,
 )
-from .parts import Part, Recomputed, alone
+from .parts import Part
+from .second_order import second_order
 
 __all__ = ['SharedSqueezes']
 
@@ -53,30 +44,43 @@ __all__ = ['SharedSqueezes']
 class SharedSqueezes:
     """The squeezes of one feature map x (B, C, H, W)."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, channel_ops: Sequence[Any], spatial_ops: Sequence[Any]) -> None:
         self.x = x
         self.wide = widen(x)
+        channels, height, width = x.shape[1:]
+        # What else is taken in the pass over x that the moments need; a compiler puts passes together itself.
+        grid = groups = 0
+        if _worth_sharing(channel_ops) and not torch.compiler.is_compiling():
+            grids = {op.grid for op in spatial_ops if type(op) is SpatialSecondOrder}
+            grid = next((n for n in grids if height % n == width % n == 0 and height * width > n * n), 0)
+            of_groups = {op.groups for op in channel_ops if type(op) is ChannelSecondOrder}
+            groups = next((n for n in of_groups if channels % n == 0), 0)
+        self._plan = Positions(grid, groups)
         self._over_positions: tuple[Tensor, ...] | None = None
-        self._pooled: dict[int, Tensor] = {}
 
     def channel(self, ops: Sequence[Any]) -> list[Part]:
         """What the channel squeezes give for x: (B, C, 1, 1) each."""
-        n = self.x.shape[2] * self.x.shape[3]
         shared = _worth_sharing(ops)
-        outputs = []
-        for op in ops:
-            if shared and type(op) in OF_MOMENTS:
-                weights = [widen(p) for p in op.parameters()]
-                formula = partial(channel_l2, eps=op.eps) if type(op) is ChannelL2Norm else OF_MOMENTS[type(op)]
-                output = narrow(formula(self.over_positions(), weights, n), self.x)
+        n = self.x.shape[2] * self.x.shape[3]
+        outputs: dict[int, Tensor] = {}
+        for i, op in enumerate(ops):
+            if shared and type(op) in PURE:
+                outputs[i] = narrow(PURE[type(op)](self.over_positions()[:5], n), self.x)
+            elif shared and type(op) is ChannelL2Norm:
+                l2 = channel_l2(self.over_positions(), widen(op.weight), widen(op.bias), n, op.eps)
+                outputs[i] = narrow(l2, self.x)
             elif type(op) is ChannelSecondOrder and self.x.shape[1] % op.groups == 0:
-                members = self.x.shape[1] // op.groups
-                z = self.wide.flatten(2).unflatten(1, (op.groups, members)).sum(2) * (1 / members)
-                output = _second_order(op, z, again=False).to(self.x.dtype)[:, :, None, None]
-            else:
-                output = op(self.x)
-            outputs.append(output)
-        return alone(outputs)
+                taken = self._plan.groups == op.groups
+                means = self.over_positions()[-1] if taken else group_means(self.wide, op.groups)
+                outputs[i] = second_order(op, means.flatten(2).transpose(1, 2)).to(self.x.dtype)[:, :, None, None]
+            elif not (shared and type(op) in BESIDE_MEAN):
+                outputs[i] = op(self.x)
+        mixed = [i for i in range(len(ops)) if i not in outputs]
+        parts = [Part.of(outputs)] if outputs else []
+        if mixed:
+            kinds, weights = [type(ops[i]) for i in mixed], [widen(ops[i].weight) for i in mixed]
+            parts.append(Part.of_stack(mixed, narrow(beside_mean(kinds, self.over_positions(), weights, n), self.x)))
+        return parts
 
     def spatial(
         self, gated_ops: Sequence[Any], gate: Tensor, plain_ops: Sequence[Any]
@@ -105,64 +109,60 @@ class SharedSqueezes:
     def _spatial(
         self, ops: Sequence[Any], gate: Tensor | None, stats: list[Tensor], sums: list[tuple[Tensor, Tensor]]
     ) -> list[Part]:
-        parts, positions = [], []
-        recipe: list[tuple[Formula, int, int, int]] = []
+        pure = [i for i, op in enumerate(ops) if stats and type(op) in PURE]
+        normed = [i for i, op in enumerate(ops) if type(op) is SpatialL2Norm]
+        mixed = [i for i, op in enumerate(ops) if stats and type(op) in BESIDE_MEAN]
         tensors = [*stats]
+        for i in normed:
+            tensors += [*sums.pop(0), widen(ops[i].weight), widen(ops[i].bias)]
+        tensors += [widen(ops[i].weight) for i in mixed]
+        positions = [*pure, *normed, *mixed]
+        kinds = tuple(type(ops[i]) for i in positions)
+        outputs: dict[int, Tensor] = {}
+        parts = []
         for i, op in enumerate(ops):
-            if type(op) is SpatialL2Norm or (stats and type(op) in OF_MOMENTS):
-                weights = [widen(p) for p in op.parameters()]
-                if type(op) is SpatialL2Norm:
-                    recipe.append((spatial_l2, len(tensors), 2, len(weights)))
-                    tensors += sums.pop(0)
-                else:
-                    recipe.append((OF_MOMENTS[type(op)], len(tensors), 0, len(weights)))
-                tensors += weights
-                positions.append(i)
-            elif type(op) is SpatialSecondOrder:
-                pooled = self.pooled(op.grid)
-                pooled = pooled if gate is None else pooled * gate.to(pooled.dtype)
-                small = _second_order(op, pooled.flatten(2).transpose(1, 2), again=True)
-                small = small.reshape(-1, 1, op.grid, op.grid)
-                same = small.shape[2:] == self.x.shape[2:]
-                parts.append(Part.of(i, small.to(self.x.dtype) if same else pool_to(small, self.x)))
-            else:
-                parts.append(Part.of(i, op(self.x, gate)))
+            if type(op) is SpatialSecondOrder:
+                factor = None if gate is None else gate.to(self.wide.dtype).flatten(2)
+                small = second_order(op, self.pooled(op.grid).flatten(2), factor)
+                parts.append(Part.of({i: small.view(-1, 1, op.grid, op.grid)}, partial(_spread, self.x)))
+            elif i not in positions:
+                outputs[i] = op(self.x, gate)
+        if outputs:
+            parts.append(Part.of(outputs))
         if positions:
-            function = partial(_spatial_maps, tuple(recipe), self.x.shape[1], self.x.dtype)
-            parts.insert(0, Part(positions, function, tensors, again=True))
+            parts.insert(0, Part(positions, SpatialMaps(kinds, self.x.shape[1], self.x.dtype), tensors, again=True))
         return parts
 
     def over_positions(self) -> tuple[Tensor, ...]:
-        """The moments of each channel over H and W."""
+        """The moments of each channel over H and W, and what else is in the plan."""
         if self._over_positions is None:
             # A compiler fuses the formulas and chooses what to keep; functions of autograd are in its way.
-            compiling = torch.compiler.is_compiling()
-            self._over_positions = moments((2, 3), self.wide, None) if compiling else ChannelMoments.apply(self.wide)
+            take = position_statistics if torch.compiler.is_compiling() else PositionStatistics.apply
+            self._over_positions = take(self._plan, self.wide)
         return self._over_positions
 
     def pooled(self, grid: int) -> Tensor:
         """x averaged over grid x grid windows: (B, C, grid, grid)."""
-        if grid not in self._pooled:
-            height, width = self.x.shape[2:]
-            if height % grid or width % grid:
-                self._pooled[grid] = adaptive_avg_pool(self.wide, grid, grid)
-            elif (height, width) == (grid, grid):
-                self._pooled[grid] = self.wide
-            else:
-                self._pooled[grid] = F.avg_pool2d(self.wide, (height // grid, width // grid))
-        return self._pooled[grid]
+        height, width = self.x.shape[2:]
+        if grid == self._plan.grid:
+            return self.over_positions()[5]
+        if (height, width) == (grid, grid):
+            return self.wide
+        if height % grid == width % grid == 0:
+            return F.avg_pool2d(self.wide, (height // grid, width // grid))
+        return adaptive_avg_pool(self.wide, grid, grid)
 
 
-def _spatial_maps(
-    recipe: Sequence[tuple[Formula, int, int, int]], channels: int, dtype: torch.dtype, *tensors: Tensor
-) -> Tensor:
-    """The maps of an edge from its statistics. Of each formula: where its tensors start, how many sums and weights."""
-    maps = []
-    for formula, start, sums, weights in recipe:
-        stats = tensors[start : start + sums] or tensors[:5]
-        maps.append(formula(stats, tensors[start + sums : start + sums + weights], channels))
-    stack = torch.stack(maps)
-    return stack.clamp(-65504.0, 65504.0).to(dtype) if dtype == torch.float16 else stack.to(dtype)
+def _spread(x: Tensor, grid: Tensor) -> Tensor:
+    """(..., h, w) pooled adaptively to the H and W of x, in its dtype. To a multiple of h and w it repeats values."""
+    (h, w), (height, width) = grid.shape[-2:], x.shape[2:]
+    grid = grid.to(x.dtype)
+    if height % h or width % w:
+        return pool_to(grid.flatten(0, -4), x).view(*grid.shape[:-2], height, width)
+    if (h, w) == (height, width):
+        return grid
+    lead = grid.shape[:-2]
+    return grid[..., :, None, :, None].expand(*lead, h, height // h, w, width // w).reshape(*lead, height, width)
 
 
 def _worth_sharing(ops: Sequence[Any]) -> bool:
@@ -172,54 +172,3 @@ def _worth_sharing(ops: Sequence[Any]) -> bool:
 def _rate(eps: float, var: Tensor, gate: Tensor | None) -> Tensor:
     """What normalises each channel of gate * x, whose variance is gate^2 var, times the gate itself."""
     return torch.rsqrt(var + eps) if gate is None else gate * torch.rsqrt(gate * gate * var + eps)
-
-
-def _second_order(op: Any, z: Tensor, again: bool) -> Tensor:
-    """What the second-order squeezes do with their N averages z (B, N, P): the linear map of N normed rows.
-
-    The values of a spatial one's 8 x 8 grid, those of a channel one's groups of channels. again: compute the rows again
-    for the backward pass.
-    """
-    norm = op.norm
-    ours = type(norm) is BatchNorm2d and norm.training and norm.track_running_stats and norm.momentum is not None
-    if ours and not torch.compiler.is_compiling() and z.numel() > z.shape[1] ** 2 and z.shape[1] > 1:
-        inputs = (z, op.row_weight, norm.weight, norm.bias)
-        function = partial(_contracted, norm.eps, [norm])
-        q = Recomputed.apply(function, *inputs) if again else function(*inputs)
-    else:
-        q = contract_rows(norm(_covariance(z).unsqueeze(3)).squeeze(3), op.row_weight)
-    return op.fc(torch.relu(q))
-
-
-def _covariance(z: Tensor) -> Tensor:
-    """(B, N, P) -> (B, N, N), divided by N - 1. In fp32 the product needs no scaling, and keeps one factor.
-
-    Here and below sums are scaled behind, and minus signs are on the small tensors: the gradients of means and of
-    differences are maps otherwise, and fresh memory is what costs.
-    """
-    z = z + z.sum(2, keepdim=True) * (-1 / z.shape[2])
-    with torch.autocast(z.device.type, enabled=False):
-        return torch.baddbmm(z.new_zeros(()), z, z.transpose(1, 2), beta=0, alpha=1 / max(z.shape[1] - 1, 1))
-
-
-def _contracted(
-    eps: float, to_update: list[BatchNorm2d], z: Tensor, row_weight: Tensor, weight: Tensor, bias: Tensor
-) -> Tensor:
-    """``contract_rows`` of the normed covariance: the norm is affine, so it can come behind. -> (B, N).
-
-    ``to_update`` holds the norm whose running statistics are to be moved, and is empty when this is computed again.
-    """
-    rows = _covariance(z)
-    n = rows.numel() // rows.shape[1]
-    mean = rows.sum((0, 2)) * (1 / n)
-    centred = rows + (-mean)[:, None]
-    var = (centred * centred).sum((0, 2)) * (1 / n)
-    for norm in (to_update.pop() for _ in to_update[:]):
-        with torch.no_grad():
-            norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-            for running, new in ((norm.running_mean, mean), (norm.running_var, var * (n / (n - 1)))):
-                running.lerp_(new.to(running.dtype), norm.momentum)  # type: ignore[union-attr,arg-type]
-    kernel = row_weight.to(rows.dtype)
-    scale = weight.to(rows.dtype) * torch.rsqrt(var + eps)
-    contracted = scale * (centred * kernel).sum(2) + bias.to(rows.dtype) * kernel.sum(1)
-    return contracted.to(weight.dtype)
