@@ -78,7 +78,7 @@ def take(tensor: Tensor, dim: int, which: slice | Tensor) -> Tensor:
     """The chosen places of one dimension: a view for a slice."""
     if isinstance(which, slice):
         return tensor.narrow(dim, which.start or 0, which.stop - (which.start or 0))
-    return tensor.index_select(dim, which.to(tensor.device))
+    return tensor.index_select(dim, which.to(tensor.device, non_blocking=True))  # or each would wait for a GPU
 
 
 def prefix(tensor: Tensor, shape: Sequence[int]) -> Tensor:
