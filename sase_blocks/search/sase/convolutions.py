@@ -109,27 +109,28 @@ def placement(sizes: tuple[tuple[int, int], ...], like: Tensor) -> Tensor:
     -> (taps, kernels * kh * kw).
     """
     key = (sizes, like.device, like.dtype)
-    if not torch.compiler.is_compiling() and key in _placements:
-        return _placements[key]
-    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
-    targets = []
-    for number, (h, w) in enumerate(sizes):
-        top, left = (height - h) // 2, (width - w) // 2
-        targets += [((number * height) + top + i) * width + left + j for i in range(h) for j in range(w)]
-    with torch.inference_mode(False), torch.no_grad():
-        hot = torch.eye(len(sizes) * height * width, device=like.device, dtype=like.dtype)[targets]
-    if not torch.compiler.is_compiling() and type(hot) is Tensor:  # no fake tensors
-        _placements[key] = hot
-    return hot
+    if key not in _placements:
+        height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+        targets = []
+        for number, (h, w) in enumerate(sizes):
+            top, left = (height - h) // 2, (width - w) // 2
+            targets += [((number * height) + top + i) * width + left + j for i in range(h) for j in range(w)]
+        with torch.inference_mode(False), torch.no_grad():
+            _placements[key] = torch.eye(len(sizes) * height * width, device=like.device, dtype=like.dtype)[targets]
+    return _placements[key]
 
 
 def stacked_kernels(parts: Sequence[Tensor]) -> Tensor:
     """Kernels of odd sizes, padded around to the largest: (N, kh, kw)."""
     sizes = tuple((k.shape[0], k.shape[1]) for k in parts)
+    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
     if len(set(sizes)) == 1:
         return torch.stack(tuple(parts))
+    if torch.compiler.is_compiling() or type(parts[0]) is not Tensor:  # no fake tensors among the placements
+        around = [((width - w) // 2, (width - w) // 2, (height - h) // 2, (height - h) // 2) for h, w in sizes]
+        return torch.stack([F.pad(k, p) for k, p in zip(parts, around, strict=True)])
     taps = torch.cat([k.flatten() for k in parts])
-    return (taps @ placement(sizes, taps)).view(len(parts), max(h for h, _ in sizes), max(w for _, w in sizes))
+    return (taps @ placement(sizes, taps)).view(len(parts), height, width)
 
 
 def excited(q: Tensor, *edges: Sequence[Any], fair: bool) -> list[list[Part]]:

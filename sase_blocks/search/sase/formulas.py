@@ -27,7 +27,7 @@ from sase_blocks.ops import (
     SpatialL2Norm,
     SpatialPNorm,
 )
-from sase_blocks.ops.primitive import safe_sqrt
+from sase_blocks.ops.primitive import mix, safe_sqrt
 from sase_blocks.ops.spatial_squeeze import resize_map
 
 __all__ = ['BESIDE_MEAN', 'OF_MOMENTS', 'PURE', 'SpatialMaps', 'beside_mean', 'channel_l2']
@@ -114,19 +114,25 @@ class SpatialMaps:
         stats = list(islice(rest, 5 if len(self.kinds) > normed else 0))
         return stats, list(islice(rest, 4 if normed else 0)), list(rest)
 
-    def __call__(self, *tensors: Tensor) -> Tensor:
+    def each(self, *tensors: Tensor) -> list[Tensor]:
+        """The maps one by one."""
         stats, normed, weights = self._split(tensors)
-        maps = [PURE[kind](stats, self.channels) for kind in self.kinds if kind in PURE]
-        if normed:
-            maps.append(spatial_l2(normed, self.channels))
-        blocks = [torch.stack(maps)] if maps else []
-        if weights:
-            mixed = [kind for kind in self.kinds if kind in BESIDE_MEAN]
-            blocks.append(beside_mean(mixed, stats, weights, self.channels))
-        stack = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
-        if self.dtype == torch.float16:
-            stack = stack.clamp(-65504.0, 65504.0)
-        return stack.to(self.dtype)
+        rest = iter(weights)
+        maps = []
+        for kind in self.kinds:
+            if kind in PURE:
+                found = PURE[kind](stats, self.channels)
+            elif kind is SpatialL2Norm:
+                found = spatial_l2(normed, self.channels)
+            else:
+                found = torch.relu(mix(stats[0], BESIDE_MEAN[kind](stats, self.channels), next(rest)))
+            if self.dtype == torch.float16:
+                found = found.clamp(-65504.0, 65504.0)
+            maps.append(found.to(self.dtype))
+        return maps
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        return torch.stack(self.each(*tensors))
 
     def vjp(self, grad: Tensor, tensors: Sequence[Tensor]) -> list[Tensor] | None:
         """The gradients of the tensors, see ``gradients``."""

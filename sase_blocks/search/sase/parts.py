@@ -113,6 +113,9 @@ class Weighted:
     function: Callable[..., Tensor]
 
     def __call__(self, weights: Tensor, *tensors: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # sums of products fuse with what they are of, and a product needs its stack
+            maps = self.function.each(*tensors) if hasattr(self.function, 'each') else self.function(*tensors).unbind(0)
+            return reduce(torch.add, [w.to(m.dtype) * m for w, m in zip(weights.unbind(0), maps, strict=True)])
         stack = self.function(*tensors)
         # One product. (tensordot, and a sum of products, are several times as many operations on small tensors.)
         return (weights.to(stack.dtype) @ stack.flatten(1)).view(stack.shape[1:])
