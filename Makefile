@@ -18,7 +18,7 @@ BENCH_ARGS ?= --quick
 DEMO_ARGS ?= --out demo_out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-search test test-slow test-ecosystem test-timm test-timm-scripts docs lint format bench build install clean
+.PHONY: help demo demo-search test test-slow test-ecosystem test-timm test-timm-scripts docs lint format bench gpu gpu-compile build install clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,13 +49,13 @@ demo-search: $(STAMP)  ## search a network for digits, some minutes on 2 cores; 
 	$(BIN)/sase-blocks search trionet --demo --out demo_search_out
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest -m 'not slow and not ecosystem' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not slow and not ecosystem and not gpu' $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## run the tests marked slow
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'slow and not gpu' $(PYTEST_ARGS)
 
 test-ecosystem: $(ECOSYSTEM)  ## run the tests with other libraries: segmentation, detection, transformers, the Hub, ...
-	$(BIN)/python -m pytest -m ecosystem $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'ecosystem and not gpu' $(PYTEST_ARGS)
 
 test-timm: $(STAMP)  ## run timm's own model tests for ours: make test-timm MODELS='resnet50_sase resnet20_cifar'
 	$(BIN)/python tests/timm_upstream.py $(MODELS)
@@ -78,10 +78,17 @@ format: $(STAMP)  ## let ruff repair and format the code
 bench: $(STAMP)  ## time the blocks against one copy of their input: make bench BENCH_ARGS='--help'
 	$(BIN)/python benchmarks/blocks.py $(BENCH_ARGS)
 
+# With BIN=DIR from the command line any Python that has what is needed, with no installation: make gpu BIN=/usr/bin
+gpu: $(if $(filter command,$(firstword $(origin BIN))),,$(STAMP))  ## on a CUDA device: its tests, then benchmarks, up to ten minutes; writes gpu_out/
+	$(BIN)/python3 benchmarks/gpu.py --out gpu_out
+
+gpu-compile: $(if $(filter command,$(firstword $(origin BIN))),,$(STAMP))  ## on a CUDA device: the benchmarks of compiled code, longer; adds to gpu_out/
+	$(BIN)/python3 benchmarks/gpu.py --out gpu_out --compile
+
 build: $(STAMP)  ## build the wheel and the source distribution into dist/
 	rm -rf dist
 	$(BIN)/python -m build
 
 clean:  ## remove what the targets made, the environment too
-	rm -rf $(VENV) .timm-tests dist build site demo_out demo_search_out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .timm-tests dist build site demo_out demo_search_out gpu_out .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

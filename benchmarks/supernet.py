@@ -2,7 +2,7 @@
 
     python benchmarks/supernet.py                                     the cifar space, 64 images of 32 px
     python benchmarks/supernet.py --space imagenet --batch 8
-    python benchmarks/supernet.py --space imagenet --batch 128 --device cuda
+    python benchmarks/supernet.py --space imagenet --batch 128 --device cuda --json supernet.json
 
 Both take turns in every round, and the medians of the rounds are compared; 'activate' is what making the network costs,
 once for each. Networks: the ends of the space and random ones.
@@ -11,10 +11,13 @@ once for each. Networks: the ends of the space and random ones.
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--rounds', type=int, default=9, help='of which the median counts (default: 9)')
     parser.add_argument('--networks', type=int, default=3, help='random networks besides the ends (default: 3)')
     parser.add_argument('--device', default='cpu')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write every figure there')
     options = parser.parse_args(argv)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -41,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f'{"network":12}{"MACs":>10}{"activate":>11}{"forward":>11}{"alone":>10}{"ratio":>7}{"step":>11}{"alone":>10}{"ratio":>7}'
     )
+    rows: list[dict[str, Any]] = []
     for extent in ('largest', 'smallest', *[None] * options.networks):
         architecture = space.architecture(draw(space, rng, extent=extent))
         began = time.perf_counter()
@@ -48,14 +53,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         activate = time.perf_counter() - began
         alone = inside.extract()
         x = torch.randn(options.batch, 3, architecture.image_size, architecture.image_size, device=options.device)
-        columns = []
+        columns: list[str] = []
+        row: dict[str, Any] = {'network': extent or 'random', 'architecture': str(architecture), 'activate': activate}
         for train in (False, True):
             inside.train(train)
             alone.train(train)
             a, b = medians([step_of(inside, x, train), step_of(alone, x, train)], options.rounds)
+            row['step' if train else 'forward'] = {'inside': a, 'alone': b}
             columns += [f'{1e3 * a:9.1f}ms{1e3 * b:8.1f}ms{a / b:7.2f}']
-        million = macs(architecture) / 1e6
+        row['macs'] = macs(architecture)
+        rows.append(row)
+        million = row['macs'] / 1e6
         print(f'{extent or "random":12}{million:8.1f} M{1e3 * activate:9.1f}ms' + ''.join(columns), flush=True)
+    if options.json:
+        result = {
+            'device': device, 'torch': torch.__version__, 'space': options.space, 'batch': options.batch,
+            'unit': 'seconds', 'rows': rows,
+        }  # fmt: skip
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
 
 
 def step_of(network: nn.Module, x: torch.Tensor, train: bool) -> Callable[[], None]:

@@ -217,9 +217,11 @@ def test_a_subclass_is_called_by_itself():
     assert worst(off(derivatives(twin, x), derivatives(plain, x), least=1e-6)) < (1e-10, '')
 
 
-def test_half_precision():
-    plain, twin = pair('paper', 16, (8, 8), False, torch.float32)
-    x = torch.randn(4, 16, 8, 8)
+@pytest.mark.parametrize('size', [(8, 8), (16, 16), (12, 12), (5, 6)], ids=str)
+def test_half_precision(size):
+    """At the size of the second order's grid, at a multiple, and where windows of its pooling overlap."""
+    plain, twin = pair('paper', 16, size, False, torch.float32)
+    x = torch.randn(4, 16, *size)
     expected = derivatives(plain, x, False)
     with torch.autocast('cpu', torch.bfloat16):
         found = derivatives(twin, x.bfloat16(), False)
@@ -228,7 +230,7 @@ def test_half_precision():
     assert found['d x'].dtype == reference['d x'].dtype
     error, of_plain = off(found, expected), off(reference, expected)
     assert worst(error)[0] < max(0.05, 2 * worst(of_plain)[0])
-    for form in pair('paper', 16, (8, 8), False, torch.bfloat16):
+    for form in pair('paper', 16, size, False, torch.bfloat16):
         assert all(value.isfinite().all() for value in derivatives(form, x.bfloat16(), False).values())
 
 

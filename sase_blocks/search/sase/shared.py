@@ -150,7 +150,8 @@ class SharedSqueezes:
             return self.wide
         if height % grid == width % grid == 0:
             return F.avg_pool2d(self.wide, (height // grid, width // grid))
-        return adaptive_avg_pool(self.wide, grid, grid)
+        with torch.autocast(self.x.device.type, enabled=False):  # it is two products
+            return adaptive_avg_pool(self.wide, grid, grid)
 
 
 def _spread(x: Tensor, grid: Tensor) -> Tensor:
