@@ -174,7 +174,7 @@ def on_cuda(monkeypatch):
     monkeypatch.setattr(local_triton, '_passed', {})
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
     with FakeTensorMode():
-        yield lambda **kinds: [x.to('cuda') for x in arguments(**kinds)]
+        yield lambda **kinds: [x.to('cuda:0') for x in arguments(**kinds)]
 
 
 def test_chosen_once_checked(on_cuda, monkeypatch):
@@ -210,7 +210,7 @@ def test_not_chosen_where_it_cannot_run(on_cuda, monkeypatch):
     monkeypatch.setattr(local_triton, 'difference', lambda *kind: pytest.fail('checked for nothing'))
     assert 'plain tensors' in local_triton.refusal(*on_cuda())
     assert eager_route(*on_cuda(), False) == 'shifts'
-    huge = torch.empty(1, 2, 4, 2**15, 2**15, device='cuda')
+    huge = torch.empty(1, 2, 4, 2**15, 2**15, device='cuda:0')
     assert '2**31 numbers' in local_triton.refusal(huge, huge, huge, on_cuda()[3])
     monkeypatch.setattr(local_triton, 'capability', lambda device: (7, 5))
     with pytest.raises(ValueError, match=r'compute capability 8\.0 or newer; got torch.float32.* on cuda'):
