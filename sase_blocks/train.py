@@ -376,8 +376,11 @@ def evaluate(
     return scores
 
 
-def open_samples(config: TrainConfig) -> tuple[Samples, Samples]:
-    """The training and the validation split that a configuration names; raises as ``data.open_data``."""
+def open_samples(config: Any) -> tuple[Samples, Samples]:
+    """The training and the validation split that a training's or a search's configuration names.
+
+    Raises as ``data.open_data``.
+    """
     return open_data(
         config.data,
         config.dataset,

@@ -18,14 +18,14 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor
 
-from sase_blocks.data import Samples, create_transforms, derive_seed, open_data
+from sase_blocks.data import Samples, create_transforms, derive_seed
 from sase_blocks.models import Architecture
 from sase_blocks.models.trio_network import default_cfgs
 from sase_blocks.runs import be_deterministic, check_writable, launched
 from sase_blocks.search.batches import Batches, LoadedBatches, MemoryBatches
 from sase_blocks.search.evolution import Problem, check_storage, evolve
 from sase_blocks.search.halves import Arrays, check_images, find_samples, labels_of, open_halves
-from sase_blocks.train import TrainConfig, train
+from sase_blocks.train import TrainConfig, open_samples, train
 
 from .config import TrioConfig
 from .cost import Latency, Limits, bound, macs, parameters
@@ -318,14 +318,7 @@ def _find_test(config: TrioConfig, accelerator: Any, test: Any) -> Samples | Non
         raise ValueError('test goes with images; the test split of config.data is found there')
     try:
         with accelerator.main_process_first():  # it may download
-            return open_data(
-                config.data,
-                config.dataset,
-                train_split=config.train_split,
-                val_split=config.val_split,
-                download=config.download,
-                num_classes=config.num_classes,
-            )[1]
+            return open_samples(config)[1]
     except FileNotFoundError as error:
         if config.finetune:
             raise
