@@ -15,7 +15,16 @@ from torch import Tensor
 
 from sase_blocks.ops.primitive import widen
 
-__all__ = ['gate_of', 'gated', 'moments']
+__all__ = [
+    'Plan',
+    'PositionStatistics',
+    'Positions',
+    'SpatialStatistics',
+    'gated',
+    'group_means',
+    'position_statistics',
+    'spatial_statistics',
+]
 
 
 Buffer = Tensor | None  # where a step writes; None for fresh memory, as what a graph is recorded of needs
