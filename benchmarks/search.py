@@ -60,6 +60,9 @@ class Ours:
         model = timm.create_model('resnet20_cifar')
         space = SearchSpace.parse('paper')
         self.network = SearchNetwork(model, space, fair=options.fair, form=form).to(options.device).train()
+        # As a search keeps it, unless told otherwise.
+        self.memory_format = torch.contiguous_format if options.contiguous else torch.channels_last
+        self.network.to(memory_format=self.memory_format)
         self.attention: list[nn.Module] = list(self.network.blocks.values())
         if compiled:
             from sase_blocks.search.sase.compiling import compile_mixed_blocks
@@ -73,6 +76,7 @@ class Ours:
 
     def step(self, order: str, training: Batch, held_out: Batch) -> None:
         network = self.network
+        training, held_out = ((x.to(memory_format=self.memory_format), y) for x, y in (training, held_out))
         states = ((name, self.optimizer.state[w]) for name, w in network.weights().items())
         buffers = {name: state['momentum_buffer'] for name, state in states if 'momentum_buffer' in state}
         virtual = VirtualStep(LR, MOMENTUM, DECAY, buffers)
@@ -248,6 +252,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument('--compile', action='store_true', help='a compiled form too, for order 1')
     parser.add_argument('--order', nargs='+', choices=ORDERS, default=list(ORDERS))
     parser.add_argument('--fair', action='store_true', help="fair mixing (default: the authors' mixture)")
+    parser.add_argument('--contiguous', action='store_true', help='our network not in channels_last')
     parser.add_argument('--batch', type=int, help='images (default: 64, 16 with --quick)')
     parser.add_argument('--rounds', type=int, help='samples of every figure (default: 7, 3 with --quick)')
     parser.add_argument('--warmup', type=int, default=1, help='rounds before them (default: 1)')
@@ -284,6 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         'torch': torch.__version__,
         'batch': options.batch,
         'fair': options.fair,
+        'contiguous': options.contiguous,
         **measure(options),
     }
     print(table(result))

@@ -162,21 +162,26 @@ def test_twice_differentiable(gated):
     def spatial(x: Tensor, mean: Tensor, rates: Tensor, *gate: Tensor) -> tuple[Tensor, ...]:
         return moments.SpatialStatistics.apply(plan, x, gate[0] if gate else None, mean, rates)
 
-    def rows(values: Tensor, kernel: Tensor, *gate: Tensor) -> tuple[Tensor, ...]:
-        return second_order.RowSums.apply(values, gate[0] if gate else None, kernel)
+    def rows(values: Tensor, kernel: Tensor, weight: Tensor, bias: Tensor, *gate: Tensor) -> Tensor:
+        return second_order.NormedRows.apply(values, gate[0] if gate else None, kernel, weight, bias, 1e-5)[0]
 
     kinds = [*(kind for kind in formulas.PURE if issubclass(kind, SpatialSqueeze)), SpatialL2Norm]
     kinds += [kind for kind in formulas.BESIDE_MEAN if issubclass(kind, SpatialSqueeze)]
     maps = formulas.SpatialMaps(tuple(kinds), 4, torch.float64)
     of_maps = [*(tensor(2, 1, 4, 2) for _ in range(7)), tensor(4, 2), tensor(4, 2), tensor(2), tensor(2), tensor(2)]
+    of_map, of_channel = (convolutions.Convolved((2, 0, 1), channel) for channel in (False, True))
+    layers, rows_of_layers = ([tensor(3, k, 5), tensor(2, k, 3), tensor(1, 1, 3)] for k in (3, 1))
     for function, inputs in (
         (positions, (x,)),
         (spatial, (x, mean, rates, *gate_or_not)),
-        (rows, (tensor(2, 3, 4), tensor(4, 4), *((tensor(2, 3, 1),) if gated else ()))),
-        (rows, (tensor(2, 4, 3), tensor(3, 3), *((tensor(2, 4, 1),) if gated else ()))),
+        (rows, (tensor(2, 2, 5), tensor(5, 5), tensor(5), tensor(5), *((tensor(2, 2, 1),) if gated else ()))),
+        (rows, (tensor(2, 4, 3), tensor(3, 3), tensor(3), tensor(3), *((tensor(2, 4, 1),) if gated else ()))),
+        (lambda x, *a: rows(x.transpose(1, 2), *a), (tensor(2, 3, 4), tensor(3, 3), tensor(3), tensor(3))),
         (moments.Gated.apply, (x, gate, tensor(2, 1, 4, 2))),
         (lambda *a: parts.Recomputed.apply(parts.Weighted(maps), *a), (tensor(len(kinds)), *of_maps)),
         (lambda a, b: parts.Recomputed.apply(lambda a, b: (a * b).sin(), a, b * a), (x, gate)),
+        (lambda *a: parts.Recomputed.apply(parts.Weighted(of_map), *a), (tensor(3), tensor(2, 1, 4, 5), *layers)),
+        (lambda *a: parts.Recomputed.apply(of_channel, *a), (tensor(2, 5, 1, 1), *rows_of_layers)),
     ):
         outputs = function(*inputs)
         total = sum(o.square().sum() for o in (outputs if isinstance(outputs, tuple) else (outputs,)))

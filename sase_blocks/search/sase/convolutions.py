@@ -8,7 +8,7 @@ of all twice backward).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,11 +33,10 @@ from sase_blocks.ops.primitive import (
     saturate,
 )
 
-from .parts import Part
+from .parts import Part, Recomputed
 
 __all__ = ['excited']
 
-KEPT = 256  # positions of a map up to which what is on the way to an excitation is little, and is kept
 BAND_WIDTH = 64  # rows up to this length are multiplied by band matrices; on longer ones their zeros cost too much
 
 _selections: dict[tuple[Any, ...], Tensor] = {}
@@ -61,20 +60,65 @@ def selection(kernel: int, length: int, like: Tensor) -> Tensor:
 def correlate(z: Tensor, weight: Tensor) -> Tensor:
     """Convolutions of single maps with same padding: G maps, N kernels for each.
 
-    z: (G, B, H, W); weight: (G, N, kh, kw), odd sizes -> (G, N, B, H, W).
+    z: (G, B, H, W); weight: (G, N, kh, kw), odd sizes -> (B, H, G * N, W).
     """
-    g, b, h, w = z.shape
+    g, w = z.shape[0], z.shape[3]
     n, kh, kw = weight.shape[1:]
     if w > BAND_WIDTH:
         out = F.conv2d(z.transpose(0, 1), weight.reshape(g * n, 1, kh, kw), padding=(kh // 2, kw // 2), groups=g)
-        return out.unflatten(1, (g, n)).permute(1, 2, 0, 3, 4)
+        return out.transpose(1, 2)
+    return of_maps(torch.bmm(row_windows(z, kh), bands(weight, w)), z.shape)
+
+
+def of_maps(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """(G, B * H, N * W) -> (B, H, G * N, W)."""
+    g, b, h, w = shape
+    return rows.view(g, b, h, -1, w).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def to_maps(out: Tensor, maps: int) -> Tensor:
+    """(B, H, G * N, W) -> (G, B * H, N * W)."""
+    b, h = out.shape[:2]
+    return out.unflatten(2, (maps, -1)).permute(2, 0, 1, 3, 4).reshape(maps, b * h, -1)
+
+
+def row_windows(z: Tensor, kh: int) -> Tensor:
+    """For each row of maps (G, B, H, W) the kh rows around it: (G, B * H, kh * W)."""
+    g, b, h, w = z.shape
     if kh > 1:
         padded = F.pad(z, (0, 0, kh // 2, kh // 2))
-        z = torch.stack([padded[:, :, i : i + h] for i in range(kh)], 3)  # (G, B, H, kh, W)
-    rows = z.reshape(g, b * h, kh * w)
+        if torch.is_grad_enabled():
+            z = torch.stack([padded[:, :, i : i + h] for i in range(kh)], 3)
+        else:  # one copy; its derivative would be slower than that of the slices
+            z = padded.unfold(2, kh, 1).transpose(3, 4)
+    return z.reshape(g, b * h, kh * w)
+
+
+def from_row_windows(grad: Tensor, shape: Sequence[int], kh: int) -> Tensor:
+    """The gradient of ``row_windows`` for maps of this shape."""
+    g, b, h, w = shape
+    rows = grad.view(g, b, h, kh, w)
+    total = rows[:, :, :, kh // 2].clone(memory_format=torch.contiguous_format)
+    for i in range(kh):
+        shift = i - kh // 2  # the i-th of row r is row r + shift
+        n = h - abs(shift)
+        if shift and n > 0:
+            total.narrow(2, max(shift, 0), n).add_(rows[:, :, :, i].narrow(2, max(-shift, 0), n))
+    return total
+
+
+def bands(weight: Tensor, w: int) -> Tensor:
+    """The matrices that windows of rows of length w are multiplied by: (G, N, kh, kw) -> (G, kh * W, N * W)."""
+    g, n, kh, kw = weight.shape
     band = (weight.reshape(g * n * kh, kw) @ selection(kw, w, weight)).reshape(g, n, kh, w, w)
-    band = band.permute(0, 2, 3, 1, 4).reshape(g, kh * w, n * w)
-    return torch.bmm(rows, band).reshape(g, b, h, n, w).permute(0, 3, 1, 2, 4)
+    return band.permute(0, 2, 3, 1, 4).reshape(g, kh * w, n * w)
+
+
+def from_bands(grad: Tensor, shape: Sequence[int], w: int) -> Tensor:
+    """The gradient of ``bands`` for a weight of this shape."""
+    g, n, kh, kw = shape
+    by_tap = grad.view(g, kh, w, n, w).permute(0, 3, 1, 2, 4).reshape(g * n * kh, w * w)
+    return (by_tap @ selection(kw, w, grad).t()).view(shape)
 
 
 CONVOLUTIONS: frozenset[type] = frozenset(
@@ -152,12 +196,13 @@ def excited(q: Tensor, *edges: Sequence[Any], fair: bool) -> list[list[Part]]:
             for depth in range(len(of_op[order[0]]))
         ]
         channel = isinstance(convolved[0], ChannelConv)
-        function = partial(_convolved, tuple(order), channel)
+        function = Convolved(tuple(order), channel)
         positions = [[i for i, op in enumerate(edge) if type(op) in CONVOLUTIONS] for edge in edges]
         if len(edges) == 1 and not channel:
-            found = [Part(positions[0], function, [q, *layers], again=q.shape[2] * q.shape[3] > KEPT)]
+            found = [Part(positions[0], function, [q, *layers], again=True)]
         else:
-            shares = function(q, *layers).split([len(chosen) for chosen in positions])
+            gates = function(q, *layers) if torch.compiler.is_compiling() else Recomputed.apply(function, q, *layers)
+            shares = gates.split([len(chosen) for chosen in positions])
             found = [Part.of_stack(*pair) for pair in zip(positions, shares, strict=True)]
     parts = []
     for edge, part in zip(edges, found, strict=True):
@@ -168,19 +213,99 @@ def excited(q: Tensor, *edges: Sequence[Any], fair: bool) -> list[list[Part]]:
     return parts
 
 
-def _convolved(order: Sequence[int], channel: bool, q: Tensor, *layers: Tensor) -> Tensor:
-    """The gates of convolutions of q with one kernel or more. -> (operations, *q.shape).
+@dataclass(frozen=True)
+class Convolved:
+    """The gates of convolutions of q with one kernel or more: called with q and layers of kernels (N, kh, kw).
 
-    order: which operation each kernel of the first layer is of; further layers are of the first ones.
+    q: as of ``excited`` -> (operations, *q.shape). ``order``: which operation each gate is of, the gates of the last
+    layer first; each further layer convolves the first maps of what the one before it gave.
     """
-    z = q.flatten(1)[None, :, None] if channel else q.transpose(0, 1)  # (1, B, H, W)
-    out = correlate(z, layers[0][None])[0]  # (operations, B, H, W)
-    finished: list[Tensor] = []  # from the last to the first
-    for depth, layer in enumerate(layers):
-        if depth > 0:
-            out = correlate(saturate(torch.relu(out)), layer[:, None])[:, 0]
-        deeper = len(layers[depth + 1]) if depth + 1 < len(layers) else 0
-        finished[:0] = out[deeper:].unbind(0)
-        out = out[:deeper]
-    gates = torch.sigmoid(torch.stack([finished[order.index(i)] for i in range(len(order))]))
-    return gates.permute(0, 1, 3, 2).unsqueeze(4) if channel else gates.unsqueeze(2)
+
+    order: tuple[int, ...]
+    channel: bool
+
+    def __call__(self, q: Tensor, *layers: Tensor) -> Tensor:
+        return self._stacked(self._gates(self._maps(q), layers)[0], q)
+
+    def _gates(self, z: Tensor, layers: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The gates (B, H, operations, W), in their order, and the maps that further layers convolve."""
+        finished: list[Tensor] = []
+        maps: list[Tensor] = []
+        for depth, layer in enumerate(layers):
+            out = correlate(z, _of_maps(depth, layer))
+            deeper = _deeper(layers, depth)
+            finished.insert(0, out[:, :, deeper:])
+            if deeper:
+                z = saturate(torch.relu(out[:, :, :deeper])).permute(2, 0, 1, 3)
+                maps.append(z)
+        return torch.sigmoid(torch.cat(finished, 2)), maps
+
+    def _stacked(self, gates: Tensor, q: Tensor) -> Tensor:
+        each = gates.unbind(2)
+        return torch.stack([each[self.order.index(i)] for i in range(len(each))]).view(-1, *q.shape)
+
+    def _maps(self, q: Tensor) -> Tensor:
+        return q.flatten(1)[None, :, None] if self.channel else q.transpose(0, 1)  # (1, B, H, W)
+
+    def keep(self, q: Tensor, *layers: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The result, and for ``vjp`` the gates as (B, H, operations, W) and the maps that further layers convolve."""
+        z = self._maps(q)
+        one_dtype = all(layer.dtype == q.dtype for layer in layers) and q.dtype.itemsize >= 4
+        if z.shape[3] > BAND_WIDTH or not one_dtype or torch.is_autocast_enabled(q.device.type):
+            return self(q, *layers), ()
+        gates, maps = self._gates(z, layers)
+        return self._stacked(gates, q), (gates, *maps)
+
+    def vjp(self, grad: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor]) -> list[Tensor] | None:
+        """The gradients of the tensors for that of the result; None where they go through autograd."""
+        if not kept:
+            return None
+        b, h, _, w = kept[0].shape
+        grads = grad.view(-1, b, h, w).unbind(0)
+        return self._backward(torch.stack([grads[i] for i in self.order], 2), tensors, kept)
+
+    def weighted_vjp(
+        self, grad: Tensor, weights: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor]
+    ) -> list[Tensor] | None:
+        """The gradients of weights and tensors for that of the weighted sum of the gates; see ``vjp``."""
+        if not kept:
+            return None
+        b, h, _, w = kept[0].shape
+        grad = grad.view(b, h, 1, w)
+        each = weights.unbind(0)
+        ordered = torch.stack([each[i] for i in self.order]).unsqueeze(1)
+        found = (kept[0] * grad).sum((0, 1, 3)).unbind(0)
+        of_weights = torch.stack([found[self.order.index(i)] for i in range(len(found))])
+        return [of_weights, *self._backward(grad * ordered, tensors, kept)]
+
+    def _backward(self, grad: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of the tensors. grad: of the gates, in their order."""
+        q, *layers = tensors
+        gates, *maps = kept
+        w = gates.shape[3]
+        grad = torch.ops.aten.sigmoid_backward(grad, gates)
+        counts = [len(layer) - _deeper(layers, depth) for depth, layer in enumerate(layers)]
+        parts = list(reversed(grad.split(counts[::-1], 2)))
+        found: list[Tensor] = []
+        behind: Tensor | None = None
+        for depth in reversed(range(len(layers))):
+            weight = _of_maps(depth, layers[depth])
+            z = maps[depth - 1] if depth else self._maps(q)
+            of_out = to_maps(parts[depth] if behind is None else torch.cat([behind, parts[depth]], 2), len(weight))
+            of_band = torch.bmm(row_windows(z, weight.shape[2]).transpose(1, 2), of_out)
+            found.insert(0, from_bands(of_band, weight.shape, w).view(layers[depth].shape))
+            of_windows = torch.bmm(of_out, bands(weight, w).transpose(1, 2))
+            of_z = from_row_windows(of_windows, z.shape, weight.shape[2])
+            if depth:
+                behind = torch.ops.aten.threshold_backward(of_z, z, 0).permute(1, 2, 0, 3)
+        return [of_z.view(q.shape), *found]
+
+
+def _of_maps(depth: int, layer: Tensor) -> Tensor:
+    """All kernels of the first layer are for one map, those of another layer for one each: (G, N, kh, kw)."""
+    return layer.unsqueeze(min(depth, 1))
+
+
+def _deeper(layers: Sequence[Tensor], depth: int) -> int:
+    """How many of a layer's convolutions another one follows."""
+    return len(layers[depth + 1]) if depth + 1 < len(layers) else 0

@@ -134,10 +134,21 @@ class SpatialMaps:
     def __call__(self, *tensors: Tensor) -> Tensor:
         return torch.stack(self.each(*tensors))
 
-    def vjp(self, grad: Tensor, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    def vjp(self, grad: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor]) -> list[Tensor] | None:
         """The gradients of the tensors, see ``gradients``."""
         found = self.gradients(list(grad.clone().unbind(0)), tensors)
         return None if found is None else found[1]
+
+    def weighted_vjp(
+        self, grad: Tensor, weights: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor]
+    ) -> list[Tensor] | None:
+        """The gradients of weights and tensors for that of the weighted sum of the maps."""
+        found = self.gradients([grad * w for w in weights.to(grad.dtype).unbind(0)], tensors)
+        if found is None:
+            return None
+        maps, grads = found
+        flat = grad.flatten()
+        return [torch.stack([torch.dot(flat, m.flatten()) for m in maps]).to(weights.dtype), *grads]
 
     def gradients(self, grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]] | None:
         """The maps, and the gradients of the tensors for those of the maps, in whose memory it works.

@@ -13,7 +13,8 @@ mean 0 and variance 1 over the batch (one number each, without affine parameters
 none a sigmoid. A found block is built without these norms.
 
 Two forms give the same: 'plain' calls each operation by itself and is the definition; 'shared' lets the operations of
-an edge share what they have in common (``shared.py``).
+an edge share what they have in common (``shared.py``). Both work on contiguous maps: one in channels_last, as
+convolutions like it, is copied, and the result copied back.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -150,6 +151,12 @@ class MixedBlock(AttentionModule):
         return torch.tensordot(weights, stack, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+            # Sums over positions, and products with them, take about twice as long in channels_last.
+            return _laid_out(self._attended(_laid_out(x, torch.contiguous_format)), torch.channels_last)
+        return self._attended(x)
+
+    def _attended(self, x: Tensor) -> Tensor:
         if self.form == 'plain':
             return super().forward(x)
         check_features(x, self.channels)
@@ -167,6 +174,32 @@ class MixedBlock(AttentionModule):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, '{self.space}', fair={self.fair}, form='{self.form}'"
+
+
+def _laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return (
+        x.contiguous(memory_format=memory_format) if torch.compiler.is_compiling() else _LaidOut.apply(x, memory_format)
+    )
+
+
+class _LaidOut(torch.autograd.Function):
+    """A map (B, C, H, W) from contiguous to channels_last or back, and its gradient the other way.
+
+    torch would hand the gradient on as it is, and a batch norm's backward pass is slow where the two formats differ.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+        return x.contiguous(memory_format=memory_format)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        back = {torch.contiguous_format: torch.channels_last, torch.channels_last: torch.contiguous_format}
+        ctx.back = back[inputs[1]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.contiguous(memory_format=ctx.back), None
 
 
 def mixed_blocks(model: nn.Module) -> Iterable[MixedBlock]:

@@ -16,35 +16,35 @@ __all__ = ['Part', 'Recomputed', 'alone', 'stacked', 'weighted_sum']
 class Recomputed(torch.autograd.Function):
     """``function(*tensors)``, one tensor, that keeps its inputs alone; differentiable twice.
 
-    The first derivative is autograd's, or what the function's own ``vjp(grad, tensors)`` gives unless that is None.
+    The first derivative is autograd's, unless the function has its own: ``keep(*tensors)`` gives the result and a tuple
+    of tensors to keep beside the inputs, ``vjp(grad, tensors, kept)`` the gradients, or None for autograd's.
     Not ``torch.utils.checkpoint``: that would call modules again, which have other weights by then where
     ``torch.func.functional_call`` put tensors in the place of parameters.
     """
 
     @staticmethod
-    def forward(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        return function(*tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.function, *tensors = inputs
-        ctx.save_for_backward(*tensors)
+    def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        output, kept = function.keep(*tensors) if hasattr(function, 'keep') else (function(*tensors), ())
+        ctx.function, ctx.inputs = function, len(tensors)
+        ctx.save_for_backward(*tensors, *kept)
         device = output.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         twice, needed = torch.is_grad_enabled(), ctx.needs_input_grad[1:]
+        tensors, kept = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
         if not twice and hasattr(ctx.function, 'vjp'):
             with torch.autocast(ctx.autocast[0], enabled=False):
-                grads = ctx.function.vjp(grad, ctx.saved_tensors)
+                grads = ctx.function.vjp(grad, tensors, kept)
             if grads is not None:
                 return None, *grads
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
             # Aliases: an input may be a function of another one, through which its gradient must not go as well.
             inputs = [
                 t.view_as(t) if twice else t.detach().requires_grad_(need)
-                for t, need in zip(ctx.saved_tensors, needed, strict=True)
+                for t, need in zip(tensors, needed, strict=True)
             ]
             output = ctx.function(*inputs)
         wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
@@ -116,22 +116,25 @@ class Weighted:
         if torch.compiler.is_compiling():  # sums of products fuse with what they are of, and a product needs its stack
             maps = self.function.each(*tensors) if hasattr(self.function, 'each') else self.function(*tensors).unbind(0)
             return reduce(torch.add, [w.to(m.dtype) * m for w, m in zip(weights.unbind(0), maps, strict=True)])
-        stack = self.function(*tensors)
+        return self._sum(weights, self.function(*tensors))
+
+    def _sum(self, weights: Tensor, stack: Tensor) -> Tensor:
         # One product. (tensordot, and a sum of products, are several times as many operations on small tensors.)
         return (weights.to(stack.dtype) @ stack.flatten(1)).view(stack.shape[1:])
 
-    def vjp(self, grad: Tensor, tensors: Sequence[Tensor]) -> list[Tensor] | None:
-        """The gradients of weights and tensors, where the function has its own (``SpatialMaps.gradients``)."""
-        if not hasattr(self.function, 'gradients'):
+    def keep(self, weights: Tensor, *tensors: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The sum, and what the function keeps for ``vjp``."""
+        if not hasattr(self.function, 'keep'):
+            return self(weights, *tensors), ()
+        stack, kept = self.function.keep(*tensors)
+        return self._sum(weights, stack), kept
+
+    def vjp(self, grad: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor]) -> list[Tensor] | None:
+        """The gradients of weights and tensors, where the function has its own ``weighted_vjp``."""
+        if not hasattr(self.function, 'weighted_vjp'):
             return None
-        weights, *tensors = tensors
-        grad = grad.to(tensors[0].dtype)  # under autocast the product is in half precision
-        found = self.function.gradients([grad * w for w in weights.to(grad.dtype).unbind(0)], tensors)
-        if found is None:
-            return None
-        maps, grads = found
-        flat = grad.flatten()
-        return [torch.stack([torch.dot(flat, m.flatten()) for m in maps]).to(weights.dtype), *grads]
+        # Under autocast the product is in half precision.
+        return self.function.weighted_vjp(grad.to(tensors[1].dtype), tensors[0], tensors[1:], kept)
 
 
 def alone(outputs: Sequence[Tensor]) -> list[Part]:

@@ -24,12 +24,14 @@ __all__ = ['second_order']
 
 def second_order(op: Any, values: Tensor, gate: Tensor | None = None) -> Tensor:
     """What a second-order squeeze gives for its averages (B, P, N), times a gate (B, P, 1): (B, outputs)."""
-    norm = op.norm
+    norm, dtype = op.norm, op.row_weight.dtype
     ours = type(norm) is BatchNorm2d and norm.training and norm.track_running_stats and norm.momentum is not None
     if ours and values.shape[2] > 1 and not torch.compiler.is_compiling():
+        weights = [w.to(values.dtype) for w in (op.row_weight, norm.weight, norm.bias)]
         with torch.autocast(values.device.type, enabled=False):
-            sums = RowSums.apply(values, gate, op.row_weight.to(values.dtype))
-        q = _normed(norm, op.row_weight, *sums)
+            q, mean, var = NormedRows.apply(values, gate, *weights, norm.eps)
+        _move_statistics(norm, mean, var, q.numel())
+        q = q.to(dtype)
     else:  # another norm (one over several processes), eval mode, a compiler's graph
         z = _centred(values if gate is None else values * gate)
         with torch.autocast(values.device.type, enabled=False):
@@ -38,40 +40,63 @@ def second_order(op: Any, values: Tensor, gate: Tensor | None = None) -> Tensor:
     return op.fc(torch.relu(q))
 
 
-def _normed(norm: BatchNorm2d, row_weight: Tensor, contracted: Tensor, mean: Tensor, second: Tensor) -> Tensor:
-    """The contraction of the normed covariance from its sums; moves the running statistics. -> (B, N)."""
-    var = torch.addcmul(second, mean, mean, value=-1).clamp_min(0)
-    n = contracted.numel()
+def _move_statistics(norm: BatchNorm2d, mean: Tensor, var: Tensor, n: int) -> None:
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         for running, new in ((norm.running_mean, mean), (norm.running_var, var * (n / (n - 1)))):
             running.lerp_(new.to(running.dtype), norm.momentum)  # type: ignore[union-attr,arg-type]
-    scale = norm.weight.to(mean.dtype) * torch.rsqrt(var + norm.eps)
-    shift = torch.addcmul(norm.bias.to(mean.dtype), scale, mean, value=-1) * row_weight.to(mean.dtype).sum(1)
-    return torch.addcmul(shift, contracted, scale).to(row_weight.dtype)
 
 
-class RowSums(torch.autograd.Function):
-    """``row_sums`` that keeps its inputs alone; a second derivative goes through ``row_sums``."""
+class NormedRows(torch.autograd.Function):
+    """The contraction of the normed covariance (B, N), and mean and variance of the norm, which have no gradient.
 
-    @staticmethod
-    def forward(values: Tensor, gate: Tensor | None, kernel: Tensor) -> tuple[Tensor, ...]:
-        return row_sums(values, gate, kernel)
+    Keeps its inputs and the sums; a second derivative goes through ``row_sums``.
+    """
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
+    def forward(
+        ctx: Any, values: Tensor, gate: Tensor | None, kernel: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, ...]:
+        sums = row_sums(values, gate, kernel)
+        q, mean, var = _normed(sums, kernel, weight, bias, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(values, gate, kernel, weight, bias, *sums)
+        ctx.mark_non_differentiable(mean, var)
+        return q, mean, var
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        *inputs, contracted, mean, second = ctx.saved_tensors
         if torch.is_grad_enabled():
-            tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-            wanted = [t for t, need in zip(tensors, ctx.needs_input_grad, strict=True) if need and t is not None]
-            sums = row_sums(*tensors)  # type: ignore[arg-type]
-            found = iter(torch.autograd.grad(sums, wanted, grads, create_graph=True, allow_unused=True))
+            tensors: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
+            wanted = [t for t, need in zip(tensors, ctx.needs_input_grad[:-1], strict=True) if need and t is not None]
+            values, gate, kernel, weight, bias = tensors
+            q = _normed(row_sums(values, gate, kernel), kernel, weight, bias, ctx.eps)[0]
+            found = iter(torch.autograd.grad(q, wanted, grad, create_graph=True, allow_unused=True))
             return tuple(next(found) if need else None for need in ctx.needs_input_grad)
-        with torch.autocast(grads[0].device.type, enabled=False):
-            return _backward(*ctx.saved_tensors, *grads)
+        values, gate, kernel, weight, bias = inputs
+        with torch.autocast(grad.device.type, enabled=False):
+            total, rate = kernel.sum(1), torch.rsqrt((second - mean * mean).clamp_min_(0) + ctx.eps)
+            scale = weight * rate
+            whole = grad.sum(0)
+            of_bias = total * whole
+            of_scale = (grad * contracted).sum(0) - mean * of_bias
+            of_weight = of_scale * rate
+            of_var = of_weight * scale * rate * -0.5
+            of_mean = -scale * of_bias - 2 * mean * of_var
+            of_total = (bias - scale * mean) * whole
+            sums = _backward(values, gate, kernel, grad * scale, of_mean, of_var)
+        return sums[0], sums[1], sums[2].add_(of_total.unsqueeze(1)), of_weight, of_bias, None
+
+
+def _normed(
+    sums: tuple[Tensor, Tensor, Tensor], kernel: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From ``row_sums`` the contraction of the normed covariance (B, N), the mean and the variance of the norm (N)."""
+    contracted, mean, second = sums
+    var = (second - mean * mean).clamp_min(0)
+    scale = weight * torch.rsqrt(var + eps)
+    return contracted * scale + (bias - scale * mean) * kernel.sum(1), mean, var
 
 
 def row_sums(values: Tensor, gate: Tensor | None, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,12 +125,18 @@ def _backward(
     f, n = _factor(z), z.shape[0] * z.shape[2]
     g_total, g_squares = g_mean * (1 / n), g_second * (2 / n)
     if not _few_values(values):
-        rows = _covariance(z)
-        g_kernel = torch.bmm(g.t().unsqueeze(1), rows.transpose(0, 1)).squeeze(1)
+        rows, g = _covariance(z), g.unsqueeze(2)
+        step = rows * g
+        g_kernel = step.sum(0)
         to_rows = rows.mul_(g_squares.unsqueeze(1)).add_(g_total.unsqueeze(1))
-        to_rows += g.unsqueeze(2) * kernel
-        grad = torch.bmm(z, to_rows)
-        grad = torch.baddbmm(grad, z, to_rows.transpose(1, 2), beta=f, alpha=f)
+        to_rows += torch.mul(g, kernel, out=step)
+        # Both factors of the covariance at once: a product with a transposed matrix takes twice as long.
+        both = torch.add(to_rows, to_rows.transpose(1, 2), out=step)
+        zero = z.new_zeros(())
+        if z.is_contiguous():
+            grad = torch.baddbmm(zero, z, both, beta=0, alpha=f)
+        else:
+            grad = torch.baddbmm(zero, both, z.transpose(1, 2), beta=0, alpha=f).transpose(1, 2)
     else:
         along, g = F.linear(z, kernel), (g * f).unsqueeze(1)
         scaled = z * g
@@ -124,7 +155,7 @@ def _backward(
 
 
 def _few_values(values: Tensor) -> bool:
-    return values.shape[1] < values.shape[2]
+    return 2 * values.shape[1] < values.shape[2]
 
 
 def _centred(values: Tensor) -> Tensor:
