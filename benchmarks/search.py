@@ -60,8 +60,7 @@ class Ours:
         model = timm.create_model('resnet20_cifar')
         space = SearchSpace.parse('paper')
         self.network = SearchNetwork(model, space, fair=options.fair, form=form).to(options.device).train()
-        # As a search keeps it, unless told otherwise.
-        self.memory_format = torch.contiguous_format if options.contiguous else torch.channels_last
+        self.memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
         self.network.to(memory_format=self.memory_format)
         self.attention: list[nn.Module] = list(self.network.blocks.values())
         if compiled:
@@ -82,8 +81,9 @@ class Ours:
         virtual = VirtualStep(LR, MOMENTUM, DECAY, buffers)
         network.logits.grad = logits_gradient(network, F.cross_entropy, order, held_out, training, virtual).gradient
         self.logits_optimizer.step()
-        loss = F.cross_entropy(network(training[0]), training[1])
-        grads = torch.autograd.grad(loss, self.weights)
+        with network.learning(weights=True):
+            loss = F.cross_entropy(network(training[0]), training[1])
+            grads = torch.autograd.grad(loss, self.weights)
         for weight, grad in zip(self.weights, grads, strict=True):
             weight.grad = grad
         torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
@@ -252,7 +252,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument('--compile', action='store_true', help='a compiled form too, for order 1')
     parser.add_argument('--order', nargs='+', choices=ORDERS, default=list(ORDERS))
     parser.add_argument('--fair', action='store_true', help="fair mixing (default: the authors' mixture)")
-    parser.add_argument('--contiguous', action='store_true', help='our network not in channels_last')
+    parser.add_argument('--channels-last', action='store_true', help='our network in channels_last')
     parser.add_argument('--batch', type=int, help='images (default: 64, 16 with --quick)')
     parser.add_argument('--rounds', type=int, help='samples of every figure (default: 7, 3 with --quick)')
     parser.add_argument('--warmup', type=int, default=1, help='rounds before them (default: 1)')
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         'torch': torch.__version__,
         'batch': options.batch,
         'fair': options.fair,
-        'contiguous': options.contiguous,
+        'channels_last': options.channels_last,
         **measure(options),
     }
     print(table(result))

@@ -115,7 +115,7 @@ def test_what_a_search_leaves(config, look_often, capsys):
         {'order': '2-fd'},
         {'per_stage': True},
         {'paper_mixing': True, 'arch_every': 4},
-        {'null': True, 'channels_last': False, 'form': 'plain', 'clip_grad': None},
+        {'null': True, 'channels_last': True, 'form': 'plain', 'clip_grad': None},
         {'mixed_precision': 'bf16', 'deterministic': True},
         {'space': 'extended', 'order': '2'},
     ],

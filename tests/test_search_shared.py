@@ -1,6 +1,7 @@
 """The shared form of the mixed block: equal to the plain one, to the second order, in a part of its memory."""
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from sase_blocks.ops import ChannelPNorm, SpatialAvgStd, SpatialL2Norm
 from sase_blocks.ops.spatial_squeeze import SpatialSqueeze
 from sase_blocks.search.sase import convolutions, formulas, moments, parts, second_order
 from sase_blocks.search.sase.mixed import MixedBlock
+from sase_blocks.search.sase.network import SearchNetwork
 from sase_blocks.search.sase.space import EDGES, SearchSpace
 
 SUBSETS = {
@@ -108,6 +110,35 @@ def test_shapes(channels, size, shape):
     for training in (True, False):
         found, expected = (derivatives(block.train(training), x, second) for block in (twin, plain))
         assert worst(off(found, expected, least=1e-6)) < (1e-9, '')
+
+
+@pytest.mark.parametrize('form', ['plain', 'shared'])
+def test_the_format_of_the_input_comes_back(form):
+    block = MixedBlock(8, SearchSpace.parse('paper'), (8, 8), form=form)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 8, 8, 8).to(memory_format=memory_format).requires_grad_()
+        y = block(x)
+        (grad,) = torch.autograd.grad(y, x, torch.randn(2, 8, 8, 8))
+        assert y.is_contiguous(memory_format=memory_format)
+        assert grad.is_contiguous(memory_format=memory_format)
+
+
+def test_what_learns():
+    network = SearchNetwork(
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)),
+        SearchSpace.parse('paper'),
+        where='1',
+        input_size=(3, 8, 8),
+    )
+    x, weights = torch.randn(4, 3, 8, 8), list(network.weights().values())
+    for learners, still, of_weights in (([network.logits], weights, False), (weights, [network.logits], True)):
+        expected = torch.autograd.grad(network(x).square().sum(), learners)
+        with suppress(RuntimeError), network.learning(weights=of_weights):
+            found = torch.autograd.grad(network(x).square().sum(), learners)
+            assert not any(parameter.requires_grad for parameter in still)
+            raise RuntimeError
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, expected, strict=True))
+        assert all(parameter.requires_grad for parameter in still)
 
 
 def test_in_pieces_of_the_batch(monkeypatch):
@@ -298,18 +329,19 @@ TO_COMPILE = (
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning')  # of dynamo's own
-@pytest.mark.parametrize('fair', [False, True], ids=['paper-mixing', 'fair'])
+@pytest.mark.parametrize('fair', [False, True], ids=['paper-mixing', 'fair and channels_last'])
 def test_compiled(fair):
     from sase_blocks.search.sase.compiling import compile_mixed_blocks
-    from sase_blocks.search.sase.network import SearchNetwork
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
     space = SearchSpace.parse(TO_COMPILE)
     network = SearchNetwork(model, space, fair=fair, where='1', input_size=(3, 8, 8))
+    memory_format = torch.channels_last if fair else torch.contiguous_format
+    network.to(memory_format=memory_format)
     reference = copy.deepcopy(network)
     assert compile_mixed_blocks(network) == list(network.blocks)
-    x = torch.randn(4, 3, 8, 8)
+    x = torch.randn(4, 3, 8, 8).to(memory_format=memory_format)
     found = []
     for net in (network, reference):
         y = net(x)

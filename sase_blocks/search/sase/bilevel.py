@@ -84,8 +84,9 @@ def logits_gradient(
     logits = network.logits
     with network.statistics_kept():
         if order == '1':
-            value, outputs = forward(held_out)
-            (gradient,) = torch.autograd.grad(value, logits)
+            with network.learning(weights=False):
+                value, outputs = forward(held_out)
+                (gradient,) = torch.autograd.grad(value, logits)
             return LogitsGradient(mean(gradient.flatten()).view_as(logits), value.detach(), outputs.detach())
 
         assert training is not None

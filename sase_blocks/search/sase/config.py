@@ -54,7 +54,7 @@ class SearchConfig:
 
     seed: int = setting(0, 'seed of everything random')
     mixed_precision: str = setting('no', 'arithmetic below fp32', choices=('no', 'bf16'))
-    channels_last: bool = setting(True, 'keep the network in the channels_last memory format')
+    channels_last: bool = setting(False, 'channels_last memory format')
     compile: bool = setting(False, 'compile the mixed blocks; first order only')
     form: str = setting('shared', 'how an edge is computed: in one pass, or each operation alone', choices=FORMS)
     deterministic: bool = setting(False, 'only algorithms that give the same result every time; slower on GPUs')

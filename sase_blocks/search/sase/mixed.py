@@ -176,10 +176,9 @@ class MixedBlock(AttentionModule):
         return f"{self.channels}, '{self.space}', fair={self.fair}, form='{self.form}'"
 
 
+@torch.compiler.disable  # a compiler's own copies, and the formats that it chooses behind them, are slower
 def _laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    return (
-        x.contiguous(memory_format=memory_format) if torch.compiler.is_compiling() else _LaidOut.apply(x, memory_format)
-    )
+    return _LaidOut.apply(x, memory_format)
 
 
 class _LaidOut(torch.autograd.Function):

@@ -116,6 +116,21 @@ class SearchNetwork(nn.Module):
                 block.observer = None
 
     @contextmanager
+    def learning(self, *, weights: bool) -> Iterator[None]:
+        """Within this context gradients are recorded for the weights alone, or for the logits alone.
+
+        What the other ones' gradients would need is neither kept nor computed; compiled blocks gain most.
+        """
+        still = [self.logits] if weights else list(self.weights().values())
+        for parameter in still:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in still:
+                parameter.requires_grad_(True)
+
+    @contextmanager
     def statistics_kept(self) -> Iterator[None]:
         """Within this context a forward in train mode leaves batch-norm statistics as they are, once it is over."""
         # By dtype, as one launch each: there are hundreds of them, and a search has no time for hundreds of launches.

@@ -191,9 +191,10 @@ class _Search:
             self.arch.step()
             held_loss = found.loss
             right = (found.outputs.argmax(1) == held_out[1]).sum()
-        with self._autocast():
-            loss = self._loss(network(training[0]), training[1])
-        grads = torch.autograd.grad(loss, self.weights, allow_unused=True)
+        with network.learning(weights=True):
+            with self._autocast():
+                loss = self._loss(network(training[0]), training[1])
+            grads = torch.autograd.grad(loss, self.weights, allow_unused=True)
         flat = self._mean(
             torch.cat(
                 [(torch.zeros_like(w) if g is None else g).flatten() for w, g in zip(self.weights, grads, strict=True)]
