@@ -137,6 +137,14 @@ def test_settings(config, changes):
             timm.create_model('resnet50_sase', genotype=f'{config.out}/genotype.json')
 
 
+def test_the_memory_format_changes_nothing(config):
+    changes = {'epochs': 1, 'hessian_every': 0, 'mixed_precision': 'no'}
+    rows, last = (
+        search(replace(config, **changes, channels_last=c, out=f'{config.out}{c}'), pictures()) for c in (False, True)
+    )
+    torch.testing.assert_close(torch.tensor(last['logits']), torch.tensor(rows['logits']), rtol=0, atol=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning')  # of dynamo's own
 def test_compiled(config):

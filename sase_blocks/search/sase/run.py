@@ -203,7 +203,9 @@ class _Search:
         if config.clip_grad is not None:
             flat = flat * (config.clip_grad / (torch.linalg.vector_norm(flat) + 1e-6)).clamp(max=1.0)
         for weight, part in zip(self.weights, flat.split([w.numel() for w in self.weights]), strict=True):
-            weight.grad = part.view_as(weight)
+            # In the weight's own memory format: the fused step goes through both as they lie.
+            grad = part.view_as(weight)
+            weight.grad = grad if weight.is_contiguous() else torch.empty_like(weight).copy_(grad)
         self.optimizer.step()
         return loss.detach(), held_loss.detach(), right
 
