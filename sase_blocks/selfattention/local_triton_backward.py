@@ -32,6 +32,16 @@ from .local_triton_forward import (
 
 
 @triton.jit
+def through_softmax(weights, gradient, sums, K: tl.constexpr):
+    """The gradient of the logits. That of a single key is 0, and the difference would be rounding errors."""
+    if K == 1:
+        result = weights * 0.0
+    else:
+        result = weights * (gradient - sums)
+    return result
+
+
+@triton.jit
 def store_table_gradient(
     part, x, rows, columns, row_offset, column_offset, DIM: tl.constexpr, D: tl.constexpr, K: tl.constexpr
 ):
@@ -110,7 +120,7 @@ def query_kernel(
             logits += other_terms(keys, relative + DIM * K, u - side, other - side, DIM, D, K, HALF, SIDE)
             gradient += value_columns + pick(value_rows, u)
         weights = tl.exp(logits - total)
-        gradient = weights * (gradient - sums[:, None])
+        gradient = through_softmax(weights, gradient, sums[:, None], K)
         result += product(narrow(gradient, dtype), keys)
         row_sums += put(gradient, u)
         column_sums += gradient
@@ -187,7 +197,7 @@ def key_kernel(
         if TERMS == 3:
             gradient += other_terms(upstream, relative + 2 * DIM * K, row, column, DIM, D, K, HALF, SIDE)
         weights = tl.exp(logits - total)
-        gradient = weights * (gradient - sums)
+        gradient = through_softmax(weights, gradient, sums, K)
         value_result += product(weights.to(dtype), upstream)
         key_result += product(narrow(gradient, dtype), queries)
         if TERMS == 3:
