@@ -67,7 +67,8 @@ class Ours:
             from sase_blocks.search.sase.compiling import compile_mixed_blocks
 
             compile_mixed_blocks(self.network)
-        self.weights = list(self.network.weights().values())
+        self.named = self.network.weights()
+        self.weights = list(self.named.values())
         self.optimizer = torch.optim.SGD(self.weights, LR, MOMENTUM, weight_decay=DECAY, fused=True)
         self.logits_optimizer = torch.optim.Adam(
             [self.network.logits], LOGITS_LR, (0.5, 0.999), weight_decay=LOGITS_DECAY
@@ -76,7 +77,7 @@ class Ours:
     def step(self, order: str, training: Batch, held_out: Batch) -> None:
         network = self.network
         training, held_out = ((x.to(memory_format=self.memory_format), y) for x, y in (training, held_out))
-        states = ((name, self.optimizer.state[w]) for name, w in network.weights().items())
+        states = ((name, self.optimizer.state[w]) for name, w in self.named.items())
         buffers = {name: state['momentum_buffer'] for name, state in states if 'momentum_buffer' in state}
         virtual = VirtualStep(LR, MOMENTUM, DECAY, buffers)
         network.logits.grad = logits_gradient(network, F.cross_entropy, order, held_out, training, virtual).gradient

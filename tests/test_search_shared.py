@@ -200,8 +200,10 @@ def test_twice_differentiable(gated):
     kinds += [kind for kind in formulas.BESIDE_MEAN if issubclass(kind, SpatialSqueeze)]
     maps = formulas.SpatialMaps(tuple(kinds), 4, torch.float64)
     of_maps = [*(tensor(2, 1, 4, 2) for _ in range(7)), tensor(4, 2), tensor(4, 2), tensor(2), tensor(2), tensor(2)]
-    of_map, of_channel = (convolutions.Convolved((2, 0, 1), channel) for channel in (False, True))
-    layers, rows_of_layers = ([tensor(3, k, 5), tensor(2, k, 3), tensor(1, 1, 3)] for k in (3, 1))
+    of_map = convolutions.Convolved((1, 3, 2, 2), (False, False, False, True), False)
+    of_channel = convolutions.Convolved((1, 3, 2), (False, False, False), True)
+    sizes = [(3, 5), (3, 3), (3, 3), (1, 3), (3, 3), (3, 3), (1, 5), (5, 1)]
+    kernels, rows_of_kernels = [tensor(1, 1, *size) for size in sizes], [tensor(1, 1, w) for _, w in sizes[:6]]
     for function, inputs in (
         (positions, (x,)),
         (spatial, (x, mean, rates, *gate_or_not)),
@@ -211,13 +213,15 @@ def test_twice_differentiable(gated):
         (moments.Gated.apply, (x, gate, tensor(2, 1, 4, 2))),
         (lambda *a: parts.Recomputed.apply(parts.Weighted(maps), *a), (tensor(len(kinds)), *of_maps)),
         (lambda a, b: parts.Recomputed.apply(lambda a, b: (a * b).sin(), a, b * a), (x, gate)),
-        (lambda *a: parts.Recomputed.apply(parts.Weighted(of_map), *a), (tensor(3), tensor(2, 1, 4, 5), *layers)),
-        (lambda *a: parts.Recomputed.apply(of_channel, *a), (tensor(2, 5, 1, 1), *rows_of_layers)),
+        (lambda *a: parts.Recomputed.apply(parts.Weighted(of_map), *a), (tensor(4), tensor(2, 1, 4, 5), *kernels)),
+        (lambda *a: parts.Recomputed.apply(of_channel, *a), (tensor(2, 5, 1, 1), *rows_of_kernels)),
     ):
         outputs = function(*inputs)
         total = sum(o.square().sum() for o in (outputs if isinstance(outputs, tuple) else (outputs,)))
         once, recorded = (torch.autograd.grad(total, inputs, retain_graph=True, create_graph=c) for c in (False, True))
         assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(once, recorded, strict=True))
+        alone = [torch.autograd.grad(total, t, retain_graph=True)[0] for t in inputs]  # where no other one is needed
+        assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(alone, once, strict=True))
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)
 

@@ -8,7 +8,8 @@ of all twice backward).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from sase_blocks.ops.primitive import (
     saturate,
 )
 
-from .parts import Part, Recomputed
+from .parts import Gradients, Part, Recomputed
 
 __all__ = ['excited']
 
@@ -136,15 +137,7 @@ CONVOLUTIONS: frozenset[type] = frozenset(
         SpatialConv5Separable,
     }
 )
-
-
-def kernels(op: Any) -> list[Tensor]:
-    """The kernels (kh, kw) of an operation, those with a ReLU between them apart, those without composed."""
-    weights = [conv.weight.view(-1, conv.weight.shape[-1]) for conv in op.convs]
-    if type(op) in (SpatialConv3Separable, SpatialConv5Separable):
-        row, column = weights
-        return [column * row]  # (k, 1) times (1, k)
-    return weights
+SEPARABLE: frozenset[type] = frozenset({SpatialConv3Separable, SpatialConv5Separable})  # 1 x k, then k x 1
 
 
 def placement(sizes: tuple[tuple[int, int], ...], like: Tensor) -> Tensor:
@@ -165,7 +158,7 @@ def placement(sizes: tuple[tuple[int, int], ...], like: Tensor) -> Tensor:
 
 
 def stacked_kernels(parts: Sequence[Tensor]) -> Tensor:
-    """Kernels of odd sizes, padded around to the largest: (N, kh, kw)."""
+    """Kernels (kh, kw) of odd sizes, padded around to the largest: (N, kh, kw)."""
     sizes = tuple((k.shape[0], k.shape[1]) for k in parts)
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
     if len(set(sizes)) == 1:
@@ -188,20 +181,17 @@ def excited(q: Tensor, *edges: Sequence[Any], fair: bool) -> list[list[Part]]:
     shared = len(convolved) > 1
     found: list[Part | None] = [None] * len(edges)
     if shared:
-        of_op = [kernels(op) for op in convolved]
-        # The deepest first: each further layer is for the first few of what the one before it gave.
-        order = sorted(range(len(convolved)), key=lambda i: -len(of_op[i]))
-        layers = [
-            stacked_kernels([of_op[i][depth] for i in order if len(of_op[i]) > depth])
-            for depth in range(len(of_op[order[0]]))
-        ]
-        channel = isinstance(convolved[0], ChannelConv)
-        function = Convolved(tuple(order), channel)
+        function = Convolved(
+            tuple(len(op.convs) for op in convolved),
+            tuple(type(op) in SEPARABLE for op in convolved),
+            isinstance(convolved[0], ChannelConv),
+        )
+        tensors = [q, *(conv.weight for op in convolved for conv in op.convs)]
         positions = [[i for i, op in enumerate(edge) if type(op) in CONVOLUTIONS] for edge in edges]
-        if len(edges) == 1 and not channel:
-            found = [Part(positions[0], function, [q, *layers], again=True)]
+        if len(edges) == 1 and not function.channel:
+            found = [Part(positions[0], function, tensors, again=True)]
         else:
-            gates = function(q, *layers) if torch.compiler.is_compiling() else Recomputed.apply(function, q, *layers)
+            gates = function(*tensors) if torch.compiler.is_compiling() else Recomputed.apply(function, *tensors)
             shares = gates.split([len(chosen) for chosen in positions])
             found = [Part.of_stack(*pair) for pair in zip(positions, shares, strict=True)]
     parts = []
@@ -215,20 +205,61 @@ def excited(q: Tensor, *edges: Sequence[Any], fair: bool) -> list[list[Part]]:
 
 @dataclass(frozen=True)
 class Convolved:
-    """The gates of convolutions of q with one kernel or more: called with q and layers of kernels (N, kh, kw).
+    """The gates of operations that convolve q: called with q and the weights of all their convolutions, in order.
 
-    q: as of ``excited`` -> (operations, *q.shape). ``order``: which operation each gate is of, the gates of the last
-    layer first; each further layer convolves the first maps of what the one before it gave.
+    q: as of ``excited`` -> (operations, *q.shape). ``convolutions``: of each operation; there is a ReLU between them,
+    but none between the two of a ``separable`` one. Each layer is one convolution: the first of q, each further one of
+    the first maps of what the one before it gave, for which the deepest operations come first.
     """
 
-    order: tuple[int, ...]
+    convolutions: tuple[int, ...]
+    separable: tuple[bool, ...]
     channel: bool
 
-    def __call__(self, q: Tensor, *layers: Tensor) -> Tensor:
-        return self._stacked(self._gates(self._maps(q), layers)[0], q)
+    # The layers of each operation, and the operations as the layers have them.
+    depths: tuple[int, ...] = field(init=False)
+    order: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        depths = tuple(1 if composed else n for n, composed in zip(self.convolutions, self.separable, strict=True))
+        object.__setattr__(self, 'depths', depths)
+        object.__setattr__(self, 'order', tuple(sorted(range(len(depths)), key=lambda i: -depths[i])))
+
+    def __call__(self, q: Tensor, *weights: Tensor) -> Tensor:
+        return self._stacked(self._gates(self._maps(q), self._layers(weights))[0], q)
+
+    def _of_operations(self, weights: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The weights of each operation as kernels (kh, kw)."""
+        rest = iter(weights)
+        return [[w.view(-1, w.shape[-1]) for w in islice(rest, n)] for n in self.convolutions]
+
+    def _layers(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The kernels of each layer, padded to the largest: (operations that are this deep, kh, kw)."""
+        kernels = self._of_operations(weights)
+        for i, composed in enumerate(self.separable):
+            if composed:
+                row, column = kernels[i]
+                kernels[i] = [column * row]
+        depths = range(max(self.depths))
+        return [stacked_kernels([kernels[i][d] for i in self.order if self.depths[i] > d]) for d in depths]
+
+    def _of_weights(self, of_layers: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of the weights for those of the layers."""
+        kernels = self._of_operations(weights)
+        found: list[list[Tensor]] = [[] for _ in kernels]
+        for depth, of_layer in enumerate(of_layers):
+            for i, of_kernel in zip(self.order, of_layer.unbind(0), strict=False):  # the deepest come first
+                if not self.separable[i]:
+                    found[i].append(_inner(of_kernel, *kernels[i][depth].shape))
+                else:
+                    row, column = kernels[i]
+                    of_kernel = _inner(of_kernel, len(column), row.shape[1])
+                    found[i] += [(of_kernel * column).sum(0), (of_kernel * row).sum(1)]
+        flat = [w for own in found for w in own]
+        return [of_weight.reshape(w.shape) for of_weight, w in zip(flat, weights, strict=True)]
 
     def _gates(self, z: Tensor, layers: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The gates (B, H, operations, W), in their order, and the maps that further layers convolve."""
+        """The gates (B, H, operations, W), those of the last layer first, and the maps that further layers convolve."""
         finished: list[Tensor] = []
         maps: list[Tensor] = []
         for depth, layer in enumerate(layers):
@@ -247,26 +278,29 @@ class Convolved:
     def _maps(self, q: Tensor) -> Tensor:
         return q.flatten(1)[None, :, None] if self.channel else q.transpose(0, 1)  # (1, B, H, W)
 
-    def keep(self, q: Tensor, *layers: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The result, and for ``vjp`` the gates as (B, H, operations, W) and the maps that further layers convolve."""
+    def keep(self, q: Tensor, *weights: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The result, and for ``vjp`` the gates (B, H, operations, W), the maps convolved again, and the layers."""
         z = self._maps(q)
-        one_dtype = all(layer.dtype == q.dtype for layer in layers) and q.dtype.itemsize >= 4
+        one_dtype = all(w.dtype == q.dtype for w in weights) and q.dtype.itemsize >= 4
         if z.shape[3] > BAND_WIDTH or not one_dtype or torch.is_autocast_enabled(q.device.type):
-            return self(q, *layers), ()
+            return self(q, *weights), ()
+        layers = self._layers(weights)
         gates, maps = self._gates(z, layers)
-        return self._stacked(gates, q), (gates, *maps)
+        return self._stacked(gates, q), (gates, *maps, *layers)
 
-    def vjp(self, grad: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor]) -> list[Tensor] | None:
+    def vjp(
+        self, grad: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor], needed: Sequence[bool]
+    ) -> Gradients | None:
         """The gradients of the tensors for that of the result; None where they go through autograd."""
         if not kept:
             return None
         b, h, _, w = kept[0].shape
         grads = grad.view(-1, b, h, w).unbind(0)
-        return self._backward(torch.stack([grads[i] for i in self.order], 2), tensors, kept)
+        return self._backward(torch.stack([grads[i] for i in self.order], 2), tensors, kept, needed)
 
     def weighted_vjp(
-        self, grad: Tensor, weights: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor]
-    ) -> list[Tensor] | None:
+        self, grad: Tensor, weights: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor], needed: Sequence[bool]
+    ) -> Gradients | None:
         """The gradients of weights and tensors for that of the weighted sum of the gates; see ``vjp``."""
         if not kept:
             return None
@@ -274,31 +308,43 @@ class Convolved:
         grad = grad.view(b, h, 1, w)
         each = weights.unbind(0)
         ordered = torch.stack([each[i] for i in self.order]).unsqueeze(1)
-        found = (kept[0] * grad).sum((0, 1, 3)).unbind(0)
-        of_weights = torch.stack([found[self.order.index(i)] for i in range(len(found))])
-        return [of_weights, *self._backward(grad * ordered, tensors, kept)]
+        of_weights = None
+        if needed[0]:
+            found = (kept[0] * grad).sum((0, 1, 3)).unbind(0)
+            of_weights = torch.stack([found[self.order.index(i)] for i in range(len(found))])
+        return [of_weights, *self._backward(grad * ordered, tensors, kept, needed[1:])]
 
-    def _backward(self, grad: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor]) -> list[Tensor]:
+    def _backward(
+        self, grad: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor], needed: Sequence[bool]
+    ) -> Gradients:
         """The gradients of the tensors. grad: of the gates, in their order."""
-        q, *layers = tensors
-        gates, *maps = kept
+        q, *weights = tensors
+        gates = kept[0]
+        maps, layers = kept[1 : max(self.depths)], kept[max(self.depths) :]
         w = gates.shape[3]
         grad = torch.ops.aten.sigmoid_backward(grad, gates)
         counts = [len(layer) - _deeper(layers, depth) for depth, layer in enumerate(layers)]
         parts = list(reversed(grad.split(counts[::-1], 2)))
-        found: list[Tensor] = []
+        of_layers: list[Tensor] = []
         behind: Tensor | None = None
         for depth in reversed(range(len(layers))):
             weight = _of_maps(depth, layers[depth])
             z = maps[depth - 1] if depth else self._maps(q)
             of_out = to_maps(parts[depth] if behind is None else torch.cat([behind, parts[depth]], 2), len(weight))
-            of_band = torch.bmm(row_windows(z, weight.shape[2]).transpose(1, 2), of_out)
-            found.insert(0, from_bands(of_band, weight.shape, w).view(layers[depth].shape))
+            if any(needed[1:]):
+                of_band = torch.bmm(row_windows(z, weight.shape[2]).transpose(1, 2), of_out)
+                of_layers.insert(0, from_bands(of_band, weight.shape, w).view(layers[depth].shape))
             of_windows = torch.bmm(of_out, bands(weight, w).transpose(1, 2))
             of_z = from_row_windows(of_windows, z.shape, weight.shape[2])
             if depth:
                 behind = torch.ops.aten.threshold_backward(of_z, z, 0).permute(1, 2, 0, 3)
-        return [of_z.view(q.shape), *found]
+        return [of_z.view(q.shape), *(self._of_weights(of_layers, weights) if of_layers else [None] * len(weights))]
+
+
+def _inner(x: Tensor, height: int, width: int) -> Tensor:
+    """The middle of the last two dimensions, (height, width)."""
+    top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
+    return x[..., top : top + height, left : left + width]
 
 
 def _of_maps(depth: int, layer: Tensor) -> Tensor:

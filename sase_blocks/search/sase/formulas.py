@@ -30,6 +30,8 @@ from sase_blocks.ops import (
 from sase_blocks.ops.primitive import mix, safe_sqrt
 from sase_blocks.ops.spatial_squeeze import resize_map
 
+from .parts import Gradients
+
 __all__ = ['BESIDE_MEAN', 'OF_MOMENTS', 'PURE', 'SpatialMaps', 'beside_mean', 'channel_l2']
 
 TINY = 1e-30  # what safe_sqrt adds
@@ -134,21 +136,24 @@ class SpatialMaps:
     def __call__(self, *tensors: Tensor) -> Tensor:
         return torch.stack(self.each(*tensors))
 
-    def vjp(self, grad: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor]) -> list[Tensor] | None:
+    def vjp(
+        self, grad: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor], needed: Sequence[bool]
+    ) -> Gradients | None:
         """The gradients of the tensors, see ``gradients``."""
         found = self.gradients(list(grad.clone().unbind(0)), tensors)
-        return None if found is None else found[1]
+        return None if found is None else [*found[1]]
 
     def weighted_vjp(
-        self, grad: Tensor, weights: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor]
-    ) -> list[Tensor] | None:
+        self, grad: Tensor, weights: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor], needed: Sequence[bool]
+    ) -> Gradients | None:
         """The gradients of weights and tensors for that of the weighted sum of the maps."""
         found = self.gradients([grad * w for w in weights.to(grad.dtype).unbind(0)], tensors)
         if found is None:
             return None
         maps, grads = found
-        flat = grad.flatten()
-        return [torch.stack([torch.dot(flat, m.flatten()) for m in maps]).to(weights.dtype), *grads]
+        if not needed[0]:
+            return [None, *grads]
+        return [torch.stack([_dot(grad, m) for m in maps]).to(weights.dtype), *grads]
 
     def gradients(self, grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]] | None:
         """The maps, and the gradients of the tensors for those of the maps, in whose memory it works.

@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ['Part', 'Recomputed', 'alone', 'stacked', 'weighted_sum']
+__all__ = ['Gradients', 'Part', 'Recomputed', 'alone', 'stacked', 'weighted_sum']
+
+
+Gradients = list[Tensor | None]  # None for what is not needed
 
 
 class Recomputed(torch.autograd.Function):
     """``function(*tensors)``, one tensor, that keeps its inputs alone; differentiable twice.
 
     The first derivative is autograd's, unless the function has its own: ``keep(*tensors)`` gives the result and a tuple
-    of tensors to keep beside the inputs, ``vjp(grad, tensors, kept)`` the gradients, or None for autograd's.
+    of tensors to keep beside the inputs, ``vjp(grad, tensors, kept, needed)`` the gradients, None for those that are
+    not needed, or None for autograd's.
     Not ``torch.utils.checkpoint``: that would call modules again, which have other weights by then where
     ``torch.func.functional_call`` put tensors in the place of parameters.
     """
@@ -37,7 +41,7 @@ class Recomputed(torch.autograd.Function):
         tensors, kept = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
         if not twice and hasattr(ctx.function, 'vjp'):
             with torch.autocast(ctx.autocast[0], enabled=False):
-                grads = ctx.function.vjp(grad, tensors, kept)
+                grads = ctx.function.vjp(grad, tensors, kept, needed)
             if grads is not None:
                 return None, *grads
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
@@ -129,12 +133,14 @@ class Weighted:
         stack, kept = self.function.keep(*tensors)
         return self._sum(weights, stack), kept
 
-    def vjp(self, grad: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor]) -> list[Tensor] | None:
+    def vjp(
+        self, grad: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor], needed: Sequence[bool]
+    ) -> Gradients | None:
         """The gradients of weights and tensors, where the function has its own ``weighted_vjp``."""
         if not hasattr(self.function, 'weighted_vjp'):
             return None
         # Under autocast the product is in half precision.
-        return self.function.weighted_vjp(grad.to(tensors[1].dtype), tensors[0], tensors[1:], kept)
+        return self.function.weighted_vjp(grad.to(tensors[1].dtype), tensors[0], tensors[1:], kept, needed)
 
 
 def alone(outputs: Sequence[Tensor]) -> list[Part]:
