@@ -256,7 +256,8 @@ class Convolved:
                     of_kernel = _inner(of_kernel, len(column), row.shape[1])
                     found[i] += [(of_kernel * column).sum(0), (of_kernel * row).sum(1)]
         flat = [w for own in found for w in own]
-        return [of_weight.reshape(w.shape) for of_weight, w in zip(flat, weights, strict=True)]
+        # No views into a padded kernel: fused optimisers read gradients as they lie.
+        return [of_weight.contiguous().view(w.shape) for of_weight, w in zip(flat, weights, strict=True)]
 
     def _gates(self, z: Tensor, layers: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The gates (B, H, operations, W), those of the last layer first, and the maps that further layers convolve."""
