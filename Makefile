@@ -14,11 +14,13 @@ PYTEST_ARGS ?= -n auto --maxprocesses 4
 MODELS ?=
 # A clone of timm's repository for test-timm-scripts, which otherwise clones it.
 TIMM_REPO ?=
+# The URL of an empty database for test-database; its driver, such as psycopg[binary], has to be in .venv.
+TEST_DATABASE ?=
 BENCH_ARGS ?= --quick
 DEMO_ARGS ?= --out demo_out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-search test test-slow test-ecosystem test-timm test-timm-scripts docs lint format bench gpu gpu-compile build install clean
+.PHONY: help demo demo-search test test-slow test-ecosystem test-database test-timm test-timm-scripts docs lint format bench gpu gpu-compile build install clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +58,10 @@ test-slow: $(STAMP)  ## run the tests marked slow
 
 test-ecosystem: $(ECOSYSTEM)  ## run the tests with other libraries: segmentation, detection, transformers, the Hub, ...
 	$(BIN)/python -m pytest -m 'ecosystem and not gpu' $(PYTEST_ARGS)
+
+test-database: $(STAMP)  ## run the tests of the queue in a database and empty it: TEST_DATABASE=postgresql+psycopg://USER@HOST/NAME
+	@test -n '$(TEST_DATABASE)' || { echo "make test-database TEST_DATABASE=URL, a database of its own: all its tables are dropped" >&2; exit 1; }
+	SASE_BLOCKS_TEST_DATABASE='$(TEST_DATABASE)' $(BIN)/python -m pytest -k database tests/test_search_tasks.py
 
 test-timm: $(STAMP)  ## run timm's own model tests for ours: make test-timm MODELS='resnet50_sase resnet20_cifar'
 	$(BIN)/python tests/timm_upstream.py $(MODELS)

@@ -13,13 +13,16 @@ import time
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 from test_data import make_images
 
 from sase_blocks.search import study as module
 from sase_blocks.search.tasks import _Queue, run_tasks
 
 TASKS = [{'key': key, 'value': value} for value, key in enumerate('abcdef')]
-STORAGES = ['tasks.db', 'tasks.journal']
+FILES = ['tasks.db', 'tasks.journal']
+DATABASE = os.environ.get('SASE_BLOCKS_TEST_DATABASE', '')  # see `make test-database`
+STORAGES = [*FILES, *([pytest.param(DATABASE, id='database')] if DATABASE else [])]
 
 
 @pytest.fixture(scope='session')
@@ -47,6 +50,18 @@ def square(task):
     return {'square': task['value'] ** 2}
 
 
+def place(folder, storage):
+    """Where a test has its storage; a database is emptied."""
+    if '://' not in storage:
+        return folder / storage
+    engine = sqlalchemy.create_engine(storage)
+    tables = sqlalchemy.MetaData()
+    tables.reflect(engine)
+    tables.drop_all(engine)
+    engine.dispose()
+    return storage
+
+
 def queue(path, tasks=TASKS, settings=None, patience=90.0, timeout=60.0, deaths=5):
     made = _Queue({task['key']: task for task in tasks}, path, 'test', settings or {}, patience, timeout, deaths)
     made.open()
@@ -58,7 +73,7 @@ def queue(path, tasks=TASKS, settings=None, patience=90.0, timeout=60.0, deaths=
 
 @pytest.mark.parametrize('storage', STORAGES)
 def test_results_and_what_a_second_command_does(tmp_path, lines, storage):
-    path = tmp_path / 'new folder {#?}' / storage
+    path = place(tmp_path / 'new folder {#?}', storage)
     done = []
 
     def work(task):
@@ -173,7 +188,7 @@ def read(folder, name):
 def test_a_killed_workers_task_is_taken_up(processes, tmp_path, storage, setup):
     # Where only silence tells, a slow machine may take the living for dead as well; that does the task twice.
     options = {'heartbeat': 0.1, 'patience': 600.0 if not setup else 1.5}
-    path = tmp_path / storage
+    path = place(tmp_path, storage)
     dying = processes.Process(target=_worker, args=(path, tmp_path, options, 'hang'), daemon=True)
     dying.start()
     wait_for((tmp_path / 'hangs').exists, 'the first worker to begin a task')
@@ -201,11 +216,8 @@ def test_a_killed_workers_task_is_taken_up(processes, tmp_path, storage, setup):
 
 @pytest.mark.parametrize('storage', STORAGES)
 def test_workers_that_start_at_once_do_each_task_once(processes, tmp_path, storage):
-    options = {'barrier': processes.Barrier(3)}
-    workers = [
-        processes.Process(target=_worker, args=(tmp_path / storage, tmp_path, options, ''), daemon=True)
-        for _ in range(3)
-    ]
+    options, path = {'barrier': processes.Barrier(3)}, place(tmp_path, storage)
+    workers = [processes.Process(target=_worker, args=(path, tmp_path, options, ''), daemon=True) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -285,7 +297,8 @@ def clock(monkeypatch):
 
 @pytest.mark.parametrize('storage', STORAGES)
 def test_silence(tmp_path, clock, storage):
-    mine, other = queue(tmp_path / storage), queue(tmp_path / storage)
+    path = place(tmp_path, storage)
+    mine, other = queue(path), queue(path)
     mine.fill()
     trial, task = mine.take()
     assert task == TASKS[0]
@@ -456,7 +469,7 @@ def test_locked_storage(tmp_path):
     assert len(run_tasks(TASKS, square, path, 'test', say=[].append).results) == 6
 
 
-@pytest.mark.parametrize('storage', STORAGES)
+@pytest.mark.parametrize('storage', FILES)
 def test_storage_that_is_deleted_meanwhile(tmp_path, storage):
     path = tmp_path / storage
 

@@ -19,6 +19,7 @@ import socket
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -151,6 +152,8 @@ class Study:
                 storage = optuna.storages.RDBStorage(str(self.storage))
             except ImportError as error:
                 raise ImportError(f'{self.name()} needs the driver of its database ({error.__cause__})') from error
+        if isinstance(storage, optuna.storages.RDBStorage):
+            weakref.finalize(self, storage.engine.dispose)  # closes its connections with this object
         return optuna.create_study(
             study_name=self.study_name,
             storage=storage,

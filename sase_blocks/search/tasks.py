@@ -60,7 +60,7 @@ def run_tasks(
             an earlier, killed call for the same task has left behind.
         storage: a SQLite file (made with its folder if missing); a journal file, if its name ends in '.journal', also
             good on network folders such as NFS, where SQLite is not; or the URL of a database, such as
-            'postgresql://USER:PASSWORD@HOST/NAME'.
+            'postgresql+psycopg://USER:PASSWORD@HOST/NAME'.
         study_name: of the study in the storage.
         settings: what all tasks have in common; a study with other settings is refused.
         describe: a line about a finished task, from the task and its result.
