@@ -2,7 +2,7 @@
 
 Kernels are padded to the largest, and a 1 x k behind a k x 1 is a k x k. On rows of up to 64 values it runs as a
 product with band matrices, in which a convolution of one channel is several times faster (forward, backward, and most
-of all twice backward).
+of all twice backward). The first derivative is written out, a second one goes through autograd.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ from sase_blocks.ops import (
     SpatialConv5Separable,
     SpatialConv7,
 )
-from sase_blocks.ops.primitive import (
-    saturate,
-)
+from sase_blocks.ops.primitive import saturate
 
 from .parts import Gradients, Part, Recomputed
 
