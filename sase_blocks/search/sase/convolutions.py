@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -120,22 +120,21 @@ def from_bands(grad: Tensor, shape: Sequence[int], w: int) -> Tensor:
     return (by_tap @ selection(kw, w, grad).t()).view(shape)
 
 
-CONVOLUTIONS: frozenset[type] = frozenset(
-    {
-        ChannelConv3,
-        ChannelConv5,
-        ChannelConv7,
-        ChannelConv3Double,
-        ChannelConv3Triple,
-        SpatialConv3,
-        SpatialConv5,
-        SpatialConv7,
-        SpatialConv3Double,
-        SpatialConv3Separable,
-        SpatialConv5Separable,
-    }
+# Tuples, for dynamo of torch 2.6 knows no frozenset of classes.
+CONVOLUTIONS: tuple[type, ...] = (
+    ChannelConv3,
+    ChannelConv5,
+    ChannelConv7,
+    ChannelConv3Double,
+    ChannelConv3Triple,
+    SpatialConv3,
+    SpatialConv5,
+    SpatialConv7,
+    SpatialConv3Double,
+    SpatialConv3Separable,
+    SpatialConv5Separable,
 )
-SEPARABLE: frozenset[type] = frozenset({SpatialConv3Separable, SpatialConv5Separable})  # 1 x k, then k x 1
+SEPARABLE: tuple[type, ...] = (SpatialConv3Separable, SpatialConv5Separable)  # 1 x k, then k x 1
 
 
 def placement(sizes: tuple[tuple[int, int], ...], like: Tensor) -> Tensor:
@@ -201,7 +200,7 @@ def excited(q: Tensor, *edges: Sequence[Any], fair: bool) -> list[list[Part]]:
     return parts
 
 
-@dataclass(frozen=True)
+@dataclass
 class Convolved:
     """The gates of operations that convolve q: called with q and the weights of all their convolutions, in order.
 
@@ -220,16 +219,17 @@ class Convolved:
 
     def __post_init__(self) -> None:
         depths = tuple(1 if composed else n for n, composed in zip(self.convolutions, self.separable, strict=True))
-        object.__setattr__(self, 'depths', depths)
-        object.__setattr__(self, 'order', tuple(sorted(range(len(depths)), key=lambda i: -depths[i])))
+        self.depths = depths
+        self.order = tuple(sorted(range(len(depths)), key=lambda i: -depths[i]))
 
     def __call__(self, q: Tensor, *weights: Tensor) -> Tensor:
         return self._stacked(self._gates(self._maps(q), self._layers(weights))[0], q)
 
     def _of_operations(self, weights: Sequence[Tensor]) -> list[list[Tensor]]:
         """The weights of each operation as kernels (kh, kw)."""
-        rest = iter(weights)
-        return [[w.view(-1, w.shape[-1]) for w in islice(rest, n)] for n in self.convolutions]
+        kernels = [w.view(-1, w.shape[-1]) for w in weights]
+        ends = accumulate(self.convolutions)
+        return [kernels[end - n : end] for n, end in zip(self.convolutions, ends, strict=True)]
 
     def _layers(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """The kernels of each layer, padded to the largest: (operations that are this deep, kh, kw)."""

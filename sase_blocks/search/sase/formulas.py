@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -87,7 +86,7 @@ BESIDE_MEAN: dict[type, Formula] = {
     ChannelAvgSkew: lambda stats, n: stats[2],
     SpatialAvgSkew: lambda stats, n: stats[2],
 }
-OF_MOMENTS = frozenset({*PURE, *BESIDE_MEAN, ChannelL2Norm})
+OF_MOMENTS = (*PURE, *BESIDE_MEAN, ChannelL2Norm)
 
 
 def beside_mean(kinds: Sequence[type], stats: Sequence[Tensor], weights: Sequence[Tensor], n: int) -> Tensor:
@@ -97,7 +96,7 @@ def beside_mean(kinds: Sequence[type], stats: Sequence[Tensor], weights: Sequenc
     return torch.relu(of_mean * stats[0] + of_other * others)
 
 
-@dataclass(frozen=True)
+@dataclass
 class SpatialMaps:
     """The maps that spatial squeezes make of their statistics: called with tensors, gives (operations, B, 1, H, W).
 
@@ -111,10 +110,10 @@ class SpatialMaps:
     dtype: torch.dtype
 
     def _split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        rest = iter(tensors)
         normed = SpatialL2Norm in self.kinds
-        stats = list(islice(rest, 5 if len(self.kinds) > normed else 0))
-        return stats, list(islice(rest, 4 if normed else 0)), list(rest)
+        begin = 5 if len(self.kinds) > normed else 0
+        end = begin + 4 if normed else begin
+        return list(tensors[:begin]), list(tensors[begin:end]), list(tensors[end:])
 
     def each(self, *tensors: Tensor) -> list[Tensor]:
         """The maps one by one."""
