@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ from .data import Samples, find_broken
 
 LOOK_EVERY = 20  # steps between looks at the loss; a look waits for the GPU
 LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
+ASK_EVERY = 1.0  # seconds between looks at a folder that another run has
 
 
 # ---- settings ----
@@ -187,6 +189,70 @@ def check_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise OSError(f'the output folder {out} cannot be written: {error.strerror or error}') from error
+
+
+@contextlib.contextmanager
+def alone_in(config: Any, accelerator: Any) -> Iterator[None]:
+    """Within this context no other run writes into the folder ``config.out``, which is made.
+
+    With ``config.resume`` it waits for the run that does, to go on with what that one leaves. The lock is the system's,
+    on the file ``.lock``, so it is gone with its process, however that ends, and other machines see it in network
+    folders that know locks, such as NFS. Where there are none, and on Windows, nothing is guarded.
+
+    Raises:
+        ValueError: another run writes there, and ``config.resume`` is off.
+        OSError: nothing can be written there.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    out, waiting = Path(config.out), False
+    check_writable(out)
+    with contextlib.ExitStack() as stack:
+        while True:
+            found = [_lock(out / '.lock', stack) if accelerator.is_main_process else None]
+            broadcast_object_list(found)
+            if found[0] is None:
+                break
+            text = f'{out} is being written by another run, {found[0]}'
+            if not config.resume:
+                raise ValueError(
+                    f'{text}: --resume waits for it and goes on from there, another --out starts a new one'
+                )
+            if not waiting and accelerator.is_main_process:
+                print(f'{text}; waiting for it', flush=True)
+            waiting = True
+            time.sleep(ASK_EVERY)
+        yield
+
+
+def _lock(path: Path, stack: contextlib.ExitStack) -> str | None:
+    """Lock a file, made for it, until the stack is closed, which removes it. -> who has it, if somebody else has."""
+    try:
+        # Not flock: processes that load images would inherit it, and keep it when they outlive a killed run.
+        from fcntl import LOCK_EX, LOCK_NB, lockf
+    except ImportError:
+        return None
+    try:
+        with contextlib.ExitStack() as opened:
+            file = opened.enter_context(path.open('ab+', buffering=0))
+            try:
+                lockf(file, LOCK_EX | LOCK_NB)
+                if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    raise FileNotFoundError
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                return file.read().decode() or 'which has just begun'
+            except FileNotFoundError:  # removed by its last owner after it was opened here
+                return 'which has just ended'
+            opened.callback(path.unlink, missing_ok=True)
+            stack.push(opened.pop_all())
+    except OSError as error:
+        print(f'warning: nothing keeps other runs out of {path.parent}: {error.strerror}', flush=True)
+        return None
+    with contextlib.suppress(OSError):  # what a full disk spoils is noticed where something is saved
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())
+    return None
 
 
 def write_text(path: Path, text: str) -> None:

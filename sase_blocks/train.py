@@ -32,10 +32,10 @@ from .data import MODEL, EpochSampler, Samples, TransformedSamples, create_trans
 from .runs import (
     LOOK_EVERY,
     Progress,
+    alone_in,
     append_row,
     be_deterministic,
     check_finite,
-    check_writable,
     demand,
     demand_choices,
     launched,
@@ -155,7 +155,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             is still there.
         FloatingPointError: the loss is no longer finite.
     """
-    with launched(config, 'training') as accelerator:
+    with launched(config, 'training') as accelerator, alone_in(config, accelerator):
         return _train(config, accelerator)
 
 
@@ -165,7 +165,6 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
     last, best_path, metrics = out / 'last.pt', out / 'best.pt', out / 'metrics.jsonl'
 
     # What can be wrong is found out first, and what takes long to find out last.
-    check_writable(out)
     saved = saved_run(config, last, ('config', 'optimizer'), 'sase-blocks train')
     if config.batch_size % accelerator.num_processes:
         raise ValueError(f'batch_size {config.batch_size} cannot be cut among {accelerator.num_processes} processes')

@@ -1,6 +1,7 @@
 """Training: resumed, parallel and uninterrupted runs end with the same weights, and wrong settings end at once."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -17,8 +18,10 @@ import torch
 from test_data import make_images, truncate
 from torch.utils.data import DataLoader
 
+from sase_blocks import runs
 from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
 from sase_blocks.data import TransformedSamples
+from sase_blocks.runs import alone_in, launched
 from sase_blocks.train import TrainConfig, build_model, evaluate, train
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -170,6 +173,94 @@ def test_killed_run_resumes_to_the_same_weights(processes, config, tmp_path, dis
     assert run(processes, replace(killed, workers=1)) == 0
     assert_same_run(whole, killed)
     assert sorted(os.listdir(killed.out)) == ['best.pt', 'last.pt', 'metrics.jsonl']
+
+
+# ---- a folder is one run's ----
+
+
+def _holding(config, held, release):
+    with launched(config, 'a test') as accelerator, alone_in(config, accelerator):
+        held.set()
+        release.wait(60)
+
+
+@pytest.fixture
+def holder(processes, config):
+    """Another process that has the folder of ``config``, until the event that comes with it."""
+    held, release = processes.Event(), processes.Event()
+    process = processes.Process(target=_holding, args=(config, held, release))
+    process.start()
+    assert held.wait(60)
+    yield process, release
+    release.set()
+    process.join()
+
+
+def test_folder_of_another_run_is_refused(config, holder):
+    says = rf'run is being written by another run, process {holder[0].pid} on .*: --resume waits for it'
+    for _ in range(2):  # and being refused leaves the other one's lock as it is
+        with pytest.raises(ValueError, match=says):
+            train(config)
+
+
+def test_resume_waits_for_another_run(config, holder, monkeypatch, capsys):
+    process, release = holder
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            release.set()
+            process.join()
+
+    monkeypatch.setattr(runs.time, 'sleep', sleep)
+    assert train(replace(config, epochs=1, resume=True))['epochs'] == 1
+    assert len(waits) >= 3
+    assert capsys.readouterr().out.count('; waiting for it') == 1
+    assert not Path(config.out, '.lock').exists()
+
+
+def test_killed_run_holds_no_folder(config, holder):
+    process, _ = holder
+    process.kill()
+    process.join()
+    assert Path(config.out, '.lock').exists()
+    train(replace(config, epochs=1))
+    assert not Path(config.out, '.lock').exists()
+
+
+def test_lock_that_was_removed_meanwhile_is_none(config, monkeypatch):
+    """Between opening and locking it, its owner ended: what was opened is the lock of no folder any more."""
+    import fcntl
+
+    real, calls = fcntl.lockf, []
+
+    def lockf(file, how):
+        calls.append(how)
+        if len(calls) == 1:
+            Path(config.out, '.lock').unlink()
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, 'lockf', lockf)
+    monkeypatch.setattr(runs.time, 'sleep', lambda seconds: None)
+    resuming = replace(config, resume=True)
+    with launched(config, 'a test') as accelerator, alone_in(resuming, accelerator):
+        assert len(calls) == 2
+        assert Path(config.out, '.lock').read_text().startswith(f'process {os.getpid()} on ')
+
+
+@pytest.mark.parametrize(
+    'error', [OSError(errno.ENOLCK, 'No locks available'), OSError(errno.EOPNOTSUPP, 'Operation not supported')]
+)
+def test_folder_without_locks_is_not_guarded(config, monkeypatch, capsys, error):
+    import fcntl
+
+    def lockf(file, how):
+        raise error
+
+    monkeypatch.setattr(fcntl, 'lockf', lockf)
+    assert train(replace(config, epochs=1))['epochs'] == 1
+    assert f'nothing keeps other runs out of {config.out}: {error.strerror}' in capsys.readouterr().out
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(processes, config):

@@ -443,6 +443,24 @@ def test_killed_at_any_moment(config, processes):
         assert results[0][name] == results[1][name]
 
 
+def test_workers_may_join_before_the_supernet_is_trained(config, processes):
+    """Two of the same command at once: one trains the supernet, and both share the evolution."""
+    config = replace(config, resume=True)
+    both = [processes.Process(target=_searching, args=(config, None)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(300)
+        assert process.exitcode == 0
+    out = Path(config.out)
+    rows = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
+    assert [row['epoch'] for row in rows] == [1, 2]
+    supernet = read_checkpoint(out / 'supernet.pt')
+    assert supernet['step'] == 2 * STEPS
+    assert json.loads((out / 'architecture.json').read_text())['evaluations'] >= config.evaluations
+    assert not list(out.glob('*.tmp'))
+
+
 def test_two_processes_search_as_one_study(config, tmp_path):
     """The command under torchrun: both hold the same weights, and share the scoring."""
     data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))

@@ -132,11 +132,15 @@ def open_halves(
                 f'{len(images)} images {part} are fewer than one batch of {config.batch_size}; '
                 f'lower --batch-size or change --fraction'
             )
-    if saved is not None and saved != found.facts:
-        raise ValueError(
-            f'{config.out} holds a search on other data: {describe_facts(saved)}, this is {describe_facts(found.facts)}'
-        )
+    if saved is not None:
+        check_same_data(config.out, saved, found.facts)
     return found
+
+
+def check_same_data(out: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless the facts of the data of the run in ``out`` are those of this one's."""
+    if before != now:
+        raise ValueError(f'{out} holds a search on other data: {describe_facts(before)}, this is {describe_facts(now)}')
 
 
 def halves(

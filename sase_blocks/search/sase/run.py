@@ -26,10 +26,10 @@ from sase_blocks.data import MODEL, Samples, derive_seed
 from sase_blocks.runs import (
     LOOK_EVERY,
     Progress,
+    alone_in,
     append_row,
     be_deterministic,
     check_finite,
-    check_writable,
     launched,
     open_log,
     rows_until,
@@ -75,7 +75,7 @@ def search(config: SearchConfig, images: Arrays | None = None) -> dict[str, Any]
             is still there.
         FloatingPointError: the loss is no longer finite.
     """
-    with launched(config, 'a search', 'search') as accelerator:
+    with launched(config, 'a search', 'search') as accelerator, alone_in(config, accelerator):
         return _Search(config, accelerator, images).run()
 
 
@@ -88,7 +88,6 @@ class _Search:
         self.last, self.metrics = self.out / 'last.pt', self.out / 'metrics.jsonl'
 
         # What can be wrong is found out first, and what takes long to find out last.
-        check_writable(self.out)
         saved = saved_run(config, self.last, ('config', 'logits_history'), 'sase-blocks search sase')
         if config.batch_size % self.world:
             raise ValueError(f'batch_size {config.batch_size} cannot be cut among {self.world} processes')

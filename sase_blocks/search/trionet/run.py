@@ -21,10 +21,10 @@ from torch import Tensor
 from sase_blocks.data import Samples, create_transforms, derive_seed
 from sase_blocks.models import Architecture
 from sase_blocks.models.trio_network import default_cfgs
-from sase_blocks.runs import be_deterministic, check_writable, launched
+from sase_blocks.runs import alone_in, be_deterministic, check_writable, launched
 from sase_blocks.search.batches import Batches, LoadedBatches, MemoryBatches
 from sase_blocks.search.evolution import Problem, check_storage, evolve
-from sase_blocks.search.halves import Arrays, check_images, find_samples, labels_of, open_halves
+from sase_blocks.search.halves import Arrays, check_images, check_same_data, find_samples, labels_of, open_halves
 from sase_blocks.train import TrainConfig, open_samples, train
 
 from .config import TrioConfig
@@ -99,7 +99,7 @@ def _search(
 
     # What can be wrong is found out first, and what takes long to find out last.
     check_writable(out)
-    saved = saved_supernet(config)
+    saved_supernet(config)
     if config.batch_size % accelerator.num_processes:
         raise ValueError(f'batch_size {config.batch_size} cannot be cut among {accelerator.num_processes} processes')
     if config.algorithm == 'nsga2' and config.population >= config.evaluations:
@@ -121,24 +121,21 @@ def _search(
     size = space.image_sizes[-1]
     data_config = {**_data_config(size), 'input_size': (in_chans, size, size)}
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    halves = open_halves(
-        config,
-        accelerator,
-        data,
-        data_config,
-        memory_format,
-        trains_on_both=False,
-        saved=saved['data'] if saved else None,
-    )
-    training = SupernetTraining(config, accelerator, halves, in_chans, saved)
-    weights = sum(p.numel() for p in training.supernet.parameters())
-    say(f'{space.size:.3g} networks of {weights:,} shared weights; {halves}')
-    say(
-        f'supernet: {config.epochs} epochs of {training.steps} steps of {config.batch_size}, {config.networks + 2} '
-        f'networks each, {config.sampling} sampling, {config.sharing} sharing; {accelerator.num_processes} process(es) '
-        f'on {accelerator.device.type}; writing to {out}'
-    )
-    training.run().eval()
+    halves = open_halves(config, accelerator, data, data_config, memory_format, trains_on_both=False)
+    # Any number of runs share the evolution, but one at a time has the supernet; the others find it trained.
+    with alone_in(config, accelerator):
+        saved = saved_supernet(config)
+        if saved:
+            check_same_data(config.out, saved['data'], halves.facts)
+        training = SupernetTraining(config, accelerator, halves, in_chans, saved)
+        weights = sum(p.numel() for p in training.supernet.parameters())
+        say(f'{space.size:.3g} networks of {weights:,} shared weights; {halves}')
+        say(
+            f'supernet: {config.epochs} epochs of {training.steps} steps of {config.batch_size}, {config.networks + 2} '
+            f'networks each, {config.sampling} sampling, {config.sharing} sharing; {accelerator.num_processes} '
+            f'process(es) on {accelerator.device.type}; writing to {out}'
+        )
+        training.run().eval()
 
     pure = pure_networks(space, costs, config.seed)
     candidates = evolve(
