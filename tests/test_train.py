@@ -178,21 +178,23 @@ def test_killed_run_resumes_to_the_same_weights(processes, config, tmp_path, dis
 # ---- a folder is one run's ----
 
 
-def _holding(config, held, release):
+def _holding(config, pipe):
     with launched(config, 'a test') as accelerator, alone_in(config, accelerator):
-        held.set()
-        release.wait(60)
+        pipe.send('held')
+        pipe.poll(60)
 
 
 @pytest.fixture
 def holder(processes, config):
-    """Another process that has the folder of ``config``, until the event that comes with it."""
-    held, release = processes.Event(), processes.Event()
-    process = processes.Process(target=_holding, args=(config, held, release))
+    """Another process that has the folder of ``config`` until something comes through the pipe."""
+    pipe, its = processes.Pipe()
+    process = processes.Process(target=_holding, args=(config, its))
     process.start()
-    assert held.wait(60)
-    yield process, release
-    release.set()
+    assert pipe.poll(60)
+    assert pipe.recv() == 'held'
+    yield process, pipe
+    if process.is_alive():
+        pipe.send('enough')
     process.join()
 
 
@@ -204,13 +206,13 @@ def test_folder_of_another_run_is_refused(config, holder):
 
 
 def test_resume_waits_for_another_run(config, holder, monkeypatch, capsys):
-    process, release = holder
+    process, pipe = holder
     waits = []
 
     def sleep(seconds):
         waits.append(seconds)
         if len(waits) == 3:
-            release.set()
+            pipe.send('enough')
             process.join()
 
     monkeypatch.setattr(runs.time, 'sleep', sleep)
