@@ -334,16 +334,30 @@ TO_COMPILE = (
 )
 
 
+def to_compile(fair):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+    return SearchNetwork(model, SearchSpace.parse(TO_COMPILE), fair=fair, where='1', input_size=(3, 8, 8))
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning')  # of dynamo's own
+@pytest.mark.parametrize('fair', [False, True], ids=['paper-mixing', 'fair'])
+def test_a_block_is_one_graph(fair):
+    from sase_blocks.search.sase.compiling import compile_mixed_blocks
+
+    network = to_compile(fair)
+    compile_mixed_blocks(network, backend='eager', fullgraph=True)  # raises at whatever breaks the graph
+    x = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(network(x), to_compile(fair)(x))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning')  # of dynamo's own
 @pytest.mark.parametrize('fair', [False, True], ids=['paper-mixing', 'fair and channels_last'])
 def test_compiled(fair):
     from sase_blocks.search.sase.compiling import compile_mixed_blocks
 
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
-    space = SearchSpace.parse(TO_COMPILE)
-    network = SearchNetwork(model, space, fair=fair, where='1', input_size=(3, 8, 8))
+    network = to_compile(fair)
     memory_format = torch.channels_last if fair else torch.contiguous_format
     network.to(memory_format=memory_format)
     reference = copy.deepcopy(network)
