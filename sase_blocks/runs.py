@@ -243,7 +243,7 @@ def _lock(path: Path, stack: contextlib.ExitStack) -> str | None:
                 file.seek(0)
                 return file.read().decode() or 'which has just begun'
             except FileNotFoundError:  # removed by its last owner after it was opened here
-                return 'which has just ended'
+                return _lock(path, stack)
             opened.callback(path.unlink, missing_ok=True)
             stack.push(opened.pop_all())
     except OSError as error:

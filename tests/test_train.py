@@ -244,9 +244,7 @@ def test_lock_that_was_removed_meanwhile_is_none(config, monkeypatch):
         real(file, how)
 
     monkeypatch.setattr(fcntl, 'lockf', lockf)
-    monkeypatch.setattr(runs.time, 'sleep', lambda seconds: None)
-    resuming = replace(config, resume=True)
-    with launched(config, 'a test') as accelerator, alone_in(resuming, accelerator):
+    with launched(config, 'a test') as accelerator, alone_in(config, accelerator):
         assert len(calls) == 2
         assert Path(config.out, '.lock').read_text().startswith(f'process {os.getpid()} on ')
 
