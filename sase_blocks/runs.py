@@ -196,8 +196,8 @@ def alone_in(config: Any, accelerator: Any) -> Iterator[None]:
     """Within this context no other run writes into the folder ``config.out``, which is made.
 
     With ``config.resume`` it waits for the run that does, to go on with what that one leaves. The lock is the system's,
-    on the file ``.lock``, so it is gone with its process, however that ends, and other machines see it in network
-    folders that know locks, such as NFS. Where there are none, and on Windows, nothing is guarded.
+    on the file ``.lock``, so it is gone with its process, however that ends; other machines see it where a network
+    folder hands locks on. Where there are none a warning says so, and on Windows nothing is guarded.
 
     Raises:
         ValueError: another run writes there, and ``config.resume`` is off.

@@ -60,7 +60,7 @@ class TrainConfig:
     )
     model: str = setting('resnet50_sase', 'any timm model by name')
     out: str = setting('runs/train', 'folder for checkpoints, metrics.jsonl and the TensorBoard log', place=True)
-    resume: bool = setting(False, 'continue the run in --out; start it where it has no checkpoint yet', free=True)
+    resume: bool = setting(False, 'continue the run in --out, after one that still writes there; or start it', free=True)
 
     model_args: dict[str, Any] = field(default_factory=dict, metadata={'help': 'arguments of the model'})
     pretrained: bool = setting(False, "start from timm's pretrained weights (may download)")
@@ -150,7 +150,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         ImportError: accelerate or tensorboard is missing (extra ``train``).
-        ValueError, FileNotFoundError: a wrong setting, wrong data, a run that cannot be resumed; before any work.
+        ValueError, FileNotFoundError: a wrong setting, wrong data, a run that cannot be resumed, or
+            that another process writes (with ``config.resume`` this one waits for it); before any work.
         OSError: ``config.out`` cannot be written, before any work; a full disk, after which the last good checkpoint
             is still there.
         FloatingPointError: the loss is no longer finite.

@@ -96,7 +96,6 @@ def open_halves(
     *,
     null: bool = False,
     trains_on_both: bool = True,
-    saved: Mapping[str, Any] | None = None,
 ) -> Halves:
     """The halves of a search by its settings: without broken images, on the device, at least one batch to train on.
 
@@ -106,10 +105,9 @@ def open_halves(
         data: the training split, or images, labels and classes, see ``halves_of_images``.
         data_config, null: see ``halves``.
         trains_on_both: whether the held-out half is trained on, too.
-        saved: the facts of the run that is resumed.
 
     Raises:
-        ValueError: a broken image, too few images, other data than the resumed run had.
+        ValueError: a broken image, too few images.
     """
     common: dict[str, Any] = {
         'fraction': config.fraction,
@@ -132,15 +130,15 @@ def open_halves(
                 f'{len(images)} images {part} are fewer than one batch of {config.batch_size}; '
                 f'lower --batch-size or change --fraction'
             )
-    if saved is not None:
-        check_same_data(config.out, saved, found.facts)
     return found
 
 
-def check_same_data(out: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise a ValueError unless the facts of the data of the run in ``out`` are those of this one's."""
-    if before != now:
-        raise ValueError(f'{out} holds a search on other data: {describe_facts(before)}, this is {describe_facts(now)}')
+def check_same_data(out: str, saved: Mapping[str, Any], found: Halves) -> None:
+    """Raise a ValueError unless the halves are of the data whose facts the run in ``out`` has saved."""
+    if saved != found.facts:
+        raise ValueError(
+            f'{out} holds a search on other data: {describe_facts(saved)}, this is {describe_facts(found.facts)}'
+        )
 
 
 def halves(

@@ -36,7 +36,7 @@ from sase_blocks.runs import (
     saved_run,
     write_rows,
 )
-from sase_blocks.search.halves import Arrays, find_samples, open_halves
+from sase_blocks.search.halves import Arrays, check_same_data, find_samples, open_halves
 from sase_blocks.search.synchronize import synchronize_norms
 from sase_blocks.train import build_model, check_model_name
 
@@ -70,7 +70,8 @@ def search(config: SearchConfig, images: Arrays | None = None) -> dict[str, Any]
 
     Raises:
         ImportError: accelerate or tensorboard is missing.
-        ValueError, FileNotFoundError: a wrong setting, wrong data, a run that cannot be resumed; before any work.
+        ValueError, FileNotFoundError: a wrong setting, wrong data, a run that cannot be resumed, or
+            that another process writes (with ``config.resume`` this one waits for it); before any work.
         OSError: ``config.out`` cannot be written, before any work; a full disk, after which the last good checkpoint
             is still there.
         FloatingPointError: the loss is no longer finite.
@@ -119,8 +120,9 @@ class _Search:
             data_config,
             self.memory_format,
             null=config.null,
-            saved=saved['data'] if saved else None,
         )
+        if saved:
+            check_same_data(config.out, saved['data'], self.halves)
         self.steps = len(self.halves.weights) // config.batch_size  # a last partial batch is dropped
         self._prepare(saved)
 

@@ -68,7 +68,8 @@ def search(
     Raises:
         ImportError: accelerate, tensorboard or Optuna is missing.
         ValueError, FileNotFoundError: a wrong setting, a limit that no network or every network keeps, wrong data, a
-            run or a study that cannot be resumed; before any work.
+            run or a study that cannot be resumed, a supernet that another process trains (with ``config.resume`` this
+            one waits for it); before any work.
         OSError: ``config.out`` or the storage cannot be written.
         FloatingPointError: a loss is no longer finite; the text names the step, the network and the last checkpoint.
         RuntimeError: three networks in a row could not be scored.
@@ -99,7 +100,7 @@ def _search(
 
     # What can be wrong is found out first, and what takes long to find out last.
     check_writable(out)
-    saved_supernet(config)
+    saved_supernet(config)  # and again below, when no other run writes it
     if config.batch_size % accelerator.num_processes:
         raise ValueError(f'batch_size {config.batch_size} cannot be cut among {accelerator.num_processes} processes')
     if config.algorithm == 'nsga2' and config.population >= config.evaluations:
@@ -126,7 +127,7 @@ def _search(
     with alone_in(config, accelerator):
         saved = saved_supernet(config)
         if saved:
-            check_same_data(config.out, saved['data'], halves.facts)
+            check_same_data(config.out, saved['data'], halves)
         training = SupernetTraining(config, accelerator, halves, in_chans, saved)
         weights = sum(p.numel() for p in training.supernet.parameters())
         say(f'{space.size:.3g} networks of {weights:,} shared weights; {halves}')
