@@ -60,7 +60,9 @@ class TrainConfig:
     )
     model: str = setting('resnet50_sase', 'any timm model by name')
     out: str = setting('runs/train', 'folder for checkpoints, metrics.jsonl and the TensorBoard log', place=True)
-    resume: bool = setting(False, 'continue the run in --out, after one that still writes there; or start it', free=True)
+    resume: bool = setting(
+        False, 'continue the run in --out, after one that still writes there; or start it', free=True
+    )
 
     model_args: dict[str, Any] = field(default_factory=dict, metadata={'help': 'arguments of the model'})
     pretrained: bool = setting(False, "start from timm's pretrained weights (may download)")

@@ -21,3 +21,18 @@ def one_thread():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def twice_at_once():
+    """Runs a function in two processes of a multiprocessing context at the same time, both to a good end."""
+
+    def run(context, target, *args):
+        both = [context.Process(target=target, args=args) for _ in range(2)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(300)
+            assert process.exitcode == 0
+
+    return run

@@ -236,15 +236,10 @@ def test_killed_at_any_moment(config, processes):
     }
 
 
-def test_a_second_process_waits_and_finds_it_done(config, processes):
+def test_a_second_process_waits_and_finds_it_done(config, processes, twice_at_once):
     """The same command twice at once: one searches, the other one waits, and neither disturbs the other."""
     config = replace(config, resume=True)
-    both = [processes.Process(target=_searching, args=(config, None)) for _ in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(300)
-        assert process.exitcode == 0
+    twice_at_once(processes, _searching, config, None)
     rows = [json.loads(line) for line in (Path(config.out) / 'metrics.jsonl').read_text().splitlines()]
     assert [row['epoch'] for row in rows] == [1, 2]
     assert not list(Path(config.out).glob('*.tmp'))

@@ -443,15 +443,10 @@ def test_killed_at_any_moment(config, processes):
         assert results[0][name] == results[1][name]
 
 
-def test_workers_may_join_before_the_supernet_is_trained(config, processes):
+def test_workers_may_join_before_the_supernet_is_trained(config, processes, twice_at_once):
     """Two of the same command at once: one trains the supernet, and both share the evolution."""
     config = replace(config, resume=True)
-    both = [processes.Process(target=_searching, args=(config, None)) for _ in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(300)
-        assert process.exitcode == 0
+    twice_at_once(processes, _searching, config, None)
     out = Path(config.out)
     rows = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
     assert [row['epoch'] for row in rows] == [1, 2]

@@ -20,7 +20,9 @@ class SearchConfig:
 
     data: str = field(metadata={'help': 'folder with train/CLASS/* in it, or the root of --dataset', 'place': True})
     out: str = setting('runs/search', 'folder for checkpoints, metrics and the result', place=True)
-    resume: bool = setting(False, 'continue what is in --out, after a run that still writes there; or start it', free=True)
+    resume: bool = setting(
+        False, 'continue what is in --out, after a run that still writes there; or start it', free=True
+    )
 
     model: str = setting('resnet20_cifar', 'any timm model that insertion knows')
     model_args: dict[str, Any] = field(default_factory=dict, metadata={'help': 'arguments of the model'})

@@ -23,7 +23,9 @@ class TrioConfig:
 
     data: str = field(metadata={'help': 'folder with train/CLASS/* in it, or the root of --dataset', 'place': True})
     out: str = setting('runs/trionet', 'folder for checkpoints, metrics, the study and the result', place=True)
-    resume: bool = setting(False, 'continue what is in --out, after a run that still writes there; or start it', free=True)
+    resume: bool = setting(
+        False, 'continue what is in --out, after a run that still writes there; or start it', free=True
+    )
 
     space: str = setting('imagenet', "'imagenet', 'cifar' or a JSON file of a space")
     max_macs: str | None = setting(None, 'most multiply-accumulates an image, such as 300M', free=True)
