@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sase_blocks.demo import load_digits
-from sase_blocks.insert import insert
+from sase_blocks.insertion import insert
 
 WAYS = {'no insertion': None, "SASE, start='identity'": 'identity', "SASE, start='paper'": 'paper'}
 STYLES = dict(zip(WAYS, (('#4d4d4d', '--', 3), ('#0072b2', '-', 2), ('#d55e00', '-', 2)), strict=True))  # last: on top

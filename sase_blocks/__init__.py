@@ -17,7 +17,7 @@ from .blocks import (
 )
 from .convert import convert_paper_state_dict, load_checkpoint
 from .deploy import export_onnx, fuse
-from .insert import insert, remove, replace_convolutions
+from .insertion import insert, remove, replace_convolutions
 from .models import register_resnet
 from .selfattention import AxialSelfAttention, LocalSelfAttention, TrioBlock
 

@@ -15,7 +15,7 @@ from sase_blocks import __version__, cli
 from sase_blocks.blocks import SASE_GENOTYPE, Genotype, list_blocks
 from sase_blocks.checkpoint import save_checkpoint
 from sase_blocks.cli.info import draw_genotype
-from sase_blocks.insert import insert
+from sase_blocks.insertion import insert
 from sase_blocks.ops import EXTENDED_SETS, SETS
 
 ROOT = Path(__file__).parents[1]

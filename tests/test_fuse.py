@@ -20,7 +20,7 @@ from sase_blocks import create_block
 from sase_blocks.blocks import BLOCKS
 from sase_blocks.deploy import export_onnx, fuse
 from sase_blocks.deploy.fusion import ANY_NORM
-from sase_blocks.insert import insert, remove
+from sase_blocks.insertion import insert, remove
 from sase_blocks.ops import BatchNorm2d
 
 # TorchScript is deprecated in torch, not yet in timm, whose tests ask for it.

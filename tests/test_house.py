@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / 'sase_blocks'
 # From the ground up: a room imports only rooms that come before it here. A room is a file or a folder of the package,
 # and `__init__` is what `import sase_blocks` runs.
 ROOMS = (
-    'checkpoint', 'ops', 'blocks', 'selfattention', 'convert', 'models', 'insert', 'deploy', '__init__',
+    'checkpoint', 'ops', 'blocks', 'selfattention', 'convert', 'models', 'insertion', 'deploy', '__init__',
     'data', 'runs', 'viz', 'train', 'search', 'demo', 'cli', '__main__',
 )  # fmt: skip
 

@@ -22,7 +22,7 @@ from torchvision.models import resnet as tv_resnet
 
 from sase_blocks import SASE, AttentionBlock, Genotype, compile_blocks, create_block, load_checkpoint
 from sase_blocks.blocks import BLOCKS
-from sase_blocks.insert import IdentityStart, insert, remove
+from sase_blocks.insertion import IdentityStart, insert, remove
 
 # TorchScript is deprecated in torch, not yet in timm, whose tests ask for it.
 pytestmark = [

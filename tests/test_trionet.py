@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sase_blocks.insert import replace_convolutions
-from sase_blocks.insert.measure import count_macs
+from sase_blocks.insertion import replace_convolutions
+from sase_blocks.insertion.measure import count_macs
 from sase_blocks.models.trionet import NAMES, parse_operators, set_operators
 from sase_blocks.selfattention import OPERATORS, AxialSelfAttention, LocalSelfAttention, TrioBlock, build_operator
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from sase_blocks.insert.measure import count_macs
+from sase_blocks.insertion.measure import count_macs
 from sase_blocks.models import Architecture, TrioNet
 from sase_blocks.models.architecture import Block
 from sase_blocks.search.trionet import cost as cost_module

@@ -14,7 +14,7 @@ from torch import nn
 
 from sase_blocks import SASE, AttentionBlock, ChannelAttention, SpatialAttention, compile_blocks, create_block
 from sase_blocks.blocks import list_blocks
-from sase_blocks.insert import insert
+from sase_blocks.insertion import insert
 from sase_blocks.viz import (
     capture_gates,
     network_color,

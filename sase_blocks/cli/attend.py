@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sase_blocks.checkpoint import read_checkpoint
 from sase_blocks.convert import load_checkpoint
-from sase_blocks.insert import insert as insert_block
+from sase_blocks.insertion import insert as insert_block
 from sase_blocks.train import build_model
 from sase_blocks.viz import plot_attention, read_images, save_figure
 

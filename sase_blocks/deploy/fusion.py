@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from sase_blocks.blocks import AttentionModule
-from sase_blocks.insert.surgery import AFTER, attach, mark_of, plain_class
+from sase_blocks.insertion.surgery import AFTER, attach, mark_of, plain_class
 from sase_blocks.ops import BatchNorm2d
 from sase_blocks.ops.primitive import check_features, narrow
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sase_blocks.insert.measure import quietly
+from sase_blocks.insertion.measure import quietly
 from sase_blocks.ops.primitive import check_feat_size
 
 from .plain import check_plain

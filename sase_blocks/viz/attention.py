@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sase_blocks.blocks import AttentionBlock, AttentionModule
-from sase_blocks.insert.surgery import CHILD, IdentityStart
+from sase_blocks.insertion.surgery import CHILD, IdentityStart
 
 from .style import CHANNEL_COLOR, GREY, STYLE, load_matplotlib
 

@@ -25,7 +25,7 @@ from timm.data import resolve_data_config
 from sase_blocks import models  # noqa: F401  # registers our models with timm
 from sase_blocks.blocks import Genotype
 from sase_blocks.data import derive_seed
-from sase_blocks.insert.measure import count_macs, milliseconds_per_image
+from sase_blocks.insertion.measure import count_macs, milliseconds_per_image
 from sase_blocks.runs import check_writable, environment, is_main, write_text
 from sase_blocks.search.tasks import run_tasks
 from sase_blocks.train import TrainConfig, build_model, check_model_name, open_samples, train

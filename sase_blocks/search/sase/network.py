@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sase_blocks.blocks import Genotype
-from sase_blocks.insert import insert
+from sase_blocks.insertion import insert
 
 from .mixed import MixedBlock, Observer
 from .space import SearchSpace
