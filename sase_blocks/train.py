@@ -158,7 +158,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             is still there.
         FloatingPointError: the loss is no longer finite.
     """
-    with launched(config, 'training') as accelerator, alone_in(config, accelerator):
+    deterministic = be_deterministic(config.deterministic)
+    with launched(config, 'training') as accelerator, alone_in(config, accelerator), deterministic:
         return _train(config, accelerator)
 
 
@@ -186,8 +187,6 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
     facts = {'classes': classes, 'train': len(train_samples), 'val': len(val_samples)}
     if saved and saved['data'] != facts:
         raise ValueError(f'{last} was trained on other data: {_describe(saved["data"])}, this is {_describe(facts)}')
-    if config.deterministic:
-        be_deterministic()
 
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=memory_format)
