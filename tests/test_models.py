@@ -10,8 +10,18 @@ import timm
 import torch
 
 import sase_blocks
-from sase_blocks import AttentionBlock, ChannelAttention, Genotype, SpatialAttention, list_blocks, register_resnet
+from sase_blocks import (
+    AttentionBlock,
+    ChannelAttention,
+    Genotype,
+    SpatialAttention,
+    list_blocks,
+    ops,
+    register_resnet,
+)
 from sase_blocks.blocks import AttentionModule
+from sase_blocks.models import resnet
+from sase_blocks.models.staged import StagedNetwork
 
 OURS = [f'resnet{d}_{n}' for d in (50, 101) for n in (*list_blocks(), 'channel', 'spatial')] + ['resnet20_cifar']
 GENOTYPE = 'second_order,conv3,affine,l2_norm,avg_std,affine'
@@ -131,9 +141,39 @@ def test_register_resnet():
         (('resnet34_mine', 'sase'), {'depth': 34}, '50, 101'),
         (('resnet50_other', 'sasee'), {}, 'unknown attention block'),
         (('resnet50_other', 'none'), {}, 'plain ResNet'),
+        (('class', 'sase'), {}, "identifier such as resnet50_mine, got 'class'"),
+        ((50, 'sase'), {}, 'identifier such as resnet50_mine, got 50'),
+        # An entry point becomes a name of its module, whose own names it must not take.
+        (('ResNet', 'se'), {}, "'ResNet' is a name that the code of .*; choose another name, such as resnet50_mine"),
+        (('default_cfgs', 'se'), {}, "'default_cfgs' is a name"),
+        (('_register', 'se'), {'depth': 101}, "'_register' is a name .* such as resnet101_mine"),
+        (('__name__', 'se'), {}, "'__name__' is a name"),
+        (('setattr', 'se'), {}, "'setattr' is a name"),
     ]:
+        names = dict(vars(resnet))
         with pytest.raises(ValueError, match=text):
             register_resnet(*args, **kwargs)
+        assert vars(resnet) == names
+    assert len(blocks(timm.create_model('resnet50_sase', device='meta'))) == 16
+
+
+ABSTRACT = [
+    (ops.Primitive, 'forward'),
+    (ops.ChannelSqueeze, 'squeeze'),
+    (ops.ChannelExcite, 'excite'),
+    (ops.SpatialSqueeze, 'squeeze'),
+    (ops.SpatialExcite, 'excite'),
+    (ops.channel_squeeze.MixedChannelSqueeze, 'squeeze'),
+    (ops.spatial_squeeze.MixedSpatialSqueeze, 'squeeze'),
+    (AttentionModule, 'gate'),
+    (StagedNetwork, 'forward_features'),
+]
+
+
+@pytest.mark.parametrize(('base', 'method'), ABSTRACT, ids=lambda value: getattr(value, '__name__', value))
+def test_a_base_cannot_be_built(base, method):
+    with pytest.raises(TypeError, match=rf'abstract class {base.__name__} .*\b{method}\b'):
+        base(8)
 
 
 def one_step(model, size):

@@ -1,6 +1,6 @@
 """The one interface of all blocks: channels in the constructor, a gate for x, and y = x * gate."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from .graph import Graph
 torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
 
 
-class AttentionModule(nn.Module):
+class AttentionModule(nn.Module, ABC):
     """Base of the blocks. Shape: (B, C, H, W) -> (B, C, H, W), any H and W; dtype and memory format are kept.
 
     A subclass is built as ``Block(channels, ..., feat_size=None, *, device=None, dtype=None)`` and gives ``gate``.

@@ -15,6 +15,8 @@ No pretrained weights are published; ``load_checkpoint`` takes the authors'.
 # gives them the tests and the feature tools of that family.
 from __future__ import annotations
 
+import builtins
+import keyword
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -135,12 +137,17 @@ def register_resnet(
         img_size: the image size that per-position parameters are laid out for.
 
     Raises:
-        ValueError: a name that timm already has or that is no identifier, an unknown genotype or depth.
+        ValueError: a name that timm, Python or this module already has or that is no identifier, an unknown genotype
+            or depth.
     """
-    if not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise ValueError(f'a model name must be a valid identifier such as resnet50_mine, got {name!r}')
     if is_model(name):
         raise ValueError(f'timm already has a model {name!r}; choose another name, none is overwritten')
+    if name in globals() or hasattr(builtins, name):  # the entry point becomes a name of this module
+        raise ValueError(
+            f'{name!r} is a name that the code of {__name__} uses; choose another name, such as resnet{depth}_mine'
+        )
     if depth not in LAYERS:
         raise ValueError(f'depth must be one of {", ".join(map(str, LAYERS))}, got {depth!r}')
     if block_builder(genotype) is None:

@@ -1,5 +1,6 @@
 """What our own networks have in common: a stem, stages and a pooled linear classifier, with timm's interface."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 __all__ = ['StagedNetwork']
 
 
-class StagedNetwork(nn.Module):
+class StagedNetwork(nn.Module, ABC):
     """The part of timm's interface that does not depend on what the stages are made of.
 
     A subclass makes ``conv1``, ``maxpool`` and its stages, calls ``add_head``, and writes ``forward_stem``, which ends
@@ -83,6 +84,14 @@ class StagedNetwork(nn.Module):
         self.global_pool.train(self.training)
         self.fc.train(self.training)
 
+    @abstractmethod
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """The features before ``maxpool``."""
+
+    @abstractmethod
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The features of the last stage."""
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -96,7 +105,7 @@ class StagedNetwork(nn.Module):
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.feature_info), indices)
-        x = self.forward_stem(x)  # type: ignore[operator]
+        x = self.forward_stem(x)
         intermediates = [x] if 0 in take else []
         x = self.maxpool(x)  # type: ignore[operator]
         for i, name in enumerate(self.stage_names[:last] if stop_early else self.stage_names, start=1):
@@ -128,4 +137,4 @@ class StagedNetwork(nn.Module):
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))  # type: ignore[operator]
+        return self.forward_head(self.forward_features(x))

@@ -4,14 +4,15 @@ A primitive is built as ``Op(channels, feat_size=None, *, device=None, dtype=Non
 belongs to, so that a set is a plain dict and a genotype is six names.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 
-class Primitive(nn.Module):
-    """Base of all primitives: stores and checks the constructor's arguments.
+class Primitive(nn.Module, ABC):
+    """Base of all primitives: stores and checks the constructor's arguments. Abstract, like the base of each set.
 
     Args:
         channels: channels C of the feature map, at least 1.
@@ -46,6 +47,10 @@ class Primitive(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew."""
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See the base of each set."""
 
     def extra_repr(self) -> str:
         return f'{self.channels}, feat_size={self.feat_size}' if self.needs_feat_size else f'{self.channels}'
