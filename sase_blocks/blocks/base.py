@@ -34,9 +34,10 @@ class AttentionModule(nn.Module, ABC):
                     module.reset_parameters()  # type: ignore[operator]
 
     def zero_init_last(self) -> None:
-        """Called by timm's ResNets, last thing in their ``init_weights``, which re-draw every Conv2d of the network.
+        """Called by timm's ResNets at the end of their ``init_weights``: the block is drawn anew with the network.
 
-        The name is timm's; here it brings back the block's own initialisation.
+        The name is timm's. The block's own initialisation does not depend on it: no network finds the block's layers
+        (``ops.Conv2d``, ``ops.Linear``).
         """
         self.reset_parameters()
 

@@ -49,13 +49,13 @@ class StagedNetwork(nn.Module, ABC):
     def init_weights(self, zero_init_last: bool = True) -> None:
         """He initialisation of all convolutions; the last batch norm of a block starts at zero unless told not to.
 
-        Attentions keep an initialisation of their own either way.
+        Attentions have an initialisation of their own, and are drawn anew either way.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
         for module in self.modules():
-            # A module with reset_parameters does not start at zero here, but takes its convolutions back from He.
+            # A module with reset_parameters does not start at zero here, but is drawn anew.
             if hasattr(module, 'zero_init_last') and (zero_init_last or hasattr(module, 'reset_parameters')):
                 module.zero_init_last()  # type: ignore[operator]
 
