@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from sase_blocks.ops.primitive import check_channels, check_features
+from sase_blocks.ops.primitive import check_channels, check_features, children_without_decay
 
 from .graph import Graph
 
@@ -32,6 +32,11 @@ class AttentionModule(nn.Module, ABC):
             for module in child if isinstance(child, nn.ModuleList) else [child]:
                 if hasattr(module, 'reset_parameters'):
                     module.reset_parameters()  # type: ignore[operator]
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that take no weight decay, beside vectors: timm's convention, for its optimisers."""
+        return children_without_decay(self)
 
     def zero_init_last(self) -> None:
         """Called by timm's ResNets at the end of their ``init_weights``: the block is drawn anew with the network.

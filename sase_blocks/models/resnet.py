@@ -22,12 +22,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, is_model, register_model
 from timm.models.resnet import Bottleneck, ResNet
 
 from sase_blocks.blocks import BLOCKS, ChannelAttention, Genotype, SpatialAttention
 from sase_blocks.convert import checkpoint_filter_fn
+from sase_blocks.ops.primitive import children_without_decay
 
 from .slots import BlockBuilder, Genotypes, block_builder, fill_slots, refuse_block_attention
 
@@ -56,6 +58,15 @@ def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+class AttentionResNet(ResNet):
+    """timm's ResNet, which also tells timm's optimisers what in it takes no weight decay."""
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that take no weight decay, beside vectors."""
+        return children_without_decay(self)
+
+
 def _resnet(
     build: BlockBuilder | tuple[BlockBuilder, ...] | None,
     attn_stages: Any,
@@ -63,7 +74,7 @@ def _resnet(
     **kwargs: Any,
 ) -> ResNet:
     refuse_block_attention(kwargs)
-    model = ResNet(**kwargs)
+    model = AttentionResNet(**kwargs)
     fill_slots(model, build, attn_stages, img_size, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
     return model
 

@@ -11,6 +11,8 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from sase_blocks.ops.primitive import children_without_decay
+
 __all__ = ['StagedNetwork']
 
 
@@ -58,6 +60,11 @@ class StagedNetwork(nn.Module, ABC):
             # A module with reset_parameters does not start at zero here, but is drawn anew.
             if hasattr(module, 'zero_init_last') and (zero_init_last or hasattr(module, 'reset_parameters')):
                 module.zero_init_last()  # type: ignore[operator]
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that take no weight decay, beside vectors; timm's optimisers ask for them."""
+        return children_without_decay(self)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -67,7 +67,7 @@ from .channel_squeeze import (
 )
 from .layers import Conv2d, Linear
 from .normalization import BatchNorm2d, GroupNorm
-from .primitive import Primitive, check_channels, check_features, mix
+from .primitive import Primitive, check_channels, check_features, mix, no_weight_decay
 from .spatial_excite import (
     SpatialAffine,
     SpatialConv,
@@ -314,6 +314,7 @@ __all__ = [
     'check_channels',
     'check_features',
     'mix',
+    'no_weight_decay',
     'primitive_name',
     'spatial_affine',
     'spatial_avg',

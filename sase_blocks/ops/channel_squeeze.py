@@ -402,6 +402,10 @@ class ChannelGSoP(ChannelSqueeze):
         nn.init.uniform_(self.row_weight, -bound, bound)
         nn.init.uniform_(self.row_bias, -bound, bound)
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {'row_bias'}
+
     def squeeze(self, x: Tensor) -> Tensor:
         z = torch.relu(self.reduce_norm(self.reduce(x)))
         rows = self.norm(position_covariance(z).unsqueeze(3)).squeeze(3)  # (B, c, c)

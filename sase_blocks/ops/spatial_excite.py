@@ -140,6 +140,10 @@ class SpatialAffine(SpatialExcite):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {'weight', 'bias'}
+
     def excite(self, s: Tensor) -> Tensor:
         return spatial_affine(s, resize_map(self.weight, s), resize_map(self.bias, s))
 

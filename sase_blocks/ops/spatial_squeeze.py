@@ -165,6 +165,10 @@ class SpatialL2Norm(SpatialSqueeze):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {'weight', 'bias'}
+
     def squeeze(self, x: Tensor) -> Tensor:
         return spatial_l2_norm(x, resize_map(self.weight, x), resize_map(self.bias, x), self.eps)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sase_blocks.ops import BatchNorm2d, Conv2d
-from sase_blocks.ops.primitive import check_channels, check_feat_size, narrow, widen
+from sase_blocks.ops.primitive import check_channels, check_feat_size, children_without_decay, narrow, widen
 
 from .axial_routes import AXIAL_ROUTES, axial_attention, logit_maps, logit_moments, long_axis, split_tables
 from .routes import autocast_active, captured, check_choice, check_heads, check_map, check_stride, halve
@@ -171,6 +171,11 @@ class AxisAttention(nn.Module):
         for norm in (self.norm, self.logit_norm, self.value_norm, self.position_norm):
             norm.reset_parameters()
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The table of relative positions takes no weight decay, as timm's Swin keeps it."""
+        return {'relative'}
+
     def zero_init_last(self) -> None:
         """Called by timm's ResNets in their ``init_weights``: this layer is drawn anew with the network."""
         self.reset_parameters()
@@ -274,6 +279,11 @@ class AxialSelfAttention(nn.Module):
         """Draw the parameters of both passes anew."""
         self.height.reset_parameters()
         self.width.reset_parameters()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The tables of both passes."""
+        return children_without_decay(self)
 
     def multiply_adds(self, height: int, width: int) -> int:
         """Of one image at full resolution, both passes."""

@@ -99,6 +99,11 @@ class LocalSelfAttention(nn.Module):
         nn.init.normal_(self.relative[:1], 0.0, 1.0)
         nn.init.normal_(self.relative[1:], 0.0, 1 / math.sqrt(d))
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The table of relative positions takes no weight decay, as timm's Swin keeps it."""
+        return {'relative'}
+
     def zero_init_last(self) -> None:
         """Called by timm's ResNets in their ``init_weights``: this layer is drawn anew with the network."""
         self.reset_parameters()
