@@ -19,6 +19,7 @@ from .convert import convert_paper_state_dict, load_checkpoint
 from .deploy import export_onnx, fuse
 from .insertion import insert, remove, replace_convolutions
 from .models import register_resnet
+from .ops import no_weight_decay
 from .selfattention import AxialSelfAttention, LocalSelfAttention, TrioBlock
 
 try:
@@ -43,6 +44,7 @@ __all__ = [
     'insert',
     'list_blocks',
     'load_checkpoint',
+    'no_weight_decay',
     'register_resnet',
     'remove',
     'replace_convolutions',

@@ -138,11 +138,32 @@ def is_main() -> bool:
     return os.environ.get('RANK', '0') == '0'
 
 
-def be_deterministic() -> None:
-    """Only algorithms that give the same result every time."""
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+@contextlib.contextmanager
+def be_deterministic(enabled: bool = True) -> Iterator[None]:
+    """Within this context only algorithms that give the same result every time; then the settings of before again.
+
+    The settings are those of the process: torch's, cuDNN's, and the variable CUBLAS_WORKSPACE_CONFIG, which is set
+    unless it is already. With ``enabled=False`` nothing changes.
+    """
+    if not enabled:
+        yield
+        return
+    name = 'CUBLAS_WORKSPACE_CONFIG'
+    variable, benchmark = os.environ.get(name), torch.backends.cudnn.benchmark
+    mode, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    try:
+        os.environ.setdefault(name, ':4096:8')
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
+        if variable is None:
+            os.environ.pop(name, None)
 
 
 # ---- the data ----

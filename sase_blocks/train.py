@@ -19,7 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_data_config
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from .blocks import compile_blocks
 from .checkpoint import save_checkpoint
 from .convert import load_checkpoint
 from .data import MODEL, EpochSampler, Samples, TransformedSamples, create_transforms, derive_seed, open_data
+from .ops import no_weight_decay
 from .runs import (
     LOOK_EVERY,
     Progress,
@@ -85,7 +86,7 @@ class TrainConfig:
     lr: float = setting(0.1, 'highest learning rate')
     warmup: float = setting(0.05, 'part of all steps in which the learning rate rises; it then falls as a cosine to 0')
     momentum: float = setting(0.9, 'momentum of SGD')
-    weight_decay: float = setting(1e-4, 'weight decay, of all parameters but the one-dimensional')
+    weight_decay: float = setting(1e-4, 'weight decay, of all parameters but vectors and what blocks leave out')
     label_smoothing: float = setting(0.0, 'label smoothing')
     clip_grad: float | None = setting(None, 'largest norm of the gradient')
     ema_decay: float | None = setting(None, 'keep and evaluate an average of the weights with this decay, e.g. 0.9999')
@@ -158,7 +159,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             is still there.
         FloatingPointError: the loss is no longer finite.
     """
-    with launched(config, 'training') as accelerator, alone_in(config, accelerator):
+    deterministic = be_deterministic(config.deterministic)
+    with launched(config, 'training') as accelerator, alone_in(config, accelerator), deterministic:
         return _train(config, accelerator)
 
 
@@ -186,18 +188,10 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
     facts = {'classes': classes, 'train': len(train_samples), 'val': len(val_samples)}
     if saved and saved['data'] != facts:
         raise ValueError(f'{last} was trained on other data: {_describe(saved["data"])}, this is {_describe(facts)}')
-    if config.deterministic:
-        be_deterministic()
 
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=memory_format)
-    optimizer = create_optimizer_v2(
-        model,
-        opt={'sgd': 'momentum'}.get(config.opt, config.opt),  # what timm calls sgd is Nesterov's
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-    )
+    optimizer = make_optimizer(config, model)
     steps = config.epochs * steps_per_epoch
     warmup = round(config.warmup * steps)
     # The learning rate is a function of the step, so there is no state of it to save.
@@ -352,6 +346,16 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
         'history': history,
         'checkpoint': str(last),
     }
+
+
+def make_optimizer(config: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser of a configuration; vectors and what ``no_weight_decay`` names take no weight decay."""
+    return create_optimizer_v2(
+        param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=no_weight_decay(model)),
+        opt={'sgd': 'momentum'}.get(config.opt, config.opt),  # what timm calls sgd is Nesterov's
+        lr=config.lr,
+        momentum=config.momentum,
+    )
 
 
 @torch.no_grad()

@@ -83,6 +83,46 @@ def faults(source: str, path: Path) -> list[str]:
     return found
 
 
+def hidden(source: str, modules: set[str]) -> set[str]:
+    """The modules of a package that its ``__init__`` hides behind something else by the same name.
+
+    ``import package.module as x`` gives that other thing.
+    """
+    found = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom):
+            of_modules = node.level == 1 and node.module is None
+            found |= {alias.asname or alias.name for alias in node.names if not of_modules or alias.asname}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return found & modules
+
+
+@pytest.mark.parametrize('init', sorted(PACKAGE.rglob('__init__.py')), ids=lambda path: path.parent.name)
+def test_no_package_hides_a_module_of_its_own(init):
+    modules = {path.stem for path in init.parent.iterdir() if path.suffix == '.py' or path.is_dir()}
+    assert hidden(init.read_text(encoding='utf-8'), modules) == set()
+
+
+@pytest.mark.parametrize(
+    ('source', 'expected'),
+    [
+        ('from .insert import insert, remove', {'insert'}),
+        ('from .surgery import attach as insert', {'insert'}),
+        ('def insert(): ...', {'insert'}),
+        ('class insert: ...', {'insert'}),
+        ('insert = 3', {'insert'}),
+        ('from . import insert, remove', set()),
+        ('from .insert import remove', set()),
+    ],
+)
+def test_a_hidden_module_is_found(source, expected):
+    assert hidden(source, {'insert', 'surgery'}) == expected
+
+
 @pytest.mark.parametrize('path', sorted(PACKAGE.rglob('*.py')), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_every_file_keeps_the_rules(path):
     assert room(path) in ROOMS, f'{room(path)} is no room yet: give it a place in ROOMS and in CONTRIBUTING.md'

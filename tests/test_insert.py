@@ -786,6 +786,47 @@ def test_the_optimizer_is_extended(named):
     assert len(optimizer.param_groups) == 4
 
 
+class OwnAttention(nn.Module):
+    """Somebody's block, which keeps to timm's convention, with a pattern as timm takes it."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gain, self.kernel = nn.Parameter(torch.ones(channels, 1, 1)), nn.Parameter(torch.ones(channels, 1, 1))
+
+    def no_weight_decay(self):
+        return {'ga*'}
+
+    def forward(self, x):
+        return x * self.gain * self.kernel
+
+
+@pytest.mark.parametrize('start', ['identity', 'paper'])
+@pytest.mark.parametrize(
+    ('block', 'without'),
+    [
+        (
+            'avg,affine,affine,l2_norm,avg,affine',
+            {'gated_squeeze.weight', 'gated_squeeze.bias', 'spatial_excite.weight', 'spatial_excite.bias'},
+        ),
+        ('second_order,mlp,conv3,second_order,p_norm,conv3x3', set()),
+        (OwnAttention, {'gain'}),
+    ],
+    ids=['per position', 'kernels', 'not ours'],
+)
+def test_the_optimizer_decays_what_the_block_lets_it(block, without, start):
+    model = tiny()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    report = insert(model, block, start=start, optimizer=optimizer, input_size=64)
+    exempt = {id(p) for group in optimizer.param_groups[1:] if group['weight_decay'] == 0 for p in group['params']}
+    new = {id(p) for p in report.parameters}
+    matrices = {name: id(p) in exempt for name, p in model.named_parameters() if id(p) in new and p.ndim > 1}
+    assert len(matrices) > 0
+    assert {name for name, kept in matrices.items() if kept} == {
+        name for name in matrices if name.endswith(tuple(without) or '?')
+    }
+    assert sum(matrices.values()) == len(without) * len(report.places)
+
+
 @pytest.mark.parametrize('start', ['identity', 'paper'])
 @pytest.mark.parametrize(
     'name', ['timm resnet, basic', 'torchvision resnet', 'timm convnext', 'timm se-resnet', 'ours']

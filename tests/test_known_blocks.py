@@ -4,6 +4,7 @@ References are timm's or torchvision's modules where they are right, with the we
 formula, written out here in plain torch. All in float64, to 1e-9, values and the gradient of the input.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,11 +15,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import create_attn
+from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.cspnet import model_cfgs
+from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitConvCfg
+from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
-from sase_blocks import create_block, list_blocks
+from sase_blocks import AxialSelfAttention, LocalSelfAttention, create_block, list_blocks
 from sase_blocks.blocks import (
     BLOCKS,
     AttentionModule,
@@ -487,7 +491,6 @@ def test_the_paper_sets_stay_as_they_are():
 
 @pytest.mark.parametrize('name', list_blocks())
 def test_in_timms_slot(name):
-    """timm re-draws every Conv2d after construction; the block's own start comes back."""
     torch.manual_seed(0)
     model = timm.create_model(
         'resnet10t', block_args={'attn_layer': partial(create_block, name)}, num_classes=2, zero_init_last=False
@@ -503,12 +506,21 @@ SLOTS: list[tuple[str, Callable[[object], dict]]] = [
     ('resnet10t', lambda layer: {'block_args': {'attn_layer': layer}}),
     ('res2net50_14w_8s', lambda layer: {'block_args': {'attn_layer': layer}, 'layers': (1, 1, 1, 1)}),
     ('skresnet18', lambda layer: {'block_args': {'attn_layer': layer}}),
-    ('resnet51q', lambda layer: {'attn_layer': layer}),
-    ('dm_nfnet_f0', lambda layer: {'attn_layer': layer, 'depths': (1, 1, 1, 1), 'attn_kwargs': {}}),
-    ('cspresnet50', lambda layer: {'stages': replace(model_cfgs['cspresnet50'].stages, attn_layer=(layer,) * 4)}),
+    ('gernet_s', lambda layer: {'attn_layer': layer}),
+    ('nf_regnet_b0', lambda layer: {'attn_layer': layer, 'depths': (1, 1, 1, 1), 'attn_kwargs': {}}),
+    ('cs3darknet_s', lambda layer: {'stages': replace(model_cfgs['cs3darknet_s'].stages, attn_layer=(layer,) * 4)}),
     ('ese_vovnet19b_slim', lambda layer: {'attn': layer}),
     ('efficientnet_b0', lambda layer: {'se_layer': layer}),
 ]
+
+
+def small_mobilenetv3(layer: object) -> nn.Module:
+    return MobileNetV3(decode_arch_def([['ir_r9_k3_s2_e2_c16_se0.25']]), se_layer=layer)
+
+
+def small_maxxvit(layer: object) -> nn.Module:
+    conv_cfg = MaxxVitConvCfg(attn_layer=layer)
+    return MaxxVit(MaxxVitCfg(embed_dim=(16,), depths=(8,), block_type=('C',), stem_width=8, conv_cfg=conv_cfg), 64)
 
 
 @pytest.mark.parametrize('name', ['se', 'cbam', 'gca', 'coord'])
@@ -519,3 +531,66 @@ def test_in_every_family_with_a_slot(model, arguments, name):
     assert any(isinstance(module, AttentionModule) for module in net.modules())
     assert not any(isinstance(module, AttentionModule) for module in plain.modules())
     assert net(torch.randn(1, 3, 64, 64)).isfinite().all()
+
+
+# Those above, our own, and two that take the attention by their class only. Some families tell a block when the network
+# starts its branches at zero, so both ways are asked.
+BOTH_WAYS = ('resnet10t', 'skresnet18', 'gernet_s', 'cs3darknet_s', 'resnet20_cifar')
+FAMILIES: list[tuple[str | Callable[[object], nn.Module], Callable[[object], dict]]] = [
+    *SLOTS,
+    ('resnet20_cifar', SLOTS[0][1]),
+    *(
+        (name, lambda layer, make=make: {**make(layer), 'zero_init_last': False})
+        for name, make in (*SLOTS, ('resnet20_cifar', SLOTS[0][1]))
+        if name in BOTH_WAYS
+    ),
+    (small_mobilenetv3, lambda layer: {'layer': layer}),
+    (small_maxxvit, lambda layer: {'layer': layer}),
+]
+
+
+@pytest.mark.parametrize(('model', 'arguments'), FAMILIES, ids=lambda value: getattr(value, '__name__', value))
+def test_a_block_keeps_its_initialisation_in_every_family(model, arguments):
+    """What stands in the slots in the end is what the block drew last, by itself or when it was asked to."""
+    names, drawn = itertools.cycle(['cbam', 'sase', 'gsop', 'ese', 'bam', 'gc', 'ge_plus', 'ema', 'scoord']), {}
+
+    def watched(channels: int, **kwargs) -> nn.Module:
+        block = create_block(next(names), channels, **kwargs)
+        for part in block.modules():
+            if isinstance(part, AttentionModule):
+
+                def reset(part=part, own=part.reset_parameters) -> None:
+                    own()
+                    drawn[part] = {key: value.clone() for key, value in part.state_dict().items()}
+
+                reset()
+                part.reset_parameters = reset
+        return block
+
+    build = partial(timm.create_model, model, num_classes=2) if isinstance(model, str) else model
+    net = build(**arguments(watched))
+    placed = [module for module in net.modules() if isinstance(module, AttentionModule)]
+    assert len(placed) >= 3
+    for part in placed:
+        changed = [key for key, value in part.state_dict().items() if not torch.equal(value, drawn[part][key])]
+        assert changed == [], part
+
+
+# What the initialisations of timm, torchvision and others look for, and set norms to.
+FOUND = (nn.Conv2d, nn.Linear, nn.Embedding)
+NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+LAYERS: dict[str, Callable[..., nn.Module]] = {
+    **{f'{kind}/{name}': cls for kind, table in EXTENDED_SETS.items() for name, cls in table.items()},
+    **BLOCKS,
+    'local': lambda channels, feat_size: LocalSelfAttention(channels),
+    'axial': lambda channels, feat_size: AxialSelfAttention(channels, size=feat_size),
+}
+
+
+@pytest.mark.parametrize('build', LAYERS.values(), ids=LAYERS)
+def test_no_network_finds_the_layers_of_a_block(build):
+    for name, module in build(32, feat_size=(7, 6)).named_modules():
+        assert not isinstance(module, FOUND), f'{name}: take ops.Conv2d and ops.Linear'
+        if isinstance(module, NORMS):
+            assert (module.weight == 1).all(), name
+            assert (module.bias == 0).all(), name

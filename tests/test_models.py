@@ -4,14 +4,30 @@ import ast
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 
 import sase_blocks
-from sase_blocks import AttentionBlock, ChannelAttention, Genotype, SpatialAttention, list_blocks, register_resnet
-from sase_blocks.blocks import AttentionModule
+from sase_blocks import (
+    AttentionBlock,
+    AxialSelfAttention,
+    ChannelAttention,
+    Genotype,
+    LocalSelfAttention,
+    SpatialAttention,
+    list_blocks,
+    no_weight_decay,
+    ops,
+    register_resnet,
+)
+from sase_blocks.blocks import BLOCKS, AttentionModule
+from sase_blocks.models import resnet
+from sase_blocks.models.staged import StagedNetwork
+from sase_blocks.train import TrainConfig, make_optimizer
 
 OURS = [f'resnet{d}_{n}' for d in (50, 101) for n in (*list_blocks(), 'channel', 'spatial')] + ['resnet20_cifar']
 GENOTYPE = 'second_order,conv3,affine,l2_norm,avg_std,affine'
@@ -131,9 +147,39 @@ def test_register_resnet():
         (('resnet34_mine', 'sase'), {'depth': 34}, '50, 101'),
         (('resnet50_other', 'sasee'), {}, 'unknown attention block'),
         (('resnet50_other', 'none'), {}, 'plain ResNet'),
+        (('class', 'sase'), {}, "identifier such as resnet50_mine, got 'class'"),
+        ((50, 'sase'), {}, 'identifier such as resnet50_mine, got 50'),
+        # An entry point becomes a name of its module, whose own names it must not take.
+        (('ResNet', 'se'), {}, "'ResNet' is a name that the code of .*; choose another name, such as resnet50_mine"),
+        (('default_cfgs', 'se'), {}, "'default_cfgs' is a name"),
+        (('_register', 'se'), {'depth': 101}, "'_register' is a name .* such as resnet101_mine"),
+        (('__name__', 'se'), {}, "'__name__' is a name"),
+        (('setattr', 'se'), {}, "'setattr' is a name"),
     ]:
+        names = dict(vars(resnet))
         with pytest.raises(ValueError, match=text):
             register_resnet(*args, **kwargs)
+        assert vars(resnet) == names
+    assert len(blocks(timm.create_model('resnet50_sase', device='meta'))) == 16
+
+
+ABSTRACT = [
+    (ops.Primitive, 'forward'),
+    (ops.ChannelSqueeze, 'squeeze'),
+    (ops.ChannelExcite, 'excite'),
+    (ops.SpatialSqueeze, 'squeeze'),
+    (ops.SpatialExcite, 'excite'),
+    (ops.channel_squeeze.MixedChannelSqueeze, 'squeeze'),
+    (ops.spatial_squeeze.MixedSpatialSqueeze, 'squeeze'),
+    (AttentionModule, 'gate'),
+    (StagedNetwork, 'forward_features'),
+]
+
+
+@pytest.mark.parametrize(('base', 'method'), ABSTRACT, ids=lambda value: getattr(value, '__name__', value))
+def test_a_base_cannot_be_built(base, method):
+    with pytest.raises(TypeError, match=rf'abstract class {base.__name__} .*\b{method}\b'):
+        base(8)
 
 
 def one_step(model, size):
@@ -175,6 +221,77 @@ def test_timms_initialisation_leaves_ours_alone():
             first = block.spatial_excite.convs[0].weight
             assert first.sum() >= 0
             assert first.abs().max() <= 1 / 3  # torch's own bound; timm's normal of deviation 0.47 exceeds it
+
+
+# Every primitive, every block and the self-attentions, from the tables.
+LAYERS = {
+    **{f'{kind}/{name}': cls for kind, table in ops.EXTENDED_SETS.items() for name, cls in table.items()},
+    **BLOCKS,
+    'local': lambda channels, feat_size: LocalSelfAttention(channels, position='position_sensitive'),
+    'axial': lambda channels, feat_size: AxialSelfAttention(channels, size=feat_size),
+}
+
+
+# Whose `weight` is a kernel: the layers, and the two weights of each channel that SRM calls a fully connected layer.
+KERNELS = (torch.nn.Conv1d, ops.Conv2d, ops.Linear, ops.ChannelStyle)
+
+
+@pytest.mark.parametrize('build', LAYERS.values(), ids=LAYERS)
+def test_weight_decay_is_for_kernels(build):
+    """A parameter of more than one dimension is a kernel, which decays, or named: what it is per channel is 1-d."""
+    layer = build(32, feat_size=(7, 6))
+    named = no_weight_decay(layer)
+    for name, parameter in layer.named_parameters():
+        path, _, leaf = name.rpartition('.')
+        owner = layer.get_submodule(path)
+        kernel = leaf == 'row_weight' or (leaf == 'weight' and isinstance(owner, KERNELS))
+        assert (name in named) == (parameter.ndim > 1 and not kernel), name
+    assert named <= {name for name, _ in layer.named_parameters()}
+    if hasattr(layer, 'no_weight_decay'):
+        assert layer.no_weight_decay() == named  # what timm calls on a network, each says for itself
+    else:
+        assert isinstance(layer, torch.nn.Sequential)
+
+
+PER_POSITION = 'avg,affine,affine,l2_norm,avg,affine'
+DECAYED = [
+    ('resnet20_cifar', {'genotype': PER_POSITION}, 4 * 9),
+    ('resnet20_cifar', {'genotype': 'sase'}, 0),
+    ('resnet50_sase', {'genotype': PER_POSITION, 'img_size': 64, 'attn_stages': (4,)}, 4 * 3),
+    ('resnet26_sasa', {}, 8),
+    ('axial_resnet26', {}, 16),
+    ('trionet', {'architecture': 'image 32; stem 16; heads 4; 64: local3/16 + axial/16'}, 3),
+]
+
+
+@pytest.mark.parametrize(('name', 'kwargs', 'count'), DECAYED)
+def test_timms_optimizers_ask_our_models(name, kwargs, count):
+    model = timm.create_model(name, device='meta', **kwargs)
+    assert model.no_weight_decay() == no_weight_decay(model)
+    config = TrainConfig('data', opt='adamw', lr=0.1, weight_decay=0.05)
+    for optimizer in (
+        create_optimizer_v2(model, opt='adamw', lr=0.1, weight_decay=0.05),
+        make_optimizer(config, model),
+    ):
+        names = {id(p): n for n, p in model.named_parameters()}
+        exempt, decayed = optimizer.param_groups
+        assert (exempt['weight_decay'], decayed['weight_decay']) == (0.0, 0.05)
+        assert {names[id(p)] for p in exempt['params'] if p.ndim > 1} == model.no_weight_decay()
+        assert len(model.no_weight_decay()) == count
+        assert len(exempt['params']) + len(decayed['params']) == len(names)
+
+
+def test_what_takes_no_weight_decay_in_other_networks():
+    build = partial(AttentionBlock, genotype=PER_POSITION, feat_size=8)
+    model = timm.create_model('resnet10t', block_args={'attn_layer': build}, device='meta')
+    named = no_weight_decay(model)
+    assert len(named) == 4 * 4
+    optimizer = make_optimizer(TrainConfig('data'), model)
+    assert sum(p.ndim == 2 for p in optimizer.param_groups[0]['params']) == len(named)
+    swin = timm.create_model('swin_tiny_patch4_window7_224', device='meta')
+    assert no_weight_decay(swin) == swin.no_weight_decay()
+    assert no_weight_decay(torch.nn.Sequential(swin)) == {f'0.{name}' for name in swin.no_weight_decay()}
+    assert no_weight_decay(torch.nn.Linear(2, 2)) == set()
 
 
 def test_it_trains():

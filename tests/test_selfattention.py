@@ -321,10 +321,9 @@ def test_initialisation():
         q, k, v = (p(x).reshape(64, 8, -1) for p in (local.query, local.key, local.value))
     assert torch.einsum('chp,chp->hp', q, k.roll(1, 2)).std().item() == pytest.approx(1, rel=0.2)
     assert v.std().item() == pytest.approx(1, rel=0.1)
-    for layer in (axis, local):  # timm re-draws every convolution and then calls zero_init_last
-        for module in layer.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.constant_(module.weight, 7)
+    for layer in (axis, local):  # drawn anew with a network whose init_weights calls this
+        for parameter in layer.parameters():
+            nn.init.constant_(parameter, 7)
         layer.zero_init_last()
         assert max(p.abs().max() for p in layer.parameters()) < 6
 

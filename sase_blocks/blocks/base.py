@@ -1,18 +1,18 @@
 """The one interface of all blocks: channels in the constructor, a gate for x, and y = x * gate."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
-from sase_blocks.ops.primitive import check_channels, check_features
+from sase_blocks.ops.primitive import check_channels, check_features, children_without_decay
 
 from .graph import Graph
 
 torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
 
 
-class AttentionModule(nn.Module):
+class AttentionModule(nn.Module, ABC):
     """Base of the blocks. Shape: (B, C, H, W) -> (B, C, H, W), any H and W; dtype and memory format are kept.
 
     A subclass is built as ``Block(channels, ..., feat_size=None, *, device=None, dtype=None)`` and gives ``gate``.
@@ -33,10 +33,16 @@ class AttentionModule(nn.Module):
                 if hasattr(module, 'reset_parameters'):
                     module.reset_parameters()  # type: ignore[operator]
 
-    def zero_init_last(self) -> None:
-        """Called by timm's ResNets, last thing in their ``init_weights``, which re-draw every Conv2d of the network.
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that take no weight decay, beside vectors: timm's convention, for its optimisers."""
+        return children_without_decay(self)
 
-        The name is timm's; here it brings back the block's own initialisation.
+    def zero_init_last(self) -> None:
+        """Called by timm's ResNets at the end of their ``init_weights``: the block is drawn anew with the network.
+
+        The name is timm's. The block's own initialisation does not depend on it: no network finds the block's layers
+        (``ops.Conv2d``, ``ops.Linear``).
         """
         self.reset_parameters()
 

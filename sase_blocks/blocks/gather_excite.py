@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sase_blocks.ops import BatchNorm2d
+from sase_blocks.ops import BatchNorm2d, Conv2d
 from sase_blocks.ops.primitive import turn_positive_
 
 from .base import AttentionModule
@@ -66,7 +66,7 @@ class GatherExcite(AttentionModule):
         gather: list[nn.Module] = []
         for i in range(extent.bit_length() - 1 if parameters else 0):
             gather += [nn.ReLU()] if i else []
-            gather += [nn.Conv2d(channels, channels, 3, 2, 1, groups=channels, bias=False, **kwargs)]
+            gather += [Conv2d(channels, channels, 3, 2, 1, groups=channels, bias=False, **kwargs)]
             gather += [BatchNorm2d(channels, **kwargs)]
         self.parametric = parameters
         if not parameters:
@@ -74,7 +74,7 @@ class GatherExcite(AttentionModule):
         self.gather = nn.Sequential(*gather)
         hidden = max(1, channels // 16)
         self.excite = (
-            nn.Sequential(nn.Conv2d(channels, hidden, 1, **kwargs), nn.ReLU(), nn.Conv2d(hidden, channels, 1, **kwargs))
+            nn.Sequential(Conv2d(channels, hidden, 1, **kwargs), nn.ReLU(), Conv2d(hidden, channels, 1, **kwargs))
             if mlp
             else nn.Identity()
         )
@@ -82,7 +82,7 @@ class GatherExcite(AttentionModule):
 
     def reset_parameters(self) -> None:
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, BatchNorm2d)):
+            if isinstance(module, (Conv2d, BatchNorm2d)):
                 module.reset_parameters()
         if isinstance(self.excite, nn.Sequential):
             turn_positive_(self.excite[0].weight)  # type: ignore[arg-type]

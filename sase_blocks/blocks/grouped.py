@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sase_blocks.ops import Conv2d
 from sase_blocks.ops.primitive import narrow, safe_sqrt, widen
 
 from .base import AttentionModule
@@ -84,7 +85,7 @@ class EfficientMultiScaleAttention(AttentionModule):
         self.groups = math.gcd(channels, 32)
         width = channels // self.groups
         self.conv1x1 = nn.Conv1d(width, width, 1, **kwargs)
-        self.conv3x3 = nn.Conv2d(width, width, 3, padding=1, **kwargs)
+        self.conv3x3 = Conv2d(width, width, 3, padding=1, **kwargs)
         self.norm_weight = nn.Parameter(torch.empty(width, **kwargs))
         self.norm_bias = nn.Parameter(torch.empty(width, **kwargs))
         self.eps = 1e-5

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import make_divisible
 from torch import Tensor, nn
 
-from sase_blocks.ops import BatchNorm2d, GroupNorm
+from sase_blocks.ops import BatchNorm2d, GroupNorm, Linear
 
 from .base import AttentionModule
 from .graph import MAP, Edge, Graph
@@ -68,9 +68,9 @@ class SimpleCoordinateAttention(AttentionModule):
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels)
         hidden = make_divisible(channels / 6, 8, round_limit=0.0)
-        self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
-        self.fc_h = nn.Linear(hidden, channels, device=device, dtype=dtype)
-        self.fc_w = nn.Linear(hidden, channels, device=device, dtype=dtype)
+        self.fc1 = Linear(channels, hidden, device=device, dtype=dtype)
+        self.fc_h = Linear(hidden, channels, device=device, dtype=dtype)
+        self.fc_w = Linear(hidden, channels, device=device, dtype=dtype)
 
     def gate(self, x: Tensor) -> Tensor:
         a_h = self.fc_h(F.silu(self.fc1(x.mean(3).transpose(1, 2)))).transpose(1, 2)

@@ -80,7 +80,7 @@ def _search_sase(
     storage: str | None,
     **settings: Any,
 ) -> None:
-    from sase_blocks.search.sase.campaign import campaign, evaluation_budget
+    from sase_blocks.search.sase.campaigns import campaign, evaluation_budget
     from sase_blocks.search.sase.config import SearchConfig
 
     if demo:

@@ -20,7 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from sase_blocks.blocks import AttentionModule
 from sase_blocks.insertion.surgery import AFTER, attach, mark_of, plain_class
-from sase_blocks.ops import BatchNorm2d
+from sase_blocks.ops import BatchNorm2d, Conv2d, Linear
 from sase_blocks.ops.primitive import check_features, narrow
 
 from .plain import check_plain
@@ -28,7 +28,9 @@ from .plain import check_plain
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WITH_ACTIVATION = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
 # By their exact class: a subclass may do with its weight, or with its result, what nobody here knows.
-LAYERS: set[type[nn.Module]] = {nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear, Conv2dSame, TimmLinear}
+LAYERS: set[type[nn.Module]] = {
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear, Conv2dSame, TimmLinear, Conv2d, Linear,
+}  # fmt: skip
 NORMS: set[type[nn.Module]] = {
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm2d, FrozenBatchNorm2d, *WITH_ACTIVATION,
 }  # fmt: skip
@@ -202,7 +204,7 @@ class _Calls:
             return None, f'the result of {path} has another reader'
         if {layer, norm} & self.read or not (self._inside(layer) and self._inside(norm)):
             return None, f'it or {path} is used in another place, too'
-        width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        width = layer.out_features if isinstance(layer, nn.Linear | Linear) else layer.out_channels
         if width != len(norm.running_mean):
             return None, f'{path} gives {width} values, and it normalises {len(norm.running_mean)}'
         if isinstance(layer, TRANSPOSED) and layer.groups > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sase_blocks.blocks import Genotype, resolve_block
-from sase_blocks.ops.primitive import check_feat_size
+from sase_blocks.ops.primitive import check_feat_size, no_weight_decay
 
 from .measure import Trace, run, run_block
 from .places import Place, Where, find_places
@@ -67,7 +68,7 @@ def insert(
             (H, W) or (C, H, W). Default: what a timm model says of itself; without either no forward is run.
         example: instead of ``input_size``, the input itself, or a tuple of positional arguments.
         optimizer: its new parameter groups get the new parameters, with the settings of its present ones; vectors
-            without weight decay. Make a learning-rate scheduler afterwards.
+            and what ``no_weight_decay`` names without weight decay. Make a learning-rate scheduler afterwards.
 
     Returns:
         The report; printed, a table of what was put where.
@@ -363,12 +364,15 @@ def _like(model: nn.Module, place: Place, attention: nn.Module) -> nn.Module:
 
 
 def _extend(optimizer: torch.optim.Optimizer, model: nn.Module, new: set[int]) -> None:
-    """Add the new parameters: matrices with the weight decay of the network, vectors and scalars without."""
+    """Add the new parameters with the weight decay of the network, or without it: vectors, scalars and those that their
+    block names (``no_weight_decay``)."""
     template = next((g for g in optimizer.param_groups if g.get('weight_decay')), optimizer.param_groups[0])
     settings = {key: value for key, value in template.items() if key not in ('params', 'param_names')}
     named = [(name, p) for name, p in model.named_parameters() if id(p) in new]
-    for vectors in (False, True):
-        group: list[Any] = [(n, p) if 'param_names' in template else p for n, p in named if (p.ndim <= 1) == vectors]
+    listed = no_weight_decay(model)
+    exempt = {name for name, p in named if p.ndim <= 1 or any(fnmatchcase(name, pattern) for pattern in listed)}
+    for without in (False, True):
+        group: list[Any] = [(n, p) if 'param_names' in template else p for n, p in named if (n in exempt) == without]
         if group:
-            changed = {'weight_decay': 0.0} if vectors and 'weight_decay' in settings else {}
+            changed = {'weight_decay': 0.0} if without and 'weight_decay' in settings else {}
             optimizer.add_param_group({**settings, **changed, 'params': group})

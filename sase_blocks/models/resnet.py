@@ -15,17 +15,21 @@ No pretrained weights are published; ``load_checkpoint`` takes the authors'.
 # gives them the tests and the feature tools of that family.
 from __future__ import annotations
 
+import builtins
+import keyword
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, is_model, register_model
 from timm.models.resnet import Bottleneck, ResNet
 
 from sase_blocks.blocks import BLOCKS, ChannelAttention, Genotype, SpatialAttention
 from sase_blocks.convert import checkpoint_filter_fn
+from sase_blocks.ops.primitive import children_without_decay
 
 from .slots import BlockBuilder, Genotypes, block_builder, fill_slots, refuse_block_attention
 
@@ -54,6 +58,15 @@ def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+class AttentionResNet(ResNet):
+    """timm's ResNet, which also tells timm's optimisers what in it takes no weight decay."""
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that take no weight decay, beside vectors."""
+        return children_without_decay(self)
+
+
 def _resnet(
     build: BlockBuilder | tuple[BlockBuilder, ...] | None,
     attn_stages: Any,
@@ -61,7 +74,7 @@ def _resnet(
     **kwargs: Any,
 ) -> ResNet:
     refuse_block_attention(kwargs)
-    model = ResNet(**kwargs)
+    model = AttentionResNet(**kwargs)
     fill_slots(model, build, attn_stages, img_size, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
     return model
 
@@ -135,12 +148,17 @@ def register_resnet(
         img_size: the image size that per-position parameters are laid out for.
 
     Raises:
-        ValueError: a name that timm already has or that is no identifier, an unknown genotype or depth.
+        ValueError: a name that timm, Python or this module already has or that is no identifier, an unknown genotype
+            or depth.
     """
-    if not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise ValueError(f'a model name must be a valid identifier such as resnet50_mine, got {name!r}')
     if is_model(name):
         raise ValueError(f'timm already has a model {name!r}; choose another name, none is overwritten')
+    if name in globals() or hasattr(builtins, name):  # the entry point becomes a name of this module
+        raise ValueError(
+            f'{name!r} is a name that the code of {__name__} uses; choose another name, such as resnet{depth}_mine'
+        )
     if depth not in LAYERS:
         raise ValueError(f'depth must be one of {", ".join(map(str, LAYERS))}, got {depth!r}')
     if block_builder(genotype) is None:

@@ -57,9 +57,8 @@ def fill_slots(
 ) -> None:
     """Put ``build(channels, feat_size=...)`` into ``block.se`` of every residual block of the given stages.
 
-    The slot is filled after timm has initialised the network, which re-draws every Conv2d it finds. ``img_size`` and
-    the stage's reduction give the feature size that per-position parameters are laid out for. A tuple of builders holds
-    one for each stage of the network.
+    ``img_size`` and the stage's reduction give the feature size that per-position parameters are laid out for. A tuple
+    of builders holds one for each stage of the network.
 
     Raises:
         ValueError: bad stages or image size, or as many builders as there are not stages.

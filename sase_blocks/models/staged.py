@@ -1,5 +1,6 @@
 """What our own networks have in common: a stem, stages and a pooled linear classifier, with timm's interface."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +11,12 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from sase_blocks.ops.primitive import children_without_decay
+
 __all__ = ['StagedNetwork']
 
 
-class StagedNetwork(nn.Module):
+class StagedNetwork(nn.Module, ABC):
     """The part of timm's interface that does not depend on what the stages are made of.
 
     A subclass makes ``conv1``, ``maxpool`` and its stages, calls ``add_head``, and writes ``forward_stem``, which ends
@@ -48,15 +51,20 @@ class StagedNetwork(nn.Module):
     def init_weights(self, zero_init_last: bool = True) -> None:
         """He initialisation of all convolutions; the last batch norm of a block starts at zero unless told not to.
 
-        Attentions keep an initialisation of their own either way.
+        Attentions have an initialisation of their own, and are drawn anew either way.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
         for module in self.modules():
-            # A module with reset_parameters does not start at zero here, but takes its convolutions back from He.
+            # A module with reset_parameters does not start at zero here, but is drawn anew.
             if hasattr(module, 'zero_init_last') and (zero_init_last or hasattr(module, 'reset_parameters')):
                 module.zero_init_last()  # type: ignore[operator]
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that take no weight decay, beside vectors; timm's optimisers ask for them."""
+        return children_without_decay(self)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -83,6 +91,14 @@ class StagedNetwork(nn.Module):
         self.global_pool.train(self.training)
         self.fc.train(self.training)
 
+    @abstractmethod
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """The features before ``maxpool``."""
+
+    @abstractmethod
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The features of the last stage."""
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -96,7 +112,7 @@ class StagedNetwork(nn.Module):
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.feature_info), indices)
-        x = self.forward_stem(x)  # type: ignore[operator]
+        x = self.forward_stem(x)
         intermediates = [x] if 0 in take else []
         x = self.maxpool(x)  # type: ignore[operator]
         for i, name in enumerate(self.stage_names[:last] if stop_early else self.stage_names, start=1):
@@ -128,4 +144,4 @@ class StagedNetwork(nn.Module):
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))  # type: ignore[operator]
+        return self.forward_head(self.forward_features(x))

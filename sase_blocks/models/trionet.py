@@ -31,7 +31,7 @@ from torch import nn
 from sase_blocks.ops.primitive import check_feat_size
 from sase_blocks.selfattention import OPERATORS, build_operator
 
-from .resnet import imagenet_cfg
+from .resnet import AttentionResNet, imagenet_cfg
 
 __all__ = ['parse_operators', 'set_operators']
 
@@ -154,7 +154,7 @@ default_cfgs: dict[str, dict[str, Any]] = {name: imagenet_cfg() for name in NAME
 
 
 def _network(operators: str, img_size: int | tuple[int, int], heads: int, scale: float | None, **kwargs: Any) -> ResNet:
-    model = ResNet(**kwargs)
+    model = AttentionResNet(**kwargs)
     dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
     if scale is not None:
         _scale_stem(model, scale, **dd)

@@ -65,9 +65,9 @@ from .channel_squeeze import (
     channel_p_norm,
     channel_style,
 )
-from .linear import BiasFreeLinear
+from .layers import Conv2d, Linear
 from .normalization import BatchNorm2d, GroupNorm
-from .primitive import Primitive, check_channels, check_features, mix
+from .primitive import Primitive, check_channels, check_features, mix, no_weight_decay
 from .spatial_excite import (
     SpatialAffine,
     SpatialConv,
@@ -236,7 +236,6 @@ __all__ = [
     'SPATIAL_EXCITE',
     'SPATIAL_SQUEEZE',
     'BatchNorm2d',
-    'BiasFreeLinear',
     'ChannelAffine',
     'ChannelAttentionPool',
     'ChannelAvg',
@@ -271,7 +270,9 @@ __all__ = [
     'ChannelSecondOrder',
     'ChannelSqueeze',
     'ChannelStyle',
+    'Conv2d',
     'GroupNorm',
+    'Linear',
     'Primitive',
     'SpatialAffine',
     'SpatialAvg',
@@ -313,6 +314,7 @@ __all__ = [
     'check_channels',
     'check_features',
     'mix',
+    'no_weight_decay',
     'primitive_name',
     'spatial_affine',
     'spatial_avg',

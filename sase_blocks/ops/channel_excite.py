@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.layers import make_divisible
 from torch import Tensor, nn
 
-from .linear import BiasFreeLinear
+from .layers import Linear
 from .normalization import BatchNorm2d
 from .primitive import Primitive, check_features, narrow, saturate, turn_positive_, widen
 
@@ -109,8 +109,8 @@ class ChannelMLP(ChannelExcite):
         hidden = max(1, channels // self.reduction)
         # Linear layers, not 1x1 convolutions: the same numbers, and a wide convolution in the graph makes a compiler
         # copy x into channels_last first, which is two more traversals of it.
-        self.fc1 = BiasFreeLinear(channels, hidden, device=device, dtype=dtype)
-        self.fc2 = BiasFreeLinear(hidden, channels, device=device, dtype=dtype)
+        self.fc1 = Linear(channels, hidden, bias=False, device=device, dtype=dtype)
+        self.fc2 = Linear(hidden, channels, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -226,7 +226,7 @@ class ChannelFC(ChannelExcite):
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
-        self.fc = nn.Linear(channels, channels, device=device, dtype=dtype)
+        self.fc = Linear(channels, channels, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -298,9 +298,9 @@ class ChannelMLPNorm(ChannelExcite):
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
         hidden = max(1, channels // 16)
-        self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
+        self.fc1 = Linear(channels, hidden, device=device, dtype=dtype)
         self.norm = nn.LayerNorm(hidden, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden, channels, device=device, dtype=dtype)
+        self.fc2 = Linear(hidden, channels, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -319,8 +319,8 @@ class ChannelMLPBatchNorm(ChannelExcite):
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
         hidden = max(1, channels // 16)
-        self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden, channels, device=device, dtype=dtype)
+        self.fc1 = Linear(channels, hidden, device=device, dtype=dtype)
+        self.fc2 = Linear(hidden, channels, device=device, dtype=dtype)
         self.norm = BatchNorm2d(channels, device=device, dtype=dtype)
         self.reset_parameters()
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import BiasFreeLinear
+from .layers import Conv2d, Linear
 from .normalization import BatchNorm2d
 from .primitive import (
     Primitive,
@@ -207,7 +207,7 @@ class ChannelSecondOrder(ChannelSqueeze):
         g = self.groups
         self.norm = BatchNorm2d(g, device=device, dtype=dtype)
         self.row_weight = nn.Parameter(torch.empty(g, g, device=device, dtype=dtype))
-        self.fc = BiasFreeLinear(g, channels, device=device, dtype=dtype)
+        self.fc = Linear(g, channels, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -387,12 +387,12 @@ class ChannelGSoP(ChannelSqueeze):
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
         c = min(128, channels)
-        self.reduce = nn.Conv2d(channels, c, 1, device=device, dtype=dtype)
+        self.reduce = Conv2d(channels, c, 1, device=device, dtype=dtype)
         self.reduce_norm = BatchNorm2d(c, device=device, dtype=dtype)
         self.norm = BatchNorm2d(c, device=device, dtype=dtype)
         self.row_weight = nn.Parameter(torch.empty(c, 4, c, device=device, dtype=dtype))
         self.row_bias = nn.Parameter(torch.empty(c, 4, device=device, dtype=dtype))
-        self.fc = nn.Linear(4 * c, channels, device=device, dtype=dtype)
+        self.fc = Linear(4 * c, channels, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -401,6 +401,10 @@ class ChannelGSoP(ChannelSqueeze):
         bound = 1 / math.sqrt(self.row_weight.shape[2])  # as torch's convolutions of this fan in
         nn.init.uniform_(self.row_weight, -bound, bound)
         nn.init.uniform_(self.row_bias, -bound, bound)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {'row_bias'}
 
     def squeeze(self, x: Tensor) -> Tensor:
         z = torch.relu(self.reduce_norm(self.reduce(x)))

@@ -4,14 +4,15 @@ A primitive is built as ``Op(channels, feat_size=None, *, device=None, dtype=Non
 belongs to, so that a set is a plain dict and a genotype is six names.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 
-class Primitive(nn.Module):
-    """Base of all primitives: stores and checks the constructor's arguments.
+class Primitive(nn.Module, ABC):
+    """Base of all primitives: stores and checks the constructor's arguments. Abstract, like the base of each set.
 
     Args:
         channels: channels C of the feature map, at least 1.
@@ -47,8 +48,45 @@ class Primitive(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the parameters anew."""
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters with more than one dimension that take no weight decay, by timm's convention.
+
+        They are those per position and biases: their twins per channel are 1-d and take none either.
+        """
+        return set()
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See the base of each set."""
+
     def extra_repr(self) -> str:
         return f'{self.channels}, feat_size={self.feat_size}' if self.needs_feat_size else f'{self.channels}'
+
+
+def no_weight_decay(model: nn.Module) -> set[str]:
+    """Names of the parameters of ``model`` that take no weight decay although they have more than one dimension.
+
+    They are what the network and the modules in it name in a method ``no_weight_decay()``, timm's convention. timm's
+    optimisers ask the network alone, which knows nothing of an attention that was put into it. Our models pass this on;
+    for any other give it to timm:
+
+        groups = timm.optim.param_groups_weight_decay(model, 0.05, no_weight_decay_list=no_weight_decay(model))
+        optimizer = timm.optim.create_optimizer_v2(groups, opt='adamw', lr=1e-3)
+
+    Args:
+        model: any module.
+
+    Returns:
+        Names as in ``model.named_parameters()``, or timm's patterns of them.
+    """
+    own = getattr(model, 'no_weight_decay', None)
+    return children_without_decay(model) | (set(own()) if callable(own) else set())
+
+
+def children_without_decay(model: nn.Module) -> set[str]:
+    """``no_weight_decay`` of all that is in ``model``, for that method of ``model`` itself."""
+    return {f'{name}.{part}' for name, child in model.named_children() for part in no_weight_decay(child)}
 
 
 def check_channels(channels: Any, owner: str) -> int:

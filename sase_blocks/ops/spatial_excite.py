@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .layers import Conv2d
 from .normalization import BatchNorm2d
 from .primitive import Primitive, check_features, saturate, turn_positive_
 from .spatial_squeeze import resize_map
@@ -57,14 +58,14 @@ class SpatialConv(SpatialExcite):
         super().__init__(channels, feat_size)
         self.with_relu = self.relu_between  # TorchScript sees attributes of the instance only
         self.convs = nn.ModuleList(
-            nn.Conv2d(1, 1, (kh, kw), padding=(kh // 2, kw // 2), bias=False, device=device, dtype=dtype)
+            Conv2d(1, 1, (kh, kw), padding=(kh // 2, kw // 2), bias=False, device=device, dtype=dtype)
             for kh, kw in self.kernel_sizes
         )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         for conv in self.convs:
-            assert isinstance(conv, nn.Conv2d)
+            assert isinstance(conv, Conv2d)
             conv.reset_parameters()
             if self.relu_between:
                 turn_positive_(conv.weight)
@@ -139,6 +140,10 @@ class SpatialAffine(SpatialExcite):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {'weight', 'bias'}
+
     def excite(self, s: Tensor) -> Tensor:
         return spatial_affine(s, resize_map(self.weight, s), resize_map(self.bias, s))
 
@@ -182,7 +187,7 @@ class SpatialConv7Norm(SpatialExcite):
     ) -> None:
         super().__init__(channels, feat_size)
         self.maps = maps
-        self.conv = nn.Conv2d(maps, 1, 7, padding=3, bias=False, device=device, dtype=dtype)
+        self.conv = Conv2d(maps, 1, 7, padding=3, bias=False, device=device, dtype=dtype)
         self.norm = BatchNorm2d(1, device=device, dtype=dtype)
         self.reset_parameters()
 

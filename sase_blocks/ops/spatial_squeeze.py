@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import BiasFreeLinear
+from .layers import Conv2d, Linear
 from .normalization import BatchNorm2d
 from .primitive import (
     Primitive,
@@ -165,6 +165,10 @@ class SpatialL2Norm(SpatialSqueeze):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {'weight', 'bias'}
+
     def squeeze(self, x: Tensor) -> Tensor:
         return spatial_l2_norm(x, resize_map(self.weight, x), resize_map(self.bias, x), self.eps)
 
@@ -235,7 +239,7 @@ class SpatialSecondOrder(SpatialSqueeze):
         p = self.grid * self.grid
         self.norm = BatchNorm2d(p, device=device, dtype=dtype)
         self.row_weight = nn.Parameter(torch.empty(p, p, device=device, dtype=dtype))
-        self.fc = BiasFreeLinear(p, p, device=device, dtype=dtype)
+        self.fc = Linear(p, p, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -294,19 +298,19 @@ class SpatialDilated(SpatialSqueeze):
         c = max(1, channels // 16)
         kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.convs = nn.Sequential(
-            nn.Conv2d(channels, c, 1, **kwargs),
+            Conv2d(channels, c, 1, **kwargs),
             nn.ReLU(),
-            nn.Conv2d(c, c, 3, padding=4, dilation=4, **kwargs),
+            Conv2d(c, c, 3, padding=4, dilation=4, **kwargs),
             nn.ReLU(),
-            nn.Conv2d(c, c, 3, padding=4, dilation=4, **kwargs),
+            Conv2d(c, c, 3, padding=4, dilation=4, **kwargs),
             nn.ReLU(),
-            nn.Conv2d(c, 1, 1, **kwargs),
+            Conv2d(c, 1, 1, **kwargs),
         )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         for layer in self.convs:
-            if isinstance(layer, nn.Conv2d):
+            if isinstance(layer, Conv2d):
                 layer.reset_parameters()
                 turn_positive_(layer.weight)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sase_blocks.ops import BatchNorm2d
-from sase_blocks.ops.primitive import check_channels, check_feat_size, narrow, widen
+from sase_blocks.ops import BatchNorm2d, Conv2d
+from sase_blocks.ops.primitive import check_channels, check_feat_size, children_without_decay, narrow, widen
 
 from .axial_routes import AXIAL_ROUTES, axial_attention, logit_maps, logit_moments, long_axis, split_tables
 from .routes import autocast_active, captured, check_choice, check_heads, check_map, check_stride, halve
@@ -156,7 +156,7 @@ class AxisAttention(nn.Module):
             check_choice('route', route, AXIAL_ROUTES)
         self.size, self.axis, self.route = size, axis, route
         args: dict[str, Any] = {'device': device, 'dtype': dtype}
-        self.project = nn.Conv2d(channels_in, 2 * channels, 1, bias=False, **args)
+        self.project = Conv2d(channels_in, 2 * channels, 1, bias=False, **args)
         self.norm = BatchNorm2d(2 * channels, **args)
         self.relative = nn.Parameter(torch.empty(2 * channels // heads, 2 * size - 1, **args))
         self.logit_norm = LogitNorm(3 * heads, **args)
@@ -171,8 +171,13 @@ class AxisAttention(nn.Module):
         for norm in (self.norm, self.logit_norm, self.value_norm, self.position_norm):
             norm.reset_parameters()
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The table of relative positions takes no weight decay, as timm's Swin keeps it."""
+        return {'relative'}
+
     def zero_init_last(self) -> None:
-        """Called by timm's ResNets, which re-draw every Conv2d: brings back this layer's own initialisation."""
+        """Called by timm's ResNets in their ``init_weights``: this layer is drawn anew with the network."""
         self.reset_parameters()
 
     def multiply_adds(self, height: int, width: int) -> int:
@@ -274,6 +279,11 @@ class AxialSelfAttention(nn.Module):
         """Draw the parameters of both passes anew."""
         self.height.reset_parameters()
         self.width.reset_parameters()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The tables of both passes."""
+        return children_without_decay(self)
 
     def multiply_adds(self, height: int, width: int) -> int:
         """Of one image at full resolution, both passes."""

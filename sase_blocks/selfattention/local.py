@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sase_blocks.ops import Conv2d
 from sase_blocks.ops.primitive import check_channels
 
 from .local_routes import BORDERS, LOCAL_ROUTES, local_attention
@@ -78,9 +79,9 @@ class LocalSelfAttention(nn.Module):
         self.kernel_size, self.position, self.border, self.route = kernel_size, position, border, route
         self.stride = check_stride(stride, name)
         args: dict[str, Any] = {'device': device, 'dtype': dtype}
-        self.query = nn.Conv2d(channels, channels, 1, bias=False, **args)
-        self.key = nn.Conv2d(channels, channels, 1, bias=False, **args)
-        self.value = nn.Conv2d(channels, channels, 1, bias=False, **args)
+        self.query = Conv2d(channels, channels, 1, bias=False, **args)
+        self.key = Conv2d(channels, channels, 1, bias=False, **args)
+        self.value = Conv2d(channels, channels, 1, bias=False, **args)
         terms = 3 if position == 'position_sensitive' else 1
         self.relative = nn.Parameter(torch.empty(terms, 2, channels // heads // 2, kernel_size, **args))
         self.reset_parameters()
@@ -98,8 +99,13 @@ class LocalSelfAttention(nn.Module):
         nn.init.normal_(self.relative[:1], 0.0, 1.0)
         nn.init.normal_(self.relative[1:], 0.0, 1 / math.sqrt(d))
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The table of relative positions takes no weight decay, as timm's Swin keeps it."""
+        return {'relative'}
+
     def zero_init_last(self) -> None:
-        """Called by timm's ResNets, which re-draw every Conv2d: brings back this layer's own initialisation."""
+        """Called by timm's ResNets in their ``init_weights``: this layer is drawn anew with the network."""
         self.reset_parameters()
 
     def multiply_adds(self, height: int, width: int) -> int:

@@ -1,6 +1,6 @@
 """The search of SASE (arXiv 2411.08333): an attention block for the user's data (extra ``search``)."""
 
-from .campaign import campaign
+from .campaigns import campaign
 from .config import SearchConfig
 from .mixed import MixedBlock
 from .network import SearchNetwork

@@ -76,7 +76,8 @@ def search(config: SearchConfig, images: Arrays | None = None) -> dict[str, Any]
             is still there.
         FloatingPointError: the loss is no longer finite.
     """
-    with launched(config, 'a search', 'search') as accelerator, alone_in(config, accelerator):
+    deterministic = be_deterministic(config.deterministic)
+    with launched(config, 'a search', 'search') as accelerator, alone_in(config, accelerator), deterministic:
         return _Search(config, accelerator, images).run()
 
 
@@ -95,8 +96,6 @@ class _Search:
         check_model_name(config.model)
         self.space = SearchSpace.parse(config.space)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        if config.deterministic:
-            be_deterministic()
         data = find_samples(config, accelerator) if images is None else images
         classes = data.classes if isinstance(data, Samples) else list(data[2])
         torch.manual_seed(config.seed)

@@ -76,7 +76,7 @@ def search(
     """
     if config.finetune and images is not None:
         raise ValueError('finetune reads class folders or a data set of timm; for images in memory write a loop')
-    with launched(config, 'a search', 'search') as accelerator:
+    with launched(config, 'a search', 'search') as accelerator, be_deterministic(config.deterministic):
         result = _search(config, accelerator, images, test, storage)
         main = accelerator.is_main_process
         accelerator.wait_for_everyone()
@@ -105,8 +105,6 @@ def _search(
         raise ValueError(f'batch_size {config.batch_size} cannot be cut among {accelerator.num_processes} processes')
     if config.algorithm == 'nsga2' and config.population >= config.evaluations:
         raise ValueError(f'population {config.population} must be below evaluations, got {config.evaluations}')
-    if config.deterministic:
-        be_deterministic()
     space = TrioSpace.parse(config.space)
     data = find_samples(config, accelerator) if images is None else images
     classes = list(data[2]) if isinstance(data, tuple) else data.classes

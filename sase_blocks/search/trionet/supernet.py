@@ -124,14 +124,12 @@ class SuperNet(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """He for convolutions, attentions as they do.
+        """He for convolutions; attentions have an initialisation of their own.
 
         Blocks do not start as the identity: each weight is met by a part of the steps only, and would start slowly.
         """
-        attentions = [m for m in self.modules() if hasattr(m, 'heads')]
-        theirs = {id(part) for attention in attentions for part in attention.modules()}
         for module in self.modules():
-            if isinstance(module, nn.Conv2d) and id(module) not in theirs:
+            if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
 
     def tensors(self, network: TrioNet) -> dict[str, Tensor]:

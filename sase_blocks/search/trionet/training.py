@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -36,6 +35,7 @@ from sase_blocks.runs import (
 )
 from sase_blocks.search.batches import Batches
 from sase_blocks.search.halves import Halves
+from sase_blocks.train import make_optimizer
 
 from .config import TrioConfig
 from .sampling import draw
@@ -118,13 +118,7 @@ class SupernetTraining:
         self.supernet = SuperNet(self.space, len(halves.classes), in_chans, config.sharing, config.drop_rate)
         # channels_last is a matter of the images alone: parts of weights are cut anew in each forward.
         self.supernet.to(accelerator.device)
-        self.optimizer = create_optimizer_v2(
-            self.supernet,
-            opt={'sgd': 'momentum'}.get(config.opt, config.opt),  # what timm calls sgd is Nesterov's
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
+        self.optimizer = make_optimizer(config, self.supernet)
         self.steps = len(halves.weights) // config.batch_size  # a last partial batch is dropped
         total = config.epochs * self.steps
         warmup = round(config.warmup * total)

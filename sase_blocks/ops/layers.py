@@ -1,0 +1,83 @@
+"""A convolution and a linear layer that are no ``nn.Conv2d`` and no ``nn.Linear``, for what stands in other networks.
+
+timm's networks draw the weights of every ``nn.Conv2d`` and many ``nn.Linear`` that they find anew, those of an
+attention in their slot too, and set biases to zero (VoVNet also where there is none, and fails). Most of them call
+nothing afterwards by which a block could bring back its own initialisation, so they must not find these.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.utils import _pair
+
+
+class Conv2d(_ConvNd):
+    """``nn.Conv2d`` with padding by zeros, which starts and computes as that one. (B, C_in, H, W) -> (B, C, H', W').
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as of ``nn.Conv2d``; an int or
+            a pair of ints where it takes both.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            _pair(kernel_size),
+            _pair(stride),
+            _pair(padding),
+            _pair(dilation),
+            False,
+            _pair(0),
+            groups,
+            bias,
+            'zeros',
+            device,
+            dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Linear(nn.Module):
+    """``nn.Linear``, which starts and computes as that one. Shape: (..., in_features) -> (..., out_features)."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f'{self.in_features}, {self.out_features}, bias={self.bias is not None}'
