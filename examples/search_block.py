@@ -70,6 +70,7 @@ def main() -> None:
     print('edge              operation    probability  margin to the next')
     for edge, state in result['edges'][0].items():  # of the only block; with per_stage=True one entry a stage
         print(f'{edge:18}{state["leader"]:13}{state["probability"]:11.2f}{state["margin"]:20.2f}')
+    print(result['verdict'])
     for warning in result['warnings']:
         print('warning:', warning)
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import models  # noqa: F401  # registers resnet20_cifar with timm
-from .insert.measure import count_macs, milliseconds_per_image
+from .insertion.measure import count_macs, milliseconds_per_image
 from .runs import write_text
 from .viz import plot_attention_maps, plot_learning_curves
 
@@ -175,7 +175,7 @@ def run_search_demo(out: str | Path = 'runs/search', seed: int = 0, epochs: int 
         tensorboard=False,
     )
     result = search(config, (images, labels, classes))
-    print(f'found: {result["genotype"]}\nwritten: {out}/genotype.json, genotype.png, logits.png')
+    print(f'found: {result["genotype"]}\n{result["verdict"]}\nwritten: {out}/genotype.json, genotype.png, logits.png')
     return result
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_data import make_images
 
 from sase_blocks.blocks import Genotype
@@ -19,6 +20,9 @@ from sase_blocks.search.sase import SearchSpace
 from sase_blocks.search.sase import evaluate as module
 from sase_blocks.search.sase.agreement import chance_of_agreement, compare_searches, format_agreement
 from sase_blocks.search.sase.evaluate import compare, evaluate, format_table, random_genotypes
+from sase_blocks.search.sase.network import LOGITS_STD
+from sase_blocks.search.sase.result import describe_result, draw_result
+from sase_blocks.search.sase.watch import noise_leads
 from sase_blocks.search.significance import holm, paired_test
 from sase_blocks.train import TrainConfig
 
@@ -386,6 +390,98 @@ def test_rank_among_random_blocks(randoms, place, p, says):
     assert compare([row('found', 90, kind='found'), row('random x', 99, 99, kind='random')])['rank'] is None
 
 
+# ---- what a search decided ----
+
+
+def moved(gradients, lr, start):
+    """The logits (runs, operations) after the search's Adam has taken all gradients (T, runs, operations)."""
+    logits = torch.nn.Parameter(start.clone())
+    adam = torch.optim.Adam([logits], lr, betas=(0.5, 0.999), weight_decay=1e-3)
+    for gradient in gradients:
+        logits.grad = gradient
+        adam.step()
+    return logits.detach()
+
+
+@pytest.mark.parametrize('updates', [0, 1, 5, 40, 400])
+def test_gradients_of_noise_decide_nothing(updates):
+    """In at most one search in twenty, on an edge of two operations, where a lead is widest, or of seven."""
+    generator = torch.Generator().manual_seed(updates)
+    runs, lr = 1000, 3e-3
+    for size in (2, 7):
+        choices = {'channel_excite': ['conv3', 'mlp', 'conv3_x3', 'conv5', 'conv7', 'conv3_x2', 'affine'][:size]}
+        fixed = {edge: [names[0]] for edge, names in SearchSpace.parse('paper')}
+        space = SearchSpace.of({**fixed, **choices})
+        bound = noise_leads(space, 1, updates, lr)['channel_excite']
+        gradients = torch.randn(updates, runs, size, generator=generator)
+        gradients -= gradients.mean(-1, keepdim=True)  # as those through a softmax
+        start = LOGITS_STD * torch.randn(runs, size, generator=generator)
+        first, second = moved(gradients, lr, start).topk(2).values.T
+        assert (first - second > bound).double().mean() < 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
+        # An operation whose gradient points one way in three steps of four is found within a few hundred.
+        if updates >= 400:
+            gradients[..., 0] = -1.0 * torch.sign(torch.rand(updates, runs, generator=generator) - 0.25)
+            logits = moved(gradients, lr, start)
+            lead = logits[:, 0] - logits[:, 1:].max(1).values
+            assert (lead > bound).double().mean() > 0.95
+
+
+def test_noise_leads_by_hand():
+    space = SearchSpace.parse('channel_squeeze=avg; channel_excite=conv3,mlp; gate_excite=affine; gated_squeeze=avg')
+    # Three edges with a choice in each of two sets; the quantile of 1 - 0.05 / 12.
+    leads = noise_leads(space, 2, 100, 0.01)
+    assert leads['channel_excite'] == pytest.approx(2.638257 * math.sqrt(2 * (2 * 0.1**2 + LOGITS_STD**2)), rel=1e-5)
+    assert leads['spatial_squeeze'] == pytest.approx(
+        2.638257 * math.sqrt(2 * (7 / 6 * 0.1**2 + LOGITS_STD**2)), rel=1e-5
+    )
+    assert noise_leads(space, 2, 0, 0.01)['channel_excite'] > LOGITS_STD
+
+
+SPACE = SearchSpace.parse(
+    'channel_squeeze=avg,avg_max; channel_excite=conv3,mlp,affine; gate_excite=affine; gated_squeeze=avg;'
+    'spatial_squeeze=avg; spatial_excite=conv3x3'
+)
+
+
+@pytest.mark.parametrize(
+    ('sets', 'decided', 'verdict'),
+    [
+        ([[0, 0, 0, 0, 0]], [[False, False]], '^nothing was decided: .* take the genotype as drawn at random$'),
+        ([[0, 9, 0, 5, 5]], [[True, False]], r'^decided: 1 of 2 edges \(channel_squeeze\); on the others'),
+        ([[0, 9, 0, 5, 9]], [[True, True]], '^all 2 edges were decided'),
+        (
+            [[0, 0.1, 0, 0, 0], [0, 0, 0, 0.1, 4]], [[False, False], [False, True]],
+            r'^decided: 1 of 4 edges \(stage 2, channel_excite\)',
+        ),
+    ],
+)  # fmt: skip
+def test_a_result_says_what_was_decided(sets, decided, verdict, tmp_path, monkeypatch):
+    logits = torch.tensor([[*row, 0, 0, 0, 0] for row in sets], dtype=torch.float)
+    config = {'arch_lr': 0.01, 'seed': 0}
+    result = describe_result(SPACE, logits, config=config, facts={}, epoch=1, updates=100)
+    marks = [[edges[edge]['decided'] for edge in ('channel_squeeze', 'channel_excite')] for edges in result['edges']]
+    assert marks == decided
+    assert result['edges'][0]['gate_excite']['decided'] is None
+    assert re.search(verdict, result['verdict'])
+    assert json.loads(json.dumps(result))['verdict'] == result['verdict']
+    said = {}
+
+    def save(figure, path):
+        said[path.name] = [text.get_text() for text in figure.findobj(lambda part: hasattr(part, 'get_text'))]
+        return path
+
+    monkeypatch.setattr('sase_blocks.viz.save_figure', save)
+    draw_result([logits], SPACE, result['edges'], tmp_path)
+    nothing = 'nothing was decided'
+    assert any(text.startswith(nothing) for text in said['logits.png']) == (verdict[1:].startswith(nothing))
+    assert sum('not decided' in text for text in said['logits.png']) == sum(row.count(False) for row in marks)
+    for stage, row in enumerate(marks, start=1):
+        drawn = said['genotype.png' if len(marks) == 1 else f'genotype-{stage}.png']
+        assert (nothing in drawn) == (not any(row))
+        open_edges = [edge for edge, mark in zip(('channel_squeeze', 'channel_excite'), row, strict=True) if not mark]
+        assert (f'not decided: {", ".join(open_edges)}' in drawn) == (0 < len(open_edges) < 2)
+
+
 # ---- agreement ----
 
 TWO = SearchSpace.parse(
@@ -425,7 +521,8 @@ def test_agreement_by_hand():
     assert json.loads(json.dumps(agreement)) == agreement
     text = format_agreement(agreement)
     assert re.search(r'^channel_squeeze +avg_max +2 of 3 +1\.00 +0\.58 +0\.500 +0\.81 +-0\.33$', text, re.MULTILINE)
-    assert 'consensus: avg_max,affine,affine,avg,avg,conv3x3' in text
+    assert 'consensus: avg_max,affine,affine,avg,avg,conv3x3\nnothing was decided: on no edge' in text
+    assert (squeeze['chance_adjusted'], squeeze['decided'], alone['decided']) == (1, False, None)
     assert 'random labels' not in text
 
 
@@ -441,6 +538,40 @@ def test_random_labels():
     assert lines[2].endswith('wins there too (2 of 3)')
     assert lines[3].endswith('conv3 wins there (2 of 3, this one in 1)')
     assert lines[4].endswith('nothing to choose')
+
+
+@pytest.mark.parametrize(
+    ('squeezes', 'excites', 'null', 'verdict'),
+    [
+        # Five of five agree by lot with 2 / 2^5 = 0.0625 on two operations, with 1 / 81 on three: Holm doubles that.
+        (
+            [1] * 5,
+            [2] * 5,
+            None,
+            r'decided: 1 of 2 edges \(channel_excite\); there the searches agree more',
+        ),
+        ([1] * 8, [2] * 8, None, r'decided: 2 of 2 edges \(channel_squeeze; channel_excite\)'),
+        ([1] * 8, [2] * 8, [1, 2], 'nothing was decided: .* does not win on random labels too$'),
+        ([1] * 8, [2] * 8, [0, 2], r'decided: 1 of 2 edges \(channel_squeeze\)'),
+        ([1] * 3, [2] * 3, None, r'nothing was decided: .* than chance would \(3 are too few to show it .*, 5 can\)'),
+        ([1] * 4 + [0] * 4, [0, 1, 2, 0, 1, 2, 0, 1], None, 'nothing was decided: .* than chance would$'),
+        ([1], [2], None, r'nothing was decided: .*\(1 are too few'),
+    ],
+)
+def test_agreement_that_decides(squeezes, excites, null, verdict):
+    def search(seed, squeeze, excite):
+        return found(seed, [3 * (i == squeeze) for i in range(2)], [3 * (i == excite) for i in range(3)])
+
+    results = [search(seed, *pair) for seed, pair in enumerate(zip(squeezes, excites, strict=True))]
+    agreement = compare_searches(results, null and [search(0, *null)])
+    assert re.match(verdict, agreement['verdict'])
+    assert agreement['verdict'] in format_agreement(agreement)
+
+
+def test_searches_without_a_choice():
+    space = {edge: [names[0]] for edge, names in SearchSpace.parse('paper')}
+    agreement = compare_searches([{'space': space, 'seed': 0, 'logits': [[0.0] * 6]}])
+    assert agreement['verdict'] == 'there was nothing to decide: each edge has one operation'
 
 
 def test_agreement_of_stages():

@@ -105,7 +105,7 @@ def _search_sase(
         storage=storage,
     )
     if os.environ.get('RANK', '0') == '0':
-        print(f'found: {result["genotype"]}\nwritten: {config.out}/genotype.json')
+        print(f'found: {result["genotype"]}\n{result["verdict"]}\nwritten: {config.out}/genotype.json')
 
 
 def _numbers(text: str) -> list[int]:

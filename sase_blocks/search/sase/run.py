@@ -46,7 +46,7 @@ from .config import SearchConfig
 from .network import SearchNetwork
 from .result import describe_result, draw_result, write_logits, write_result
 from .space import SearchSpace
-from .watch import dead_operations, describe_edges, hessian_eigenvalue, warnings_of
+from .watch import dead_operations, describe_edges, hessian_eigenvalue, noise_leads, warnings_of
 
 __all__ = ['search']
 
@@ -238,7 +238,7 @@ class _Search:
                 writer.close()
             write_result(result, self.out)
             try:
-                draw_result(self.history, self.space, self.out)
+                draw_result(self.history, self.space, result['edges'], self.out)
             except ImportError as error:
                 print(f'no pictures were drawn: {error}', flush=True)
         self.accelerator.wait_for_everyone()
@@ -299,8 +299,9 @@ class _Search:
         with without_compilation(network):
             dead = dead_operations(network, held[0])
         logits = network.logits.detach().cpu()
+        noise = noise_leads(self.space, len(logits), self._updates(), config.arch_lr)
         edges = {
-            (f'stage {number + 1}, ' if len(logits) > 1 else ''): describe_edges(self.space, row)
+            (f'stage {number + 1}, ' if len(logits) > 1 else ''): describe_edges(self.space, row, noise)
             for number, row in enumerate(logits)
         }
         return {
@@ -317,6 +318,10 @@ class _Search:
             'hessian': hessian,
             'seconds_per_step': seconds,
         }
+
+    def _updates(self) -> int:
+        """Of the logits so far."""
+        return -(-self.step // self.config.arch_every)
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
@@ -341,6 +346,7 @@ class _Search:
             config=asdict(self.config),
             facts=self.halves.facts,
             epoch=self.step // self.steps,
+            updates=self._updates(),
             warnings=self.rows[-1]['warnings'] if self.rows else [],
         )
 
@@ -371,11 +377,13 @@ class _Search:
     def _report(self, row: dict[str, Any]) -> None:
         margins = [state['margin'] for edges in row['edges'].values() for state in edges.values()]
         entropies = [state['entropy'] for edges in row['edges'].values() for state in edges.values()]
+        decided = [state['decided'] for edges in row['edges'].values() for state in edges.values()]
         hessian = '' if row['hessian'] is None else f', Hessian {row["hessian"]:.3g}'
         self.progress.line(
             f'epoch {row["epoch"]}/{self.config.epochs}: training loss {row["train_loss"]:.4f}, held-out loss '
             f'{row["held_out_loss"]:.4f}, accuracy {row["held_out_acc1"]:.2f} %{hessian}, margin '
             f'{min(margins):.4f} to {max(margins):.4f}, entropy {min(entropies):.3f} to {max(entropies):.3f}, '
+            f'{decided.count(True)} of {len(decided) - decided.count(None)} edges decided, '
             f'{row["seconds_per_step"]:.3f} s a step, {self.progress.left()} left\n  {row["genotype"]}'
         )
         before = set(self.rows[-2]['warnings']) if len(self.rows) > 1 else set()
