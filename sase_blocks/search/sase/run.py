@@ -38,7 +38,7 @@ from sase_blocks.runs import (
 )
 from sase_blocks.search.halves import Arrays, check_same_data, find_samples, open_halves
 from sase_blocks.search.synchronize import synchronize_norms
-from sase_blocks.train import build_model, check_model_name
+from sase_blocks.train import build_model, check_model_name, hits
 
 from .bilevel import VirtualStep, logits_gradient
 from .compiling import compile_mixed_blocks, without_compilation
@@ -191,7 +191,7 @@ class _Search:
             network.logits.grad = found.gradient
             self.arch.step()
             held_loss = found.loss
-            right = (found.outputs.argmax(1) == held_out[1]).sum()
+            right = hits(found.outputs, held_out[1]).sum()
         with network.learning(weights=True):
             with self._autocast():
                 loss = self._loss(network(training[0]), training[1])
