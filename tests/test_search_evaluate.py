@@ -551,7 +551,7 @@ def test_random_labels():
             r'decided: 1 of 2 edges \(channel_excite\); there the searches agree more',
         ),
         ([1] * 8, [2] * 8, None, r'decided: 2 of 2 edges \(channel_squeeze; channel_excite\)'),
-        ([1] * 8, [2] * 8, [1, 2], 'nothing was decided: .* does not win on random labels too$'),
+        ([1] * 8, [2] * 8, [1, 2], 'nothing was decided: .* does not win on random labels$'),
         ([1] * 8, [2] * 8, [0, 2], r'decided: 1 of 2 edges \(channel_squeeze\)'),
         ([1] * 3, [2] * 3, None, r'nothing was decided: .* than chance would \(3 are too few to show it .*, 5 can\)'),
         ([1] * 4 + [0] * 4, [0, 1, 2, 0, 1, 2, 0, 1], None, 'nothing was decided: .* than chance would$'),

@@ -162,7 +162,7 @@ def _verdict(sets: Sequence[Mapping[str, Mapping[str, Any]]], searches: int, nul
     decided = [name for name, state in named.items() if state['decided']]
     beyond = 'agree more than chance would'
     if nulls:
-        beyond += ' on an operation that does not win on random labels too'
+        beyond += ', and on an operation that does not win on random labels'
     if decided:
         return f'decided: {len(decided)} of {len(named)} edges ({"; ".join(decided)}); there the searches {beyond}'
     # The edge with the most operations, and all on one of them.
