@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 import sase_blocks  # registers the models with timm
 from sase_blocks.deploy import export_onnx, fuse
+from sase_blocks.train import hits
 
 CALIBRATION = 128  # images
 HEADER = ('network', 'way', 'ms', 'ratio', 'max deviation', 'mean', 'top-1 agrees', 'accuracy', 'MB')
@@ -182,9 +183,7 @@ def measure(subject: Subject, batch: int, rounds: int, folder: Path) -> list[dic
                 'max_deviation': difference.max().item() / spread,
                 'mean_deviation': difference.mean().item() / spread,
                 'top1_agreement': (actual.argmax(1) == expected.argmax(1)).double().mean().item(),
-                'accuracy': None
-                if subject.labels is None
-                else (actual.argmax(1) == subject.labels).double().mean().item(),
+                'accuracy': None if subject.labels is None else hits(actual, subject.labels).double().mean().item(),
                 'bytes': files[name].stat().st_size if name in files else weights,
             }
         )

@@ -164,7 +164,7 @@ def keep(
 
 def strip(result: dict[str, Any]) -> dict[str, Any]:
     """Genotypes, logits and agreement of the searches, without what all of them share."""
-    kept = ('genotype', 'logits', 'edges', 'warnings', 'epoch')
+    kept = ('genotype', 'verdict', 'logits', 'edges', 'warnings', 'epoch')
     return {
         'genotype': result['genotype'],
         'agreement': result['agreement'],

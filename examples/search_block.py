@@ -5,7 +5,7 @@ Searches on scikit-learn's handwritten digits, two minutes on two cores (extras 
 of timm that know nothing of it by `insert`. `--tiny` only shows that the program runs.
 
 A short search on 1,797 images finds a block, not the best one. What tells a finding from noise (several seeds, random
-labels, training from scratch) is `sase-blocks search sase --seeds 0,1,2 --null --evaluate 3`.
+labels, training from scratch) is `sase-blocks search sase --seeds 0,1,2,3 --null --evaluate 5`.
 """
 
 import argparse
@@ -70,6 +70,7 @@ def main() -> None:
     print('edge              operation    probability  margin to the next')
     for edge, state in result['edges'][0].items():  # of the only block; with per_stage=True one entry a stage
         print(f'{edge:18}{state["leader"]:13}{state["probability"]:11.2f}{state["margin"]:20.2f}')
+    print(result['verdict'])
     for warning in result['warnings']:
         print('warning:', warning)
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from . import models  # noqa: F401  # registers resnet20_cifar with timm
 from .insertion.measure import count_macs, milliseconds_per_image
 from .runs import write_text
+from .train import hits
 from .viz import plot_attention_maps, plot_learning_curves
 
 __all__ = ['run_demo', 'run_search_demo', 'run_trionet_demo']
@@ -175,7 +176,7 @@ def run_search_demo(out: str | Path = 'runs/search', seed: int = 0, epochs: int 
         tensorboard=False,
     )
     result = search(config, (images, labels, classes))
-    print(f'found: {result["genotype"]}\nwritten: {out}/genotype.json, genotype.png, logits.png')
+    print(f'found: {result["genotype"]}\n{result["verdict"]}\nwritten: {out}/genotype.json, genotype.png, logits.png')
     return result
 
 
@@ -310,8 +311,8 @@ def train(model: nn.Module, digits: Digits, epochs: int, seed: int, bar: Any) ->
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Accuracy of ``model`` in per cent; leaves it in eval mode."""
     model.eval()
-    predicted = torch.cat([model(batch).argmax(1) for batch in images.split(TIMING_BATCH)])
-    return 100 * (predicted == labels).double().mean().item()
+    logits = torch.cat([model(batch) for batch in images.split(TIMING_BATCH)])
+    return 100 * hits(logits, labels).double().mean().item()
 
 
 def format_table(results: Mapping[str, Any]) -> str:

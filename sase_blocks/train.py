@@ -89,7 +89,10 @@ class TrainConfig:
     weight_decay: float = setting(1e-4, 'weight decay, of all parameters but vectors and what blocks leave out')
     label_smoothing: float = setting(0.0, 'label smoothing')
     clip_grad: float | None = setting(None, 'largest norm of the gradient')
-    ema_decay: float | None = setting(None, 'keep and evaluate an average of the weights with this decay, e.g. 0.9999')
+    ema_decay: float | None = setting(
+        None,
+        'keep and evaluate an average of the weights whose decay rises as 1 - step^(-2/3) to this, e.g. 0.9999',
+    )
 
     eval_every: int = setting(1, 'epochs between looks at the validation images; 0 for one look, after the last')
     seed: int = setting(0, 'seed of everything random')
@@ -198,7 +201,9 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
     scheduler = CosineLRScheduler(
         optimizer, steps, warmup_t=warmup, warmup_lr_init=config.lr / max(warmup, 1), t_in_epochs=False
     )
-    ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
+    # Without the warm-up the average of a short run is what it started from. The decay is a function of the step, so
+    # there is no state of it to save, either.
+    ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     if config.compile:
         compile_blocks(model)
 
@@ -272,7 +277,7 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
             if ema:
-                ema.update(model)
+                ema.update(model, step)
             unseen.append(loss.detach())
             step += 1
             if len(unseen) == LOOK_EVERY or step % steps_per_epoch == 0:
@@ -365,21 +370,39 @@ def evaluate(
     """Mean loss and top-1 (with more than five classes also top-5) accuracy in percent over a prepared loader."""
     model.eval()
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    ranks: list[Tensor] = []
+    right: list[Tensor] = []
     for images, labels in named_errors(loader):
         with accelerator.autocast():
             logits = model(images.contiguous(memory_format=memory_format))
         logits = logits.float()
         losses = F.cross_entropy(logits, labels, reduction='none')
-        rank = (logits > logits.gather(1, labels[:, None])).sum(1)  # classes that are ahead of the right one
-        losses, rank = accelerator.gather_for_metrics((losses, rank))  # less what fills up the last batch
+        rows = torch.stack([hits(logits, labels), hits(logits, labels, 5)], 1)
+        losses, rows = accelerator.gather_for_metrics((losses, rows))  # less what fills up the last batch
         loss_sum += losses.double().sum()
-        ranks.append(rank)
-    ahead = torch.cat(ranks)
-    scores = {'val_loss': loss_sum.item() / len(ahead), 'acc1': 100 * (ahead < 1).double().mean().item()}
+        right.append(rows)
+    top1, top5 = (100 * torch.cat(right).double().mean(0)).tolist()
+    scores = {'val_loss': loss_sum.item() / sum(map(len, right)), 'acc1': top1}
     if logits.shape[1] > 5:
-        scores['acc5'] = 100 * (ahead < 5).double().mean().item()
+        scores['acc5'] = top5
     return scores
+
+
+def hits(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
+    """Which images are right: the label is among the k classes with the largest logits.
+
+    Of equal logits the first class counts, as for ``argmax``, so a network that tells nothing apart is at chance. An
+    image with a logit that is not a number is wrong.
+
+    Args:
+        logits: (N, classes).
+        labels: (N,).
+        k: how many classes count; at least 1, and all if there are fewer.
+
+    Returns:
+        (N,) of bool.
+    """
+    first = logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return (first == labels[:, None]).any(1) & ~logits.isnan().any(1)
 
 
 def open_samples(config: Any) -> tuple[Samples, Samples]:

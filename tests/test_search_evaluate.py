@@ -5,10 +5,13 @@ import json
 import math
 import re
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from test_data import make_images
 
 from sase_blocks.blocks import Genotype
@@ -17,6 +20,10 @@ from sase_blocks.search.sase import SearchSpace
 from sase_blocks.search.sase import evaluate as module
 from sase_blocks.search.sase.agreement import chance_of_agreement, compare_searches, format_agreement
 from sase_blocks.search.sase.evaluate import compare, evaluate, format_table, random_genotypes
+from sase_blocks.search.sase.network import LOGITS_STD
+from sase_blocks.search.sase.result import describe_result, draw_result
+from sase_blocks.search.sase.watch import noise_leads
+from sase_blocks.search.significance import holm, paired_test
 from sase_blocks.train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -85,7 +92,7 @@ def test_evaluation(budget, tmp_path):
             if not re.search(r'running_|num_batches', key)
         )  # fmt: skip
         assert row['ms_per_image'] > 0
-        assert row['spread'] is row['difference_error'] is None
+        assert row['spread'] is row['interval'] is row['p'] is None
     assert rows['none']['time_ratio'] == 1
     assert rows['none']['parameters'] < rows['found']['parameters']
     assert rows['none']['macs'] < rows['found']['macs'] < 1.05 * rows['none']['macs']
@@ -135,7 +142,7 @@ def test_a_candidate_that_fails(budget, trained):
     }
     text = format_table(result)
     assert 'failed: b, seed 1: FloatingPointError: the loss is nan' in text
-    assert re.search(r'^none +- +- +0 +- +[\d,]+ +[\d.]+ M +1\.00$', text, re.MULTILINE)
+    assert re.search(r'^none +- +- +0 +- +- +- +[\d,]+ +[\d.]+ M +1\.00$', text, re.MULTILINE)
     trained.accuracies.update(dict.fromkeys([FOUND, OTHER], ValueError('no')))
     with pytest.raises(RuntimeError, match='all 1 trainings failed; the first one, found, seed 0: ValueError: no'):
         evaluate(FOUND, replace(budget, out=f'{budget.out}2'), baselines=[], seeds=[0], say=[].append)
@@ -216,58 +223,263 @@ def row(name, *accuracies, kind='baseline'):
 
 
 def test_statistics_by_hand():
-    result = compare([row('found', 90, 91, 92, kind='found'), row('se', 88, 90), row('none', 80)])
-    found, se, none = result['candidates']
+    result = compare([row('found', 90, 91, 92, kind='found'), row('se', 88, 90), row('none', 80), row('cbam', 1, 4, 4)])
+    found, se, none, cbam = result['candidates']
     assert (found['mean'], found['spread'], found['min'], found['max']) == (91, 1, 90, 92)
-    assert (found['difference'], found['difference_error']) == (None, None)
-    assert (se['difference'], none['difference'], none['difference_error']) == (-2, -11, None)
+    assert [found[key] for key in ('difference', 'interval', 'p', 'p_adjusted')] == [None] * 4
+    # Over the seeds 0 and 1: -2 and -1. The quantile of t with one degree of freedom, 12.706, is tan(0.475 pi).
+    assert (se['difference'], none['difference'], none['interval'], none['p']) == (-1.5, -10, None, None)
     assert se['spread'] == pytest.approx(statistics.stdev([88, 90]))
-    assert se['difference_error'] == pytest.approx(math.sqrt(1 / 3 + 2 / 2))
+    half = 0.5 * math.tan(0.475 * math.pi)
+    assert se['interval'] == pytest.approx([-1.5 - half, -1.5 + half])
+    assert se['p'] == pytest.approx(1 - 2 * math.atan(3) / math.pi)
+    # With two degrees of freedom the distribution function is closed, too: t = 264 / 2 with differences 89, 87, 88.
+    t = 88 / (1 / math.sqrt(3))
+    assert cbam['p'] == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-6)
+    # Holm over the three baselines that were asked about, one of which could not be tested.
+    assert cbam['p_adjusted'] == pytest.approx(3 * cbam['p'])
+    assert (se['p_adjusted'], none['p_adjusted']) == (pytest.approx(2 * se['p']), None)
     assert result['rank'] is None
+    assert json.loads(json.dumps(result)) == result
     assert result['verdicts'] == [
-        'found is 2.00 points above se, with a standard error of 1.15: within the spread over the seeds, no difference '
-        'is shown.',
-        'found is 11.00 points above none, on too few seeds to tell whether that is chance.',
+        'found is 1.50 points above se (95 % interval -4.85 to +7.85, p = 0.410): no difference is shown.',
+        'found is 10.00 points above none on one seed, which cannot tell a difference from chance.',
+        'found is 88.00 points above cbam (95 % interval +85.52 to +90.48, p < 0.001): a difference beyond chance.',
+        'To be shown, a difference must exceed its standard deviation over the seeds 4.4 times with these 3 seeds, '
+        '1.8 times with 5 (the largest difference of 3 baselines).',
     ]
     lines = format_table({**result, 'images': 400}).splitlines()
-    assert [line.split()[0] for line in lines[2:5]] == ['found', 'se', 'none']
-    assert lines[3].split() == (
-        ['se', '89.00', '±', '1.41', '88.00', 'to', '90.00', '2', '-2.00', '±', '1.15', '272,474', '41.4', 'M', '1.25']
-    )
+    assert [line.split()[0] for line in lines[2:6]] == ['found', 'se', 'none', 'cbam']
+    assert lines[3].split() == [
+        'se', '89.00', '±', '1.41', '88.00', 'to', '90.00', '2', '-1.50', '-7.85', 'to', '+4.85', '0.410', '272,474',
+        '41.4', 'M', '1.25',
+    ]  # fmt: skip
+    assert lines[5].split()[12] == '<0.001'
     assert 'of 400 images (one image is 0.25 points)' in '\n'.join(lines)
-    assert len({len(line) for line in lines[:5]}) == 1
+    assert len({len(line) for line in lines[:6]}) == 1
 
 
 @pytest.mark.parametrize(
     ('found', 'other', 'says'),
     [
-        ((90, 91, 92), (87, 88, 89), 'found is 3.00 points above se, .* 0.82: more than 2 standard errors, beyond'),
-        ((90, 91, 92), (93, 94, 95), 'found is 3.00 points below se, .* 0.82: more than 2 standard errors, beyond'),
-        ((90, 91, 92), (89, 90, 91), 'found is 1.00 points above se, .* 0.82: within the spread'),
-        ((90, 91, 92), (91, 91, 91), 'found is level with se, .* 0.58: within the spread'),
-        ((90,), (90, 91), 'found is 0.50 points below se, on too few seeds'),
+        (
+            (90, 91, 92),
+            (87.1, 88, 88.9),
+            r'found is 3\.00 .* above se \(.*, p < 0\.001\): a difference beyond chance',
+        ),
+        ((90, 91, 92), (93, 94, 95.2), r'found is 3\.07 points below se \(.*\): a difference beyond chance'),
+        ((90, 91, 92), (89, 91, 90), r'found is 1\.00 points above se \(.*\): no difference is shown'),
+        ((90, 91, 92), (91, 91, 91), r'found is level with se \(.*, p = 1\.000\): no difference is shown'),
+        ((90,), (90, 91), 'found is level with se on one seed, which cannot tell'),
+        ((90, 91), (94, 95), r'found is 4\.00 points below se on each of 2 seeds: .* nothing is decided'),
+        ((34.6, 34.6, 34.6), (33, 33, 33), r'found is 1\.60 points above se on each of 3 seeds: .* nothing is decided'),
+        (
+            (90.3, 91.1, 92),
+            (89.3, 90.1, 91),
+            r'found is 1\.00 points above se on each of .* nothing is decided',
+        ),
+        ((90, 91, 92), (90, 91, 92), r'found is level with se on each of 3 seeds\.'),
     ],
 )
 def test_verdicts(found, other, says):
-    (verdict,) = compare([row('found', *found, kind='found'), row('se', *other)])['verdicts']
+    verdict, *_ = compare([row('found', *found, kind='found'), row('se', *other)])['verdicts']
     assert re.match(says, verdict)
 
 
 @pytest.mark.parametrize(
-    ('randoms', 'place', 'share', 'by'),
+    ('accuracies', 'says'),
     [
-        ([80], 1, '0.50', 'is 10.00 points above'),
-        ([80, 95, 85], 2, '0.50', 'is 3.33 points above'),
-        ([95, 96, 97], 4, '1.00', 'is 6.00 points below'),
-        ([90, 90, 90], 1, '1.00', 'is level with'),  # a tie is no merit
+        ([(90,), (80,)], 'One seed decides nothing. To be shown, .* 1.2 times with 5 .*one baseline\\)'),
+        ([(90, 91), (80, 85), (70, 77)], 'Two seeds decide hardly anything. .* 18.0 times with these 2 seeds'),
+        (
+            [(90, 91, 92, 93, 94, 95), (90, 91, 92, 93, 94, 96)],
+            '.* 1.0 times .* 6 seeds, 0.6 times with 12',
+        ),
+        ([(90, 91, 92), (80, 81, 82.1)], None),
+        ([(90, 91, 92), ()], None),
     ],
 )
-def test_rank_among_random_blocks(randoms, place, share, by):
+def test_what_the_seeds_can_show(accuracies, says):
+    found, *others = accuracies
+    rows = [row('found', *found, kind='found'), *(row(f'b{i}', *values) for i, values in enumerate(others))]
+    about_seeds = [verdict for verdict in compare(rows)['verdicts'] if 'To be shown' in verdict]
+    assert len(about_seeds) == (says is not None)
+    assert says is None or re.match(says, about_seeds[0])
+
+
+def claims(rng, runs, seeds, baselines, ahead=0.0, steps=None, spreads=1.0, shared=0.0):
+    """How many of the evaluations call the found block different from a baseline, and the share of such verdicts.
+
+    Accuracies are normal, the found block ``ahead`` by so many standard deviations, with a part that a seed gives to
+    all blocks, and come in steps of one image where ``steps`` says how many of them a standard deviation is.
+    """
+    own = rng.standard_normal((runs, baselines + 1, seeds)) * np.reshape(spreads, (-1, 1))
+    accuracies = own + shared * rng.standard_normal((runs, 1, seeds))
+    accuracies[:, 0] += ahead
+    if steps is not None:
+        accuracies = np.round(accuracies * steps) / steps
+    p, low, high = paired_test(accuracies[:, 1:] - accuracies[:, :1])
+    assert ((low > 0) | (high < 0))[p < 0.05].all()
+    shown = holm(p) <= 0.05
+    return shown.any(-1).mean(), shown.mean()
+
+
+@pytest.mark.parametrize('seeds', [2, 3, 5])
+def test_claims_where_nothing_is_to_be_found(seeds):
+    """At most one evaluation in twenty, whatever the steps of the accuracies and the spreads of the blocks."""
+    rng, runs = np.random.default_rng(seeds), 20_000
+    slack = 3 * math.sqrt(0.05 * 0.95 / runs)
+    cases = [
+        {}, {'baselines': 1}, {'steps': 0.3}, {'steps': 1}, {'steps': 4}, {'steps': 1, 'baselines': 1}, {'shared': 2.0},
+        {'spreads': [0.1, 1, 1, 1, 1, 1]}, {'spreads': [1, 1, 1, 1, 1, 0.1]}, {'spreads': [1, 9], 'baselines': 1},
+    ]  # fmt: skip
+    rates = [claims(rng, runs, **{'seeds': seeds, 'baselines': 5, **case})[0] for case in cases]
+    assert max(rates) < 0.05 + slack
+    # Where nothing makes it careful, it is as bold as it says.
+    assert rates[1] > 0.05 - slack
+    assert rates[0] > 0.03
+
+
+def test_claims_where_there_is_something_to_be_found():
+    rng = np.random.default_rng(0)
+    power = {seeds: claims(rng, 4000, seeds, 5, ahead=3.0)[1] for seeds in (2, 3, 5, 8)}
+    assert power[2] < 0.1 < power[3] < 0.3 < 0.7 < power[5] < 0.9 < power[8]
+    # A part that a seed gives to all blocks does no harm, for they are compared seed by seed.
+    assert claims(rng, 4000, 5, 5, ahead=3.0, shared=5.0)[1] > 0.7
+
+
+def test_verdicts_of_evaluations_where_nothing_is_to_be_found():
+    rng, runs = np.random.default_rng(1), 120
+    wrong = 0
+    for _ in range(runs):
+        found, *others = np.round(5 * rng.standard_normal((6, 3)), 1) + 90
+        rows = [row('found', *found, kind='found'), *(row(f'b{i}', *values) for i, values in enumerate(others))]
+        wrong += any('beyond' in verdict for verdict in compare(rows)['verdicts'])
+    assert wrong <= 13  # more than so many of 120 at a rate of 5 % are a case in 300
+
+
+def test_without_scipy(budget, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'scipy', None)
+    with pytest.raises(ImportError, match=r'pip install "sase-blocks\[search\]"'):
+        evaluate(FOUND, budget, seeds=[0])
+    assert not list(Path(budget.out).glob('*'))
+
+
+@pytest.mark.parametrize(
+    ('randoms', 'place', 'p', 'says'),
+    [
+        ([80], 1, 0.5, 'probability 0.50: nothing is shown, .* at least 19 .* It is 10.00 points above'),
+        ([80, 95, 85], 2, 0.5, 'probability 0.50: nothing is shown, .* It is 3.33 points above'),
+        ([95, 96, 97], 4, 1.0, 'probability 1.00: nothing is shown, .* It is 6.00 points below'),
+        ([90, 90, 90], 1, 1.0, 'It is level with'),  # a tie is no merit
+        ([80] * 19, 1, 0.05, 'probability 0.05: the search is better than drawing at random. It is 10.00'),
+        ([80] * 18 + [90], 1, 0.1, 'probability 0.10: no advantage over drawing at random is shown'),
+    ],
+)
+def test_rank_among_random_blocks(randoms, place, p, says):
     rows = [row(f'random {i}', value, kind='random') for i, value in enumerate(randoms)]
     result = compare([row('found', 90, kind='found'), *rows])
-    assert result['rank'] == {'place': place, 'of': len(randoms) + 1}
-    assert result['verdicts'][-1].startswith(f'found has place {place} among {len(randoms) + 1} with {len(randoms)} ')
-    assert f'as well with probability {share}. It {by} their mean.' in result['verdicts'][-1]
+    assert result['rank'] == {'place': place, 'of': len(randoms) + 1, 'p': p}
+    verdict = result['verdicts'][-1]
+    assert verdict.startswith(f'found has place {place} among {len(randoms) + 1} with {len(randoms)} ')
+    assert re.search(says, verdict)
+    # Blocks with other seeds are not of that draw.
+    more = compare([row('found', 90, kind='found'), *rows, row('random x', 99, 99, kind='random')])
+    assert more['rank'] == result['rank']
+    assert more['verdicts'][-1] == f'{verdict} 1 random block is left out, with other seeds.'
+    assert compare([row('found', 90, kind='found'), row('random x', 99, 99, kind='random')])['rank'] is None
+
+
+# ---- what a search decided ----
+
+
+def moved(gradients, lr, start):
+    """The logits (runs, operations) after the search's Adam has taken all gradients (T, runs, operations)."""
+    logits = torch.nn.Parameter(start.clone())
+    adam = torch.optim.Adam([logits], lr, betas=(0.5, 0.999), weight_decay=1e-3)
+    for gradient in gradients:
+        logits.grad = gradient
+        adam.step()
+    return logits.detach()
+
+
+@pytest.mark.parametrize('updates', [0, 1, 5, 40, 400])
+def test_gradients_of_noise_decide_nothing(updates):
+    """In at most one search in twenty, on an edge of two operations, where a lead is widest, or of seven."""
+    generator = torch.Generator().manual_seed(updates)
+    runs, lr = 1000, 3e-3
+    for size in (2, 7):
+        choices = {'channel_excite': ['conv3', 'mlp', 'conv3_x3', 'conv5', 'conv7', 'conv3_x2', 'affine'][:size]}
+        fixed = {edge: [names[0]] for edge, names in SearchSpace.parse('paper')}
+        space = SearchSpace.of({**fixed, **choices})
+        bound = noise_leads(space, 1, updates, lr)['channel_excite']
+        gradients = torch.randn(updates, runs, size, generator=generator)
+        gradients -= gradients.mean(-1, keepdim=True)  # as those through a softmax
+        start = LOGITS_STD * torch.randn(runs, size, generator=generator)
+        first, second = moved(gradients, lr, start).topk(2).values.T
+        assert (first - second > bound).double().mean() < 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
+        # An operation whose gradient points one way in three steps of four is found within a few hundred.
+        if updates >= 400:
+            gradients[..., 0] = -1.0 * torch.sign(torch.rand(updates, runs, generator=generator) - 0.25)
+            logits = moved(gradients, lr, start)
+            lead = logits[:, 0] - logits[:, 1:].max(1).values
+            assert (lead > bound).double().mean() > 0.95
+
+
+def test_noise_leads_by_hand():
+    space = SearchSpace.parse('channel_squeeze=avg; channel_excite=conv3,mlp; gate_excite=affine; gated_squeeze=avg')
+    # Three edges with a choice in each of two sets; the quantile of 1 - 0.05 / 12.
+    leads = noise_leads(space, 2, 100, 0.01)
+    assert leads['channel_excite'] == pytest.approx(2.638257 * math.sqrt(2 * (2 * 0.1**2 + LOGITS_STD**2)), rel=1e-5)
+    assert leads['spatial_squeeze'] == pytest.approx(
+        2.638257 * math.sqrt(2 * (7 / 6 * 0.1**2 + LOGITS_STD**2)), rel=1e-5
+    )
+    assert noise_leads(space, 2, 0, 0.01)['channel_excite'] > LOGITS_STD
+
+
+SPACE = SearchSpace.parse(
+    'channel_squeeze=avg,avg_max; channel_excite=conv3,mlp,affine; gate_excite=affine; gated_squeeze=avg;'
+    'spatial_squeeze=avg; spatial_excite=conv3x3'
+)
+
+
+@pytest.mark.parametrize(
+    ('sets', 'decided', 'verdict'),
+    [
+        ([[0, 0, 0, 0, 0]], [[False, False]], '^nothing was decided: .* take the genotype as drawn at random$'),
+        ([[0, 9, 0, 5, 5]], [[True, False]], r'^decided: 1 of 2 edges \(channel_squeeze\); on the others'),
+        ([[0, 9, 0, 5, 9]], [[True, True]], '^all 2 edges were decided'),
+        (
+            [[0, 0.1, 0, 0, 0], [0, 0, 0, 0.1, 4]], [[False, False], [False, True]],
+            r'^decided: 1 of 4 edges \(stage 2, channel_excite\)',
+        ),
+    ],
+)  # fmt: skip
+def test_a_result_says_what_was_decided(sets, decided, verdict, tmp_path, monkeypatch):
+    logits = torch.tensor([[*row, 0, 0, 0, 0] for row in sets], dtype=torch.float)
+    config = {'arch_lr': 0.01, 'seed': 0}
+    result = describe_result(SPACE, logits, config=config, facts={}, epoch=1, updates=100)
+    marks = [[edges[edge]['decided'] for edge in ('channel_squeeze', 'channel_excite')] for edges in result['edges']]
+    assert marks == decided
+    assert result['edges'][0]['gate_excite']['decided'] is None
+    assert re.search(verdict, result['verdict'])
+    assert json.loads(json.dumps(result))['verdict'] == result['verdict']
+    said = {}
+
+    def save(figure, path):
+        said[path.name] = [text.get_text() for text in figure.findobj(lambda part: hasattr(part, 'get_text'))]
+        return path
+
+    monkeypatch.setattr('sase_blocks.viz.save_figure', save)
+    draw_result([logits], SPACE, result['edges'], tmp_path)
+    nothing = 'nothing was decided'
+    assert any(text.startswith(nothing) for text in said['logits.png']) == (verdict[1:].startswith(nothing))
+    assert sum('not decided' in text for text in said['logits.png']) == sum(row.count(False) for row in marks)
+    for stage, row in enumerate(marks, start=1):
+        drawn = said['genotype.png' if len(marks) == 1 else f'genotype-{stage}.png']
+        assert (nothing in drawn) == (not any(row))
+        open_edges = [edge for edge, mark in zip(('channel_squeeze', 'channel_excite'), row, strict=True) if not mark]
+        assert (f'not decided: {", ".join(open_edges)}' in drawn) == (0 < len(open_edges) < 2)
 
 
 # ---- agreement ----
@@ -309,7 +521,8 @@ def test_agreement_by_hand():
     assert json.loads(json.dumps(agreement)) == agreement
     text = format_agreement(agreement)
     assert re.search(r'^channel_squeeze +avg_max +2 of 3 +1\.00 +0\.58 +0\.500 +0\.81 +-0\.33$', text, re.MULTILINE)
-    assert 'consensus: avg_max,affine,affine,avg,avg,conv3x3' in text
+    assert 'consensus: avg_max,affine,affine,avg,avg,conv3x3\nnothing was decided: on no edge' in text
+    assert (squeeze['chance_adjusted'], squeeze['decided'], alone['decided']) == (1, False, None)
     assert 'random labels' not in text
 
 
@@ -325,6 +538,40 @@ def test_random_labels():
     assert lines[2].endswith('wins there too (2 of 3)')
     assert lines[3].endswith('conv3 wins there (2 of 3, this one in 1)')
     assert lines[4].endswith('nothing to choose')
+
+
+@pytest.mark.parametrize(
+    ('squeezes', 'excites', 'null', 'verdict'),
+    [
+        # Five of five agree by lot with 2 / 2^5 = 0.0625 on two operations, with 1 / 81 on three: Holm doubles that.
+        (
+            [1] * 5,
+            [2] * 5,
+            None,
+            r'decided: 1 of 2 edges \(channel_excite\); there the searches agree more',
+        ),
+        ([1] * 8, [2] * 8, None, r'decided: 2 of 2 edges \(channel_squeeze; channel_excite\)'),
+        ([1] * 8, [2] * 8, [1, 2], 'nothing was decided: .* does not win on random labels$'),
+        ([1] * 8, [2] * 8, [0, 2], r'decided: 1 of 2 edges \(channel_squeeze\)'),
+        ([1] * 3, [2] * 3, None, r'nothing was decided: .* than chance would \(3 are too few to show it .*, 5 can\)'),
+        ([1] * 4 + [0] * 4, [0, 1, 2, 0, 1, 2, 0, 1], None, 'nothing was decided: .* than chance would$'),
+        ([1], [2], None, r'nothing was decided: .*\(1 are too few'),
+    ],
+)
+def test_agreement_that_decides(squeezes, excites, null, verdict):
+    def search(seed, squeeze, excite):
+        return found(seed, [3 * (i == squeeze) for i in range(2)], [3 * (i == excite) for i in range(3)])
+
+    results = [search(seed, *pair) for seed, pair in enumerate(zip(squeezes, excites, strict=True))]
+    agreement = compare_searches(results, null and [search(0, *null)])
+    assert re.match(verdict, agreement['verdict'])
+    assert agreement['verdict'] in format_agreement(agreement)
+
+
+def test_searches_without_a_choice():
+    space = {edge: [names[0]] for edge, names in SearchSpace.parse('paper')}
+    agreement = compare_searches([{'space': space, 'seed': 0, 'logits': [[0.0] * 6]}])
+    assert agreement['verdict'] == 'there was nothing to decide: each edge has one operation'
 
 
 def test_agreement_of_stages():

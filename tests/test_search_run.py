@@ -106,6 +106,10 @@ def test_what_a_search_leaves(config, look_often, capsys):
     said = capsys.readouterr().out
     assert '3 mixed blocks' in said
     assert 'epoch 2/2' in said
+    # Two steps of the logits for each of few images: nothing that noise could not have done.
+    assert stored['verdict'].startswith('nothing was decided')
+    assert [state['decided'] for state in rows[-1]['edges'][''].values()].count(False) == 6
+    assert '0 of 6 edges decided' in said
 
 
 @pytest.mark.parametrize(

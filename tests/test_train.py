@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -11,18 +12,22 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from test_data import make_images, truncate
+from timm.utils import ModelEmaV3
+from torch import nn
 from torch.utils.data import DataLoader
 
-from sase_blocks import runs
+from sase_blocks import demo, runs
 from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
 from sase_blocks.data import TransformedSamples
 from sase_blocks.runs import alone_in, launched
-from sase_blocks.train import TrainConfig, build_model, evaluate, train
+from sase_blocks.search.trionet import score
+from sase_blocks.train import TrainConfig, build_model, evaluate, hits, train
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -159,7 +164,8 @@ def assert_same_run(a, b):
     ('disturb', 'settings'),
     [
         (kill_in_epoch, {'clip_grad': 5.0}),
-        (kill_in_write, {'opt': 'adamw', 'lr': 1e-3, 'ema_decay': 0.9, 'mixed_precision': 'bf16'}),
+        # Nine steps are all within the warm-up of this average, so its decay has to know the step.
+        (kill_in_write, {'opt': 'adamw', 'lr': 1e-3, 'ema_decay': 0.9999, 'mixed_precision': 'bf16'}),
     ],
 )
 def test_killed_run_resumes_to_the_same_weights(processes, config, tmp_path, disturb, settings):
@@ -374,6 +380,90 @@ def test_diverged_loss_stops_with_step_and_checkpoint(config):
     save_checkpoint(saved, Path(config.out, 'last.pt'))
     with pytest.raises(FloatingPointError, match=rf'the loss is nan at step {STEPS + 1}; the last good .*last\.pt'):
         train(replace(config, epochs=2, resume=True))
+
+
+def test_average_of_the_weights_is_warmed_up(config, monkeypatch):
+    """A short run scores its weights, not those that it started from, and a resumed one knows how far it is."""
+    seen = []
+    real = ModelEmaV3.update
+
+    def update(self, model, step=None):
+        before = {name: value.clone() for name, value in self.module.state_dict().items()}
+        real(self, model, step)
+        # 0 at first, then as timm has it for the supernet, too; never above the setting.
+        decay = min(1 - max(step, 1) ** (-2 / 3), 0.5)
+        for name, value in self.module.state_dict().items():
+            if value.is_floating_point():
+                expected = torch.lerp(before[name], model.state_dict()[name], 1 - decay)
+                torch.testing.assert_close(value, expected, msg=name)
+        seen.append(step)
+
+    monkeypatch.setattr(ModelEmaV3, 'update', update)
+    config = replace(config, ema_decay=0.5)
+    train(replace(config, epochs=1))
+    saved = read_checkpoint(Path(config.out, 'last.pt'))
+    save_checkpoint({**saved, 'config': {**saved['config'], 'epochs': 2}}, Path(config.out, 'last.pt'))
+    train(replace(config, epochs=2, resume=True))
+    assert seen == list(range(2 * STEPS))
+
+
+def test_average_of_a_short_run_is_near_its_weights(config):
+    torch.manual_seed(config.seed)
+    start = build_model(config.model, 2, **config.model_args, img_size=config.img_size).state_dict()
+    saved = read_checkpoint(train(replace(config, ema_decay=0.9999))['checkpoint'])
+    moved, behind = (
+        sum((saved[key][name] - other[name]).norm() ** 2 for name in start if name.endswith('conv1.weight')) ** 0.5
+        for key, other in (('state_dict', start), ('state_dict_ema', saved['state_dict']))
+    )
+    assert moved > 0.01
+    assert behind < 0.5 * moved
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ('logits', 'labels', 'k', 'expected'),
+    [
+        ([[1, 3, 2], [3, 1, 2]], [1, 1], 1, [True, False]),
+        # All equal: as a classifier that always says the same, not always right.
+        ([[0, 0, 0]] * 3, [0, 1, 2], 1, [True, False, False]),
+        ([[0, 0, 0]] * 3, [0, 1, 2], 2, [True, True, False]),
+        ([[0, 2, 2], [0, 2, 2]], [1, 2], 1, [True, False]),
+        ([[NAN, 1, 0]] * 3, [0, 1, 2], 1, [False] * 3),
+        ([[NAN, NAN, NAN]] * 3, [0, 1, 2], 3, [False] * 3),
+        ([[-INF, 1, INF]] * 2, [2, 0], 1, [True, False]),
+        ([[NAN], [0]], [0, 0], 1, [False, True]),
+        ([[5, 4, 3, 2]] * 2, [1, 2], 2, [True, False]),
+    ],
+)
+def test_what_counts_as_right(logits, labels, k, expected):
+    logits, labels = torch.tensor(logits, dtype=torch.float), torch.tensor(labels)
+    assert hits(logits, labels, k).tolist() == expected
+    assert hits(logits.bfloat16(), labels, k).tolist() == expected
+
+
+def test_a_network_that_tells_nothing_apart_is_at_chance():
+    """By every accuracy of the package."""
+
+    class Constant(nn.Module):
+        def forward(self, x):
+            return x.new_zeros(len(x), 10)
+
+    accelerator = SimpleNamespace(device='cpu', autocast=contextlib.nullcontext, gather_for_metrics=lambda x: x)
+    images, labels = torch.zeros(20, 3, 4, 4), torch.arange(20) % 10
+    scores = evaluate(Constant(), [(images, labels)], accelerator)
+    assert (scores['acc1'], scores['acc5']) == (pytest.approx(10), pytest.approx(50))
+    assert demo.accuracy(Constant(), images, labels) == pytest.approx(10)
+    assert score.accuracy(Constant(), [(images, labels)]) == pytest.approx(10)
+    scores = evaluate(nn.Sequential(Constant(), Poison()), [(images, labels)], accelerator)
+    assert (scores['acc1'], scores['acc5']) == (0, 0)
+    assert demo.accuracy(nn.Sequential(Constant(), Poison()), images, labels) == 0
+
+
+class Poison(nn.Module):
+    def forward(self, x):
+        return x * math.nan
 
 
 def test_evaluate_counts_every_image_once(images):

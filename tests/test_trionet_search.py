@@ -241,6 +241,8 @@ def test_what_a_search_leaves(config, look_often, capsys):
     said = capsys.readouterr().out
     assert 'epoch 2/2' in said
     assert 'test accuracy' in said
+    assert 0 <= stored['tied'] <= 7
+    assert stored['verdict'] in said
 
     again = search(replace(config, resume=True), pictures(), pictures(30, seed=1)[:2])
     assert again['architecture'] == result['architecture']

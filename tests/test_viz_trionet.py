@@ -1,8 +1,14 @@
 """Pictures of a TrioNet search: what is in them, and wrong input."""
 
+import re
+
 import pytest
 
 from sase_blocks.models import Architecture
+from sase_blocks.search.problem import Candidate
+from sase_blocks.search.trionet.cost import Limits
+from sase_blocks.search.trionet.result import describe_result, draw_result, format_result
+from sase_blocks.search.trionet.space import TrioSpace
 from sase_blocks.viz import draw_architecture, plot_front, save_figure
 from sase_blocks.viz.trionet import OPERATOR_COLORS
 
@@ -47,6 +53,38 @@ def test_a_front_without_a_limit_against_parameters():
     assert 'parameters' in axis.get_xlabel()
     lines = {line.get_label(): line for line in axis.get_lines()}
     assert lines['Pareto front'].get_xydata().tolist() == [[4, 60], [10, 70]]
+
+
+@pytest.mark.parametrize(
+    ('scores', 'images', 'tied', 'verdict', 'title'),
+    [
+        ([70.0, 70.0, 70.0], 1000, 2, '^nothing was decided: on 1,000 held-out images no network', ': nothing'),
+        ([71.0, 70.0, 69.0], 100, 2, '^nothing was decided: .* drawn at random from the 3 that', ': nothing'),
+        ([71.0, 70.0, 40.0], 1000, 1, '^1 of the 2 other networks may be as good', ', 1 may be as good as the found'),
+        ([90.0, 70.0, 40.0], 1000, 0, '^the found network scores better than each of the 2', ', 0 may be as good'),
+        ([70.0], 1000, 0, '^nothing was decided: one network was scored', ': nothing was decided'),
+    ],
+)
+def test_a_result_says_what_was_decided(scores, images, tied, verdict, title, tmp_path, monkeypatch):
+    texts = [f'image 8; stem 4; heads 1; 8: conv3/{width}' for width in (4, 8, 12)]
+    candidates = [Candidate(text, score, n, {}, n) for n, (text, score) in enumerate(zip(texts, scores, strict=False))]
+    found = describe_result(
+        TrioSpace.parse('cifar'), candidates, {'conv': texts[0]}, limits=Limits(None, None, None), objective='macs',
+        config={'seed': 0}, facts={'classes': ['a', 'b'], 'held_out': images},
+    )  # fmt: skip
+    assert (found['architecture'], found['tied']) == (texts[0], tied)
+    assert re.search(verdict, found['verdict'])
+    assert found['verdict'] in format_result(found)
+    said = {}
+
+    def save(figure, path):
+        said[path.name] = [text.get_text() for text in figure.findobj(lambda part: hasattr(part, 'get_text'))]
+        return path
+
+    monkeypatch.setattr('sase_blocks.viz.save_figure', save)
+    draw_result(found, tmp_path)
+    assert any(title in text for text in said['front.png'])
+    assert ('nothing was decided' in said['architecture.png']) == found['verdict'].startswith('nothing')
 
 
 @pytest.mark.parametrize('missing', ['front', 'pure', 'objective', 'limits', 'cost', 'evaluations'])

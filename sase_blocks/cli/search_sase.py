@@ -21,7 +21,7 @@ examples:
   sase-blocks search sase --data DIR --order 2 --paper-mixing   as the paper's search was meant
   sase-blocks search sase --data DIR --out runs/search ... --resume
   sase-blocks search sase --data DIR --space 'channel_excite=conv3,conv5,affine; gate_excite=affine'
-  sase-blocks search sase --data DIR --seeds 0,1,2,3 --null --evaluate 3 --random 3
+  sase-blocks search sase --data DIR --seeds 0,1,2,3 --null --evaluate 5 --random 19
   torchrun --nproc-per-node 8 -m sase_blocks search sase --data DIR ...
 
 DIR holds train/CLASS/*.jpg; --evaluate reads val/CLASS/*.jpg (or validation/ or test/) as well, which nothing else
@@ -105,7 +105,7 @@ def _search_sase(
         storage=storage,
     )
     if os.environ.get('RANK', '0') == '0':
-        print(f'found: {result["genotype"]}\nwritten: {config.out}/genotype.json')
+        print(f'found: {result["genotype"]}\n{result["verdict"]}\nwritten: {config.out}/genotype.json')
 
 
 def _numbers(text: str) -> list[int]:

@@ -20,7 +20,12 @@ NAMED = 7  # so many operations of an edge have their names in the picture; of m
 COLUMNS = {'mean ± std.': 0.46, 'params': 0.76, 'time': 1.0}
 
 
-def plot_logits(history: Any, edges: Mapping[str, Sequence[str]], epochs: Sequence[float] | None = None) -> Figure:
+def plot_logits(
+    history: Any,
+    edges: Mapping[str, Sequence[str]],
+    epochs: Sequence[float] | None = None,
+    decided: Sequence[Mapping[str, bool | None]] | None = None,
+) -> Figure:
     """Draw the probability of each operation over the epochs of a search, one panel an edge and set of logits.
 
     The operation that leads in the end is emphasised, blue on the edges of the channel attention, vermilion on those
@@ -32,6 +37,8 @@ def plot_logits(history: Any, edges: Mapping[str, Sequence[str]], epochs: Sequen
             before the first epoch. ``alphas.npz`` of a search holds such an array.
         edges: from each edge to the names of its operations, in the order of the logits (``SearchSpace.to_dict()``).
         epochs: the times; by default 0, 1, 2, ...
+        decided: for each set and edge, whether the search decided it ('decided' of a result's edges). Where it did not,
+            the panel says so and emphasises no operation; if no edge was decided, the figure says so above the panels.
 
     Returns:
         The figure; keep it with ``save_figure(figure, path)``.
@@ -53,6 +60,9 @@ def plot_logits(history: Any, edges: Mapping[str, Sequence[str]], epochs: Sequen
     times = np.arange(len(logits)) if epochs is None else np.asarray(epochs, dtype=np.float64)
     if len(times) != len(logits):
         raise ValueError(f'history holds {len(logits)} times, and epochs {len(times)}')
+    if decided is not None and len(decided) != logits.shape[1]:
+        raise ValueError(f'history holds {logits.shape[1]} sets, and decided {len(decided)}')
+    marks = [{}] * logits.shape[1] if decided is None else decided
 
     sets, columns = logits.shape[1], 3
     rows_of_one = math.ceil(len(edges) / columns)
@@ -70,7 +80,7 @@ def plot_logits(history: Any, edges: Mapping[str, Sequence[str]], epochs: Sequen
                 row, column = number * rows_of_one + place // columns, place % columns
                 axis = axes[row, column]
                 axis.set_visible(True)
-                _draw_edge(axis, times, part[:, number], names, top, _edge_color(edge))
+                _draw_edge(axis, times, part[:, number], names, top, _edge_color(edge), marks[number].get(edge))
                 stage = f'stage {number + 1}: ' if sets > 1 else ''
                 axis.set_title(f'{stage}{edge.replace("_", " ")}', loc='left', fontsize=9.5)
                 if column == 0:
@@ -83,6 +93,9 @@ def plot_logits(history: Any, edges: Mapping[str, Sequence[str]], epochs: Sequen
         first.set(ylim=(0, top), xlim=(times[0], max(times[-1], times[0] + 1e-9)))
         first.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         first.yaxis.set_major_locator(MaxNLocator(nbins=4))
+        known = [mark for one in marks for mark in one.values() if mark is not None]
+        if known and not any(known):
+            figure.suptitle('nothing was decided: no operation leads by more than noise', fontsize=10, color=INK)
     return figure
 
 
@@ -158,11 +171,13 @@ def _edge_color(edge: str) -> str:
     return CHANNEL_COLOR if edge in ('channel_squeeze', 'channel_excite', 'gate_excite') else SPATIAL_COLOR
 
 
-def _draw_edge(axis: Any, times: Any, probabilities: Any, names: Sequence[str], top: float, color: str) -> None:
+def _draw_edge(
+    axis: Any, times: Any, probabilities: Any, names: Sequence[str], top: float, color: str, decided: bool | None
+) -> None:
     """One panel. probabilities: (times, operations)."""
     last = probabilities[-1]
     order = np.argsort(-last, kind='stable')
-    winner = order[0]
+    winner = None if decided is False else order[0]
     marker = 'o' if len(times) == 1 else None
     axis.axhline(1 / len(names), color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     for number in order[::-1]:
@@ -206,7 +221,7 @@ def _draw_edge(axis: Any, times: Any, probabilities: Any, names: Sequence[str], 
     if len(names) > 1:
         entropy = float(-(last * np.log(np.maximum(last, 1e-300))).sum() / np.log(len(names)))
         margin = float(last[order[0]] - last[order[1]])
-        text = f'margin {margin:.2f}, entropy {entropy:.2f}'
+        text = f'margin {margin:.2f}, entropy {entropy:.2f}' + (', not decided' if decided is False else '')
         axis.text(0.03, 0.97, text, transform=axis.transAxes, va='top', fontsize=6.5, color=GREY)
 
 

@@ -28,7 +28,8 @@ COSTS = {
 def plot_front(result: Mapping[str, Any]) -> Figure:
     """Draw the Pareto front of a search: held-out accuracy with the supernet's weights against cost.
 
-    The found network is ringed, the pure ones (of one operator as far as the space allows) are marked by their
+    The title says how many of the others may be as good as the found network by their scores ('tied'), if the result
+    knows. The found network is ringed, the pure ones (of one operator as far as the space allows) are marked by their
     operator, and a limit is a dashed line.
 
     Args:
@@ -52,7 +53,7 @@ def plot_front(result: Mapping[str, Any]) -> Figure:
             for name, entry in result['pure'].items()
         }
         found = result['cost'][objective] / scale, result['score']
-        evaluations = result['evaluations']
+        evaluations, tied = result['evaluations'], result.get('tied')
     except (KeyError, TypeError) as error:
         raise ValueError(f'not the result of a search: {type(error).__name__} {error}') from None
     with style(STYLE):
@@ -77,19 +78,23 @@ def plot_front(result: Mapping[str, Any]) -> Figure:
             )  # fmt: skip
         axis.set_xlabel(label)
         axis.set_ylabel('held-out accuracy, weights of the supernet (%)')
-        axis.set_title(f'{evaluations} networks of the space', loc='left')
+        title = f'{evaluations} networks of the space'
+        if tied is not None:
+            title += ': nothing was decided' if tied == evaluations - 1 else f', {tied} may be as good as the found one'
+        axis.set_title(title, loc='left')
         # A legend beside the axes hides no network.
         axis.legend(loc='upper left', bbox_to_anchor=(1.0, 1.0), borderaxespad=0.4)
     return figure
 
 
-def draw_architecture(architecture: Architecture | str) -> Figure:
+def draw_architecture(architecture: Architecture | str, *, title: str | None = None) -> Figure:
     """Draw a network of TrioNet's blocks: one box a block, as wide as its operator, in its operator's colour.
 
     A box is as high as the map that it works on is, so that the stages step down; its text is the kernel or window.
 
     Args:
         architecture: the network, or its text.
+        title: text above the drawing.
 
     Returns:
         The figure; keep it with ``save_figure(figure, path)``.
@@ -154,4 +159,6 @@ def draw_architecture(architecture: Architecture | str) -> Figure:
         )  # fmt: skip
         axis.set_xlim(-0.1, x)
         axis.set_ylim(-1.95, 1.0)
+        if title:
+            figure.suptitle(title, fontsize=10, color=INK)
     return figure

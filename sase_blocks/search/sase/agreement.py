@@ -2,7 +2,8 @@
 
 One search, as in the paper, cannot tell a finding from the noise of its seed. Several seeds that agree more often than
 chance would are one sign of a finding; an operation that also wins where the labels are random (a null search) wins for
-how it is built and not for what it does for the task. Both controls are ours.
+how it is built and not for what it does for the task. Both controls are ours, and so is the rule for what was decided:
+more agreement than chance gives on any edge in one of 20 comparisons (Holm over the edges), and not by construction.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, count
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sase_blocks.search.significance import LEVEL, holm
 
 from .space import SearchSpace
 from .watch import describe_edges
@@ -34,11 +37,15 @@ def compare_searches(
 
     Returns:
         'seeds'; 'space'; 'null_seeds'; 'genotype', the consensus as text (one for each set, with semicolons between
-        them), 'genotypes', the same as a list; 'sets', a list by set of a dict by edge:
+        them), 'genotypes', the same as a list; 'verdict', a sentence on what of it was decided; 'sets', a list by set
+        of a dict by edge:
 
         - 'votes': operation -> how many searches it leads, most first; 'winner': the consensus, the operation with
           the most votes, of equal ones the one with the larger mean probability; 'agree': its votes.
-        - 'chance': how often so many searches or more would agree if each drew its winner by lot.
+        - 'chance': how often so many searches or more would agree if each drew its winner by lot; 'chance_adjusted':
+          for the number of edges that have a choice (Holm).
+        - 'decided': is the adjusted chance at most 0.05 and the winner another than on random labels? None for an edge
+          of one operation.
         - 'probability': operation -> mean over the searches.
         - 'margin', 'entropy': means over the searches, as ``describe_edges`` defines them.
         - 'rank_correlation': Spearman's, between the logits of two searches, mean over all pairs; None for one search.
@@ -75,6 +82,10 @@ def compare_searches(
                 # One operation alone wins anyhow.
                 state['by_construction'] = other['winner'] == state['winner'] and len(state['probability']) > 1
         described.append(edges)
+    open_edges = [state for edges in described for state in edges.values() if len(state['probability']) > 1]
+    for state, adjusted in zip(open_edges, holm([state['chance'] for state in open_edges]).tolist(), strict=True):
+        state['chance_adjusted'] = adjusted
+        state['decided'] = adjusted <= LEVEL and not state.get('by_construction', False)
     genotypes = [','.join(state['winner'] for state in edges.values()) for edges in described]
     return {
         'seeds': [result['seed'] for result in results],
@@ -82,6 +93,7 @@ def compare_searches(
         'space': space.to_dict(),
         'genotype': '; '.join(genotypes),
         'genotypes': genotypes,
+        'verdict': _verdict(described, len(results), len(null)),
         'sets': described,
     }
 
@@ -105,7 +117,7 @@ def chance_of_agreement(agree: int, searches: int, operations: int) -> float:
 
 def format_agreement(agreement: Mapping[str, Any]) -> str:
     """The comparison as text, from what ``compare_searches`` returns."""
-    count, nulls = len(agreement['seeds']), len(agreement['null_seeds'])
+    searches, nulls = len(agreement['seeds']), len(agreement['null_seeds'])
     sets = agreement['sets']
     lines = []
     for number, edges in enumerate(sets, start=1):
@@ -118,7 +130,7 @@ def format_agreement(agreement: Mapping[str, Any]) -> str:
         for edge, state in edges.items():
             correlation = state['rank_correlation']
             line = (
-                f'{edge:17}{state["winner"]:{width}}{state["agree"]:>3} of {count}{_share(state["chance"]):>8}'
+                f'{edge:17}{state["winner"]:{width}}{state["agree"]:>3} of {searches}{_share(state["chance"]):>8}'
                 f'{state["probability"][state["winner"]]:7.2f}{state["margin"]:8.3f}{state["entropy"]:9.2f}'
                 f'{"-" if correlation is None else f"{correlation:.2f}":>7}'
             )
@@ -128,12 +140,36 @@ def format_agreement(agreement: Mapping[str, Any]) -> str:
     lines += [
         '',
         f'consensus: {agreement["genotype"]}',
+        agreement['verdict'],
         'by lot: how often so many searches or more would agree if each drew its winner; ranks: mean correlation of',
         'the rankings of two searches; entropy: 1 where all operations are equal, 0 where one has everything.',
     ]
     if nulls:
         lines.append('wins there too: it leads also where nothing can be learned, so its lead shows nothing.')
     return '\n'.join(lines)
+
+
+def _verdict(sets: Sequence[Mapping[str, Mapping[str, Any]]], searches: int, nulls: int) -> str:
+    """Which edges were decided, and if none could be, how many searches it takes."""
+    named = {
+        (f'stage {number}, {edge}' if len(sets) > 1 else edge): state
+        for number, edges in enumerate(sets, start=1)
+        for edge, state in edges.items()
+        if state['decided'] is not None
+    }
+    if not named:
+        return 'there was nothing to decide: each edge has one operation'
+    decided = [name for name, state in named.items() if state['decided']]
+    beyond = 'agree more than chance would'
+    if nulls:
+        beyond += ', and on an operation that does not win on random labels'
+    if decided:
+        return f'decided: {len(decided)} of {len(named)} edges ({"; ".join(decided)}); there the searches {beyond}'
+    # The edge with the most operations, and all on one of them.
+    most = max(len(state['probability']) for state in named.values())
+    enough = next(n for n in count(2) if len(named) * chance_of_agreement(n, n, most) <= LEVEL)
+    few = f' ({searches} are too few to show it for one edge alone, {enough} can)' if searches < enough else ''
+    return f'nothing was decided: on no edge do the searches {beyond}{few}'
 
 
 def _edges(space: SearchSpace, logits: Tensor) -> dict[str, dict[str, Any]]:
@@ -153,6 +189,8 @@ def _edges(space: SearchSpace, logits: Tensor) -> dict[str, dict[str, Any]]:
             'agree': agree,
             'votes': votes,
             'chance': chance_of_agreement(agree, len(searches), len(names)),
+            'chance_adjusted': None,
+            'decided': None,
             'probability': mean,
             'margin': sum(search[edge]['margin'] for search in searches) / len(searches),
             'entropy': sum(search[edge]['entropy'] for search in searches) / len(searches),

@@ -55,8 +55,8 @@ def campaign(
         images: see ``search``.
 
     Returns:
-        'genotype' (text), 'searches' and 'null' (results by seed), 'agreement' (None for a single search) and
-        'evaluation' (None without one).
+        'genotype' (text), 'verdict' (a sentence: what of it was decided), 'searches' and 'null' (results by seed),
+        'agreement' (None for a single search) and 'evaluation' (None without one).
 
     Raises:
         ValueError, OSError, ImportError, FloatingPointError: as ``search``, ``run_tasks`` and ``evaluate``.
@@ -68,22 +68,24 @@ def campaign(
     if len(seeds) == 1 and not null:
         searches = {seeds[0]: search(replace(config, seed=seeds[0]), images)}
         nulls: dict[int, dict[str, Any]] = {}
-        genotype, agreement = searches[seeds[0]]['genotype'], None
+        agreement = None
+        genotype, verdict = (searches[seeds[0]][name] for name in ('genotype', 'verdict'))
     else:
         searches, nulls = _searches(config, seeds, null, storage, images)
         agreement = compare_searches(list(searches.values()), list(nulls.values()) or None)
-        genotype = agreement['genotype']
+        genotype, verdict = agreement['genotype'], agreement['verdict']
         if is_main():
             write_text(out / 'agreement.json', json.dumps(agreement, indent=2) + '\n')
-            write_result({**_common(searches), 'genotype': genotype, 'genotypes': genotype.split('; ')}, out)
+            found = {'genotype': genotype, 'genotypes': genotype.split('; '), 'verdict': verdict}
+            write_result({**_common(searches), **found}, out)
             print(format_agreement(agreement), flush=True)
     evaluation = None
     if evaluations:
-        found = {f'seed-{seed}={result["genotype"]}' for seed, result in searches.items()}
+        by_seed = {f'seed-{seed}={result["genotype"]}' for seed, result in searches.items()}
         evaluation = evaluate(
             genotype,
             budget or evaluation_budget(config),
-            baselines=[*baselines, *(sorted(found) if len(searches) > 1 else [])],
+            baselines=[*baselines, *(sorted(by_seed) if len(searches) > 1 else [])],
             randoms=randoms,
             space=SearchSpace.parse(config.space),
             seeds=range(evaluations),
@@ -94,6 +96,7 @@ def campaign(
             _draw_evaluation(evaluation, out)
     return {
         'genotype': genotype,
+        'verdict': verdict,
         'searches': {str(seed): result for seed, result in searches.items()},
         'null': {str(seed): result for seed, result in nulls.items()},
         'agreement': agreement,

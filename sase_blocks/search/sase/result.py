@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,20 @@ from sase_blocks.blocks import Genotype
 from sase_blocks.runs import environment, write_text
 
 from .space import SearchSpace
-from .watch import describe_edges
+from .watch import describe_edges, noise_leads, verdict_of
 
 __all__ = ['describe_result', 'draw_result', 'read_logits', 'read_result', 'write_logits', 'write_result']
 
 
 def describe_result(
-    space: SearchSpace, logits: Tensor, *, config: dict[str, Any], facts: dict[str, Any], epoch: int, **more: Any
+    space: SearchSpace,
+    logits: Tensor,
+    *,
+    config: dict[str, Any],
+    facts: dict[str, Any],
+    epoch: int,
+    updates: int,
+    **more: Any,
 ) -> dict[str, Any]:
     """The result as plain data.
 
@@ -30,18 +38,23 @@ def describe_result(
         config: the settings.
         facts: of the data: classes, counts, fingerprint.
         epoch: how many were run.
+        updates: of the logits.
         **more: further entries.
 
     Returns:
         'genotype' (text; of several sets with semicolons between them, as the models' ``genotype=`` takes it),
-        'genotypes' (a list of texts), 'edges' (leader, probability, margin, entropy of each, a list by set),
-        'logits', 'space', 'seed', 'epoch', 'settings', 'data', 'versions', 'machine'.
+        'genotypes' (a list of texts), 'verdict' (a sentence: what of it was decided), 'edges' (leader, probability,
+        margin, entropy, decided of each, a list by set; see ``describe_edges``), 'logits', 'space', 'seed', 'epoch',
+        'settings', 'data', 'versions', 'machine'.
     """
     found = [str(space.genotype(row)) for row in logits]
+    noise = noise_leads(space, len(logits), updates, config['arch_lr'])
+    edges = [describe_edges(space, row, noise) for row in logits]
     return {
         'genotype': '; '.join(found),
         'genotypes': found,
-        'edges': [describe_edges(space, row) for row in logits],
+        'verdict': verdict_of(edges),
+        'edges': edges,
         'logits': logits.tolist(),
         'space': space.to_dict(),
         'seed': config['seed'],
@@ -93,8 +106,16 @@ def read_logits(path: str | Path) -> tuple[np.ndarray, list[str]]:
         return file['logits'], file['labels'].tolist()
 
 
-def draw_result(history: list[Tensor], space: SearchSpace, out: Path) -> list[Path]:
-    """``logits.png`` and, for each set, ``genotype.png`` or ``genotype-STAGE.png``.
+def draw_result(
+    history: list[Tensor], space: SearchSpace, edges: Sequence[Mapping[str, Mapping[str, Any]]], out: Path
+) -> list[Path]:
+    """``logits.png`` and, for each set, ``genotype.png`` or ``genotype-STAGE.png``; what was not decided is marked.
+
+    Args:
+        history: the logits over time, each (sets, sum of sizes).
+        space: of the search.
+        edges: of ``describe_result``.
+        out: the folder.
 
     Raises:
         ImportError: matplotlib is missing (extra ``viz``).
@@ -102,9 +123,13 @@ def draw_result(history: list[Tensor], space: SearchSpace, out: Path) -> list[Pa
     from sase_blocks.viz import draw_block, plot_logits, save_figure
 
     array = torch.stack(history).double().cpu().numpy()
-    written = [save_figure(plot_logits(array, space.to_dict()), out / 'logits.png')]
+    decided = [{edge: state['decided'] for edge, state in one.items()} for one in edges]
+    written = [save_figure(plot_logits(array, space.to_dict(), decided=decided), out / 'logits.png')]
     found = [space.genotype(row) for row in history[-1]]
-    for stage, genotype in enumerate(found, start=1):
+    for stage, (genotype, marks) in enumerate(zip(found, decided, strict=True), start=1):
         name = 'genotype.png' if len(found) == 1 else f'genotype-{stage}.png'
-        written.append(save_figure(draw_block(genotype), out / name))
+        open_edges = [edge for edge, mark in marks.items() if mark is False]
+        title = f'not decided: {", ".join(open_edges)}' if open_edges else None
+        title = title if True in marks.values() or title is None else 'nothing was decided'
+        written.append(save_figure(draw_block(genotype, title=title), out / name))
     return [Path(path) for path in written]

@@ -38,7 +38,7 @@ from sase_blocks.runs import (
 )
 from sase_blocks.search.halves import Arrays, check_same_data, find_samples, open_halves
 from sase_blocks.search.synchronize import synchronize_norms
-from sase_blocks.train import build_model, check_model_name
+from sase_blocks.train import build_model, check_model_name, hits
 
 from .bilevel import VirtualStep, logits_gradient
 from .compiling import compile_mixed_blocks, without_compilation
@@ -46,7 +46,7 @@ from .config import SearchConfig
 from .network import SearchNetwork
 from .result import describe_result, draw_result, write_logits, write_result
 from .space import SearchSpace
-from .watch import dead_operations, describe_edges, hessian_eigenvalue, warnings_of
+from .watch import dead_operations, describe_edges, hessian_eigenvalue, noise_leads, warnings_of
 
 __all__ = ['search']
 
@@ -190,7 +190,7 @@ class _Search:
             network.logits.grad = found.gradient
             self.arch.step()
             held_loss = found.loss
-            right = (found.outputs.argmax(1) == held_out[1]).sum()
+            right = hits(found.outputs, held_out[1]).sum()
         with network.learning(weights=True):
             with self._autocast():
                 loss = self._loss(network(training[0]), training[1])
@@ -237,7 +237,7 @@ class _Search:
                 writer.close()
             write_result(result, self.out)
             try:
-                draw_result(self.history, self.space, self.out)
+                draw_result(self.history, self.space, result['edges'], self.out)
             except ImportError as error:
                 print(f'no pictures were drawn: {error}', flush=True)
         self.accelerator.wait_for_everyone()
@@ -298,8 +298,9 @@ class _Search:
         with without_compilation(network):
             dead = dead_operations(network, held[0])
         logits = network.logits.detach().cpu()
+        noise = noise_leads(self.space, len(logits), self._updates(), config.arch_lr)
         edges = {
-            (f'stage {number + 1}, ' if len(logits) > 1 else ''): describe_edges(self.space, row)
+            (f'stage {number + 1}, ' if len(logits) > 1 else ''): describe_edges(self.space, row, noise)
             for number, row in enumerate(logits)
         }
         return {
@@ -316,6 +317,10 @@ class _Search:
             'hessian': hessian,
             'seconds_per_step': seconds,
         }
+
+    def _updates(self) -> int:
+        """Of the logits so far."""
+        return -(-self.step // self.config.arch_every)
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
@@ -340,6 +345,7 @@ class _Search:
             config=asdict(self.config),
             facts=self.halves.facts,
             epoch=self.step // self.steps,
+            updates=self._updates(),
             warnings=self.rows[-1]['warnings'] if self.rows else [],
         )
 
@@ -370,11 +376,13 @@ class _Search:
     def _report(self, row: dict[str, Any]) -> None:
         margins = [state['margin'] for edges in row['edges'].values() for state in edges.values()]
         entropies = [state['entropy'] for edges in row['edges'].values() for state in edges.values()]
+        decided = [state['decided'] for edges in row['edges'].values() for state in edges.values()]
         hessian = '' if row['hessian'] is None else f', Hessian {row["hessian"]:.3g}'
         self.progress.line(
             f'epoch {row["epoch"]}/{self.config.epochs}: training loss {row["train_loss"]:.4f}, held-out loss '
             f'{row["held_out_loss"]:.4f}, accuracy {row["held_out_acc1"]:.2f} %{hessian}, margin '
             f'{min(margins):.4f} to {max(margins):.4f}, entropy {min(entropies):.3f} to {max(entropies):.3f}, '
+            f'{decided.count(True)} of {len(decided) - decided.count(None)} edges decided, '
             f'{row["seconds_per_step"]:.3f} s a step, {self.progress.left()} left\n  {row["genotype"]}'
         )
         before = set(self.rows[-2]['warnings']) if len(self.rows) > 1 else set()

@@ -3,34 +3,90 @@
 The logits are few, so their Hessian is taken exactly, one product a logit. A largest eigenvalue that grows warns of a
 result that does not survive discretisation (arXiv 1909.09656); here, where no operation is a skip, what fails more
 often is that one operation's scale decides.
+
+An argmax always names a winner. Whether an edge was decided is our addition: see ``noise_leads``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .network import SearchNetwork
+from sase_blocks.search.significance import LEVEL
+
+from .network import LOGITS_STD, SearchNetwork
 from .space import SearchSpace
 
-__all__ = ['dead_operations', 'describe_edges', 'hessian_eigenvalue', 'warnings_of']
+__all__ = ['dead_operations', 'describe_edges', 'hessian_eigenvalue', 'noise_leads', 'verdict_of', 'warnings_of']
 
 DOMINANT = 0.9  # a probability above it: the edge has decided
 SLOPE = 0.75  # of 1909.09656: an eigenvalue that has grown by more than 1 / 0.75 within five epochs
 WINDOW = 5
 
 
-def describe_edges(space: SearchSpace, logits: Tensor) -> dict[str, dict[str, Any]]:
+def noise_leads(space: SearchSpace, sets: int, updates: int, lr: float) -> dict[str, float]:
+    """For each edge, the lead of one logit over the next one that noise alone gives.
+
+    Adam moves a logit by about its learning rate an update, however small the gradient is. Gradients that are noise
+    make that a random walk: after T updates its standard deviation is lr * sqrt(T), and, as the gradients of an edge's
+    n logits sum to zero, that of the difference of two is sqrt(2 n / (n - 1)) times as much. The logits' random start
+    comes on top. A lead below the bound is no finding. At most one search in 20 whose gradients are noise has a larger
+    one on any edge of any set. A larger lead shows that the gradients had a direction; random labels (``null``) give
+    them one, too, where an operation wins for how it is built.
+
+    Args:
+        space: of the search.
+        sets: of logits.
+        updates: of the logits so far.
+        lr: of Adam.
+    """
+    choices = sets * sum(size > 1 for size in space.sizes)
+    quantile = NormalDist().inv_cdf(1 - LEVEL / (2 * max(choices, 1)))  # Bonferroni over the edges
+    leads = {}
+    for (edge, _), size in zip(space, space.sizes, strict=True):
+        walk = lr**2 * updates * size / max(size - 1, 1)
+        leads[edge] = quantile * math.sqrt(2 * (walk + LOGITS_STD**2))
+    return leads
+
+
+def verdict_of(edges: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
+    """A sentence on which edges were decided, from ``describe_edges`` of each set of logits."""
+    named = {
+        (f'stage {number}, {edge}' if len(edges) > 1 else edge): state['decided']
+        for number, one in enumerate(edges, start=1)
+        for edge, state in one.items()
+        if state['decided'] is not None  # one operation alone: there was nothing to decide
+    }
+    if not named:
+        return 'there was nothing to decide: each edge has one operation'
+    decided = [name for name, state in named.items() if state]
+    if not decided:
+        return (
+            'nothing was decided: on no edge does the first operation lead by more than noise moves the logits; take '
+            'the genotype as drawn at random'
+        )
+    if len(decided) == len(named):
+        return f'all {len(named)} edges were decided: each lead is larger than noise makes it'
+    return f'decided: {len(decided)} of {len(named)} edges ({"; ".join(decided)}); on the others the lead may be noise'
+
+
+def describe_edges(
+    space: SearchSpace, logits: Tensor, noise: Mapping[str, float] | None = None
+) -> dict[str, dict[str, Any]]:
     """Of each edge, from one set of logits (sum of sizes,): leader, probability, margin to the next, entropy.
 
     Entropy is in parts of ln(operations): 1 where all are equal, 0 where one has everything (and for a single one).
+    With ``noise``, the ``noise_leads`` of the search, also 'decided': is the leader's logit further ahead of the next
+    one than noise brings it? None for a single operation.
     """
     out: dict[str, dict[str, Any]] = {}
-    for (edge, names), p in zip(space, space.probabilities(logits.double()), strict=True):
+    logits = logits.double()
+    for (edge, names), part, p in zip(space, logits.split(space.sizes), space.probabilities(logits), strict=True):
         order = p.argsort(descending=True, stable=True)
         first = float(p[order[0]])
         second = float(p[order[1]]) if len(names) > 1 else 0.0
@@ -41,6 +97,9 @@ def describe_edges(space: SearchSpace, logits: Tensor) -> dict[str, dict[str, An
             'margin': first - second,
             'entropy': entropy,
         }
+        if noise is not None:
+            lead = float(part[order[0]] - part[order[1]]) if len(names) > 1 else None
+            out[edge]['decided'] = None if lead is None else lead > noise[edge]
     return out
 
 

@@ -11,6 +11,7 @@ from sase_blocks.checkpoint import save_checkpoint
 from sase_blocks.models import Architecture, TrioNet
 from sase_blocks.runs import environment, write_text
 from sase_blocks.search.problem import Candidate, best, front
+from sase_blocks.search.significance import not_worse
 
 from .cost import Limits, macs, parameters
 from .space import TrioSpace
@@ -41,9 +42,13 @@ def describe_result(
         in_chans: channels of the images.
 
     Returns:
-        'architecture' (text), 'score' (held-out accuracy in percent, with the supernet's weights), 'cost'; 'front' and
-        'pure', lists of such networks; 'space', 'limits', 'objective', 'seed', 'settings', 'data', 'evaluations',
-        'versions', 'machine'.
+        'architecture' (text), 'score' (held-out accuracy in percent, with the supernet's weights), 'cost'; 'tied', how
+        many of the other networks may be as good by their scores (``significance.not_worse``), and 'verdict', a
+        sentence on it (both are ours); 'front' and 'pure', lists of such networks; 'space', 'limits', 'objective',
+        'seed', 'settings', 'data', 'evaluations', 'versions', 'machine'.
+
+    Raises:
+        ImportError: SciPy is missing (extra ``search``).
     """
     classes = len(facts['classes'])
 
@@ -54,9 +59,13 @@ def describe_result(
             cost[objective] = candidate.cost  # type: ignore[assignment]
         return {'architecture': candidate.text, 'score': candidate.score, 'cost': cost}
 
+    images = facts['held_out']
+    tied = sum(not_worse([candidate.score for candidate in candidates], images)) - 1
     by_text = {candidate.text: candidate for candidate in candidates}
     return {
         **describe(best(candidates)),
+        'tied': tied,
+        'verdict': _verdict(tied, len(candidates) - 1, images),
         'front': [describe(candidate) for candidate in front(candidates)],
         'pure': {name: describe(by_text[text]) for name, text in pure.items() if text in by_text},
         'evaluations': len(candidates),
@@ -68,6 +77,20 @@ def describe_result(
         'data': {key: value for key, value in facts.items() if key != 'held_out_indices'},
         **environment(),
     }
+
+
+def _verdict(tied: int, others: int, images: int) -> str:
+    if others == 0:
+        return 'nothing was decided: one network was scored, and there is none to compare it with'
+    on = f'on {images:,} held-out images'
+    if tied == others:
+        return (
+            f'nothing was decided: {on} no network scores worse than the found one by more than chance; take it as '
+            f'drawn at random from the {others + 1} that were scored'
+        )
+    if tied:
+        return f'{tied} of the {others} other networks may be as good as the found one: {on} chance could reverse them'
+    return f'the found network scores better than each of the {others} others by more than chance {on}'
 
 
 def write_result(result: Mapping[str, Any], out: Path) -> Path:
@@ -92,9 +115,10 @@ def draw_result(result: Mapping[str, Any], out: Path) -> list[Path]:
     """
     from sase_blocks.viz import draw_architecture, plot_front, save_figure
 
+    title = 'nothing was decided' if result['tied'] == result['evaluations'] - 1 else None
     return [
         Path(save_figure(plot_front(result), out / 'front.png')),
-        Path(save_figure(draw_architecture(result['architecture']), out / 'architecture.png')),
+        Path(save_figure(draw_architecture(result['architecture'], title=title), out / 'architecture.png')),
     ]
 
 
@@ -107,6 +131,6 @@ def format_result(result: Mapping[str, Any]) -> str:
     for name, entry in rows:
         cost = entry['cost']
         lines.append(f'{name:12}{entry["score"]:11.2f}{cost["macs"] / 1e6:9.2f} M{cost["parameters"]:13,}')
-    lines += ['', f'found: {result["architecture"]}']
+    lines += ['', f'found: {result["architecture"]}', result['verdict']]
     lines += [f'all {name}: {entry["architecture"]}' for name, entry in result['pure'].items()]
     return '\n'.join(lines)

@@ -25,6 +25,7 @@ from sase_blocks.runs import alone_in, be_deterministic, check_writable, launche
 from sase_blocks.search.batches import Batches, LoadedBatches, MemoryBatches
 from sase_blocks.search.evolution import Problem, check_storage, evolve
 from sase_blocks.search.halves import Arrays, check_images, check_same_data, find_samples, labels_of, open_halves
+from sase_blocks.search.significance import load_stats
 from sase_blocks.train import TrainConfig, open_samples, train
 
 from .config import TrioConfig
@@ -66,7 +67,7 @@ def search(
         (percent; None without test images).
 
     Raises:
-        ImportError: accelerate, tensorboard or Optuna is missing.
+        ImportError: accelerate, tensorboard, Optuna or SciPy is missing.
         ValueError, FileNotFoundError: a wrong setting, a limit that no network or every network keeps, wrong data, a
             run or a study that cannot be resumed, a supernet that another process trains (with ``config.resume`` this
             one waits for it); before any work.
@@ -99,6 +100,7 @@ def _search(
     say = partial(print, flush=True) if main else (lambda text: None)
 
     # What can be wrong is found out first, and what takes long to find out last.
+    load_stats()
     check_writable(out)
     saved_supernet(config)  # and again below, when no other run writes it
     if config.batch_size % accelerator.num_processes:

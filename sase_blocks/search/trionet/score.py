@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from sase_blocks.search.batches import Batches
+from sase_blocks.train import hits
 
 __all__ = ['accuracy', 'batches_of', 'recalibrate', 'resize']
 
@@ -66,7 +67,7 @@ def accuracy(
         for images, labels in batches:
             outputs = network(images)
             finite = torch.isfinite(outputs).all(1)
-            right.append(torch.stack([((outputs.argmax(1) == labels) & finite).sum(), finite.sum()]))
+            right.append(torch.stack([hits(outputs, labels).sum(), finite.sum()]))
             count += len(labels)
     network.train(training)
     if count == 0:
