@@ -21,10 +21,10 @@ from torch import Tensor
 from sase_blocks.data import Samples, create_transforms, derive_seed
 from sase_blocks.models import Architecture
 from sase_blocks.models.trio_network import default_cfgs
-from sase_blocks.runs import alone_in, be_deterministic, check_writable, launched
+from sase_blocks.runs import alone_in, be_deterministic, check_writable, launched, leave_out_broken
 from sase_blocks.search.batches import Batches, LoadedBatches, MemoryBatches
 from sase_blocks.search.evolution import Problem, check_storage, evolve
-from sase_blocks.search.halves import Arrays, check_images, check_same_data, find_samples, labels_of, open_halves
+from sase_blocks.search.halves import Arrays, check_images, check_same_data, find_samples, open_halves
 from sase_blocks.train import TrainConfig, open_samples, train
 
 from .config import TrioConfig
@@ -114,6 +114,8 @@ def _search(
     tests = _find_test(config, accelerator, test) if images is None else test
     if images is not None and test is not None:
         check_images(*test)
+    if isinstance(tests, Samples):
+        (tests,) = leave_out_broken(config.skip_broken, accelerator, tests)
     costs = _Costs(config.limits, len(classes), in_chans, accelerator.device)
     _check_limits(space, costs)
     storage = str(out / 'study.db') if storage is None else storage
@@ -333,7 +335,7 @@ def _test_part(
     if isinstance(tests, Samples):
         return LoadedBatches(
             tests,
-            torch.as_tensor(labels_of(tests)),
+            torch.as_tensor(tests.labels()),
             create_transforms(_data_config(network.image_size))[1],
             seed=seed,
             stream=2,
