@@ -95,7 +95,8 @@ class Samples:
             path, label = self.source.samples[index]
             if not os.path.isfile(path):  # a pipe would be waited for
                 raise ValueError('no regular file')
-            stored = Path(path).read_bytes()
+            with open(path, 'rb') as file:
+                stored = file.read()
         elif isinstance(self.source, ImageDataset):
             file, label = self.source.reader[index]
             with file:
@@ -497,7 +498,7 @@ def listing(samples: Samples) -> str:
     if isinstance(samples.source, ImageFiles):
         for index in samples.indices:
             path, label = samples.source.samples[index]
-            name = os.path.relpath(path, samples.source.root)
+            name = path.removeprefix(samples.source.root)
             digest.update(os.fsencode(f'{name}\0{label} {os.path.getsize(path)}\0'))
     else:
         digest.update(f'{len(samples)}'.encode())
@@ -505,8 +506,14 @@ def listing(samples: Samples) -> str:
 
 
 def same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether the facts of two runs on data agree, apart from what one of them does not know."""
-    return all(saved[key] == now[key] for key in saved.keys() & now.keys() if None not in (saved[key], now[key]))
+    """Whether the facts of two runs on data agree, apart from what one of them does not know.
+
+    The listing counts only where one of them has no fingerprint: files may be renamed as long as their order stays.
+    """
+    keys = {key for key in saved.keys() & now.keys() if None not in (saved[key], now[key])}
+    if 'fingerprint' in keys:
+        keys.discard('listing')
+    return all(saved[key] == now[key] for key in keys)
 
 
 # ---- transforms and order ----
@@ -529,11 +536,16 @@ def image_config(model: nn.Module, img_size: int | None = None) -> dict[str, Any
     if not isinstance(channels, int):  # older versions of timm do not keep it
         channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
         channels //= next((m.bs**2 for m in model.modules() if isinstance(m, SpaceToDepth)), 1)  # TResNet's stem
-    config['input_size'] = (channels, *config['input_size'][1:])
+    return config_for(config, channels)
+
+
+def config_for(config: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """timm's ``config`` for images of so many channels; see ``image_config``."""
+    found = {**config, 'input_size': (channels, *config['input_size'][1:])}
     for name in ('mean', 'std'):
         if len(config[name]) != channels:
-            config[name] = (fmean(config[name]),) * channels
-    return config
+            found[name] = (fmean(config[name]),) * channels
+    return found
 
 
 def create_transforms(
