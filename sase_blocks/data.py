@@ -6,70 +6,116 @@ number of workers or processes, and continues after a stop as if it had not stop
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import itertools
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import ImageDataset, create_dataset, create_transform
-from timm.data.readers.reader_image_folder import ReaderImageFolder
-from torch import Tensor
+from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
+from timm.data import ImageDataset, create_dataset, create_transform, get_img_extensions, resolve_data_config
+from timm.layers import SpaceToDepth
+from timm.utils.misc import natural_key
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
+from torchvision.datasets import DatasetFolder, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 TRAIN_FOLDERS = ('train', 'training')
 VAL_FOLDERS = ('val', 'validation', 'valid', 'test', 'eval')
 LAYOUT = 'expected ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg (or validation/ or test/ in place of val/)'
+SIDE_FOLDERS = ('__MACOSX', '@eaDir')  # copies and previews of the images beside them
+MODES = {1: 'L', 3: 'RGB'}  # of images, by their channels, as Pillow calls them
+BITS_PER_SAMPLE = 258  # a tag of TIFF
 SMALL = 64  # px; up to this size images are trained on as CIFAR is, above it as ImageNet is
 
 # Streams of random numbers; see derive_seed.
 SHUFFLE, AUGMENT, MODEL = 1, 2, 3
 
 Transform = Callable[[Image.Image], Tensor]
+T = TypeVar('T')
 
 
-@dataclass
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files of class folders.
+
+    Attributes:
+        root: the folder that holds the class folders.
+        samples: path and label of each file.
+    """
+
+    root: str
+    samples: list[tuple[str, int]]
+
+
+@dataclass(frozen=True)
 class Samples:
     """One split of a data set: the images as they are stored, without transforms.
 
     Attributes:
-        source: a timm or torchvision data set with an index.
+        source: ``ImageFiles``, or a timm or torchvision data set with an index.
         classes: class names in the order of their labels.
         indices: which of the images of ``source`` are used.
         split: its name, for messages.
+        mode: Pillow's name for what ``load`` returns, 'RGB' or 'L' (grey); see ``in_channels``.
+        fingerprint: of the images and their labels, see ``inspect_images``; None before the images are checked.
     """
 
     source: Any
     classes: list[str]
     indices: Sequence[int]
     split: str
+    mode: str = 'RGB'
+    fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
+    def read(self, position: int) -> tuple[bytes | Image.Image, int]:
+        """Image and label number ``position`` as they are stored.
+
+        The image is the content of a file, or an image where the data set decodes by itself.
+        """
+        index = self.indices[position]
+        stored: bytes | Image.Image
+        if isinstance(self.source, ImageFiles):
+            path, label = self.source.samples[index]
+            if not os.path.isfile(path):  # a pipe would be waited for
+                raise ValueError('no regular file')
+            with open(path, 'rb') as file:
+                stored = file.read()
+        elif isinstance(self.source, ImageDataset):
+            file, label = self.source.reader[index]
+            with file:
+                stored = file.read()
+        else:  # torchvision's
+            stored, label = self.source[index]
+        if not 0 <= label < len(self.classes):
+            raise ValueError(f'its label {label} is none of the {len(self.classes)} classes')
+        return stored, int(label)
+
     def load(self, position: int) -> tuple[Image.Image, int]:
-        """Image (RGB) and label number ``position``.
+        """Image (upright, in ``mode``) and label number ``position``.
 
         Raises:
             ValueError: the image cannot be decoded; the text names it. (timm would put its neighbour in its place.)
         """
-        index = self.indices[position]
-        if not isinstance(self.source, ImageDataset):  # torchvision's
-            image, label = self.source[index]
-            return image.convert('RGB'), int(label)
         try:
-            file, label = self.source.reader[index]
-            with file, Image.open(file) as image:
-                return image.convert('RGB'), int(label)
+            stored, label = self.read(position)
+            return decode_image(stored, self.mode)[0], label
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
             raise ValueError(
                 f'broken image {self.name(position)}: {" ".join(str(error).split())}; replace or remove it, or let '
@@ -77,18 +123,48 @@ class Samples:
             ) from error
 
     def name(self, position: int) -> str:
-        """The file of an image, or the split and its index where it has none."""
+        """The file of an image, or the split and its index where it has none; for messages."""
         index = self.indices[position]
-        if isinstance(self.source, ImageDataset) and isinstance(self.source.reader, ReaderImageFolder):
-            return str(self.source.reader.samples[index][0])
+        if isinstance(self.source, ImageFiles):
+            return printable(self.source.samples[index][0])
         return f'{self.split}[{index}]'
+
+    def labels(self) -> list[int]:
+        """The label of every image, without decoding where the data set lists them."""
+        if isinstance(self.source, ImageFiles):
+            return [self.source.samples[index][1] for index in self.indices]
+        targets = getattr(self.source, 'targets', None)
+        if targets is not None:
+            return [int(targets[index]) for index in self.indices]
+        return [self.read(position)[1] for position in range(len(self))]
 
     def without(self, broken: Mapping[int, str]) -> Samples:
         """The same split less the positions in ``broken``."""
         if not broken:
             return self
-        kept = [index for position, index in enumerate(self.indices) if position not in broken]
-        return Samples(self.source, self.classes, kept, self.split)
+        return self.part([position for position in range(len(self)) if position not in broken])
+
+    def part(self, positions: Sequence[int]) -> Samples:
+        """These positions of the split alone."""
+        return replace(self, indices=[self.indices[position] for position in positions], fingerprint=None)
+
+    def in_channels(self, channels: int) -> Samples:
+        """The same split, loaded in grey for 1 channel and in colour for 3.
+
+        Raises:
+            ValueError: any other number of channels.
+        """
+        if channels not in MODES:
+            raise ValueError(f'the model takes images of {channels} channels; image files have 1 (grey) or 3 (colour)')
+        return replace(self, mode=MODES[channels])
+
+
+def printable(text: str) -> str:
+    """A file or class name for messages: bytes that are not UTF-8 and control characters are shown as escapes."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+# ---- opening ----
 
 
 def open_data(
@@ -108,11 +184,16 @@ def open_data(
         dataset: '' for class folders, or a name of ``timm.data.create_dataset``: 'torch/cifar10', 'hfds/USER/NAME', ...
         train_split, val_split: the splits of a data set by name.
         download: whether a data set by name may be downloaded.
-        num_classes: needed where the data set by name does not know it.
+        num_classes: needed where the data set by name does not know it; anywhere else it must be right.
+
+    Classes are the folders directly under train/; an image belongs to the class it lies under, however deep. Names that
+    start with a dot are ignored, and so are the folders that macOS and NAS systems leave (``SIDE_FOLDERS``).
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no images, a single class, classes that differ between the splits, an unknown name.
+        ValueError: no images, in a split or in one of its class folders; images outside the class folders; a name of
+            an image that is no regular file; a single class, classes that differ between the splits or from
+            ``num_classes``; an unknown name.
     """
     options: dict[str, Any] = {'download': download, 'num_classes': num_classes}
     train = open_training_data(root, dataset, split=train_split, **options)
@@ -140,7 +221,7 @@ def open_training_data(
         Path(root), dataset, split if dataset else 'train', TRAIN_FOLDERS, download=download, num_classes=num_classes
     )
     if len(train.classes) < 2:
-        raise ValueError(f'the data has one class ({", ".join(train.classes)}), training needs two or more; {LAYOUT}')
+        raise ValueError(f'the data has one class ({_some(train.classes)}), training needs two or more; {LAYOUT}')
     return train
 
 
@@ -155,11 +236,16 @@ def _open_split(
         samples = _open_folder(_split_folder(root, folders), split)
     if len(samples) == 0:
         raise ValueError(f'the {samples.split} split of {dataset or root} holds no images')
+    if num_classes not in (None, len(samples.classes)):
+        raise ValueError(
+            f'num_classes is {num_classes}, but {samples.split} has {len(samples.classes)} classes '
+            f'({_some(samples.classes)}); leave --num-classes out'
+        )
     return samples
 
 
 def _some(names: Sequence[str]) -> str:
-    return (', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')) or 'none'
+    return (', '.join(map(printable, names[:5])) + (f' and {len(names) - 5} more' if len(names) > 5 else '')) or 'none'
 
 
 def _split_folder(root: Path, names: Sequence[str]) -> Path:
@@ -171,14 +257,74 @@ def _split_folder(root: Path, names: Sequence[str]) -> Path:
 
 
 def _open_folder(folder: Path, split: str) -> Samples:
-    try:
-        source = create_dataset('', root=str(folder), search_split=False)
-    except RuntimeError as error:  # timm found no image
-        raise ValueError(f'{folder} holds no images; {LAYOUT}') from error
-    class_to_idx: dict[str, int] = source.reader.class_to_idx
-    if '' in class_to_idx:
-        raise ValueError(f'{folder} holds images outside any class folder; {LAYOUT}')
-    return Samples(source, sorted(class_to_idx, key=class_to_idx.__getitem__), range(len(source)), split)
+    found: dict[str, list[str]] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                found[entry.name] = list(_images_below(entry.path))
+            elif _is_image(entry.name):
+                raise ValueError(f'{folder} holds images outside any class folder ({printable(entry.name)}); {LAYOUT}')
+            elif entry.is_symlink():
+                _check_regular(entry)
+    classes = sorted(found, key=_order)
+    empty = [name for name in classes if not found[name]]
+    if len(empty) == len(classes):
+        raise ValueError(f'{folder} holds no images; {LAYOUT}')
+    if empty:
+        raise ValueError(f'class folders without an image in {folder}: {_some(empty)}; fill or remove them')
+    samples = [(path, label) for label, name in enumerate(classes) for path in found[name]]
+    # By path over all classes: the order that timm's reader has, which runs depend on.
+    samples.sort(key=lambda sample: _order(sample[0]))
+    return Samples(ImageFiles(str(folder), samples), classes, range(len(samples)), split)
+
+
+def _order(name: str) -> tuple[Any, str]:
+    """Sort key: numbers by value, as timm sorts; ties by the name itself, not by the file system."""
+    return natural_key(name), name
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith('.') or name in SIDE_FOLDERS
+
+
+def _is_image(name: str) -> bool:
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix in IMG_EXTENSIONS or suffix in get_img_extensions(as_set=True)
+
+
+def _images_below(folder: str) -> Iterator[str]:
+    """The image files in a folder and its subfolders.
+
+    Raises:
+        ValueError: what bears the name of an image and is no regular file, a folder without images included; a link to
+            nowhere or to a folder that it lies in.
+        OSError: a folder cannot be read.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                if entry.is_symlink() and Path(folder).resolve().is_relative_to(Path(entry.path).resolve()):
+                    raise ValueError(f'{printable(entry.path)} is a link to a folder that it lies in; remove it')
+                inside = list(_images_below(entry.path))
+                if _is_image(entry.name) and not inside:
+                    _check_regular(entry)
+                yield from inside
+            elif _is_image(entry.name):
+                _check_regular(entry)
+                yield entry.path
+            elif entry.is_symlink():
+                _check_regular(entry)
+
+
+def _check_regular(entry: os.DirEntry[str]) -> None:
+    """Reading anything else might wait for ever. A link to a file is a file."""
+    if not entry.is_file():
+        what = 'a folder without images' if entry.is_dir() else 'no regular file, nor a link to one'
+        raise ValueError(f'{printable(entry.path)} is {what}; replace or remove it')
 
 
 def _open_named(name: str, root: Path, split: str, download: bool, num_classes: int | None) -> Samples:
@@ -191,59 +337,224 @@ def _open_named(name: str, root: Path, split: str, download: bool, num_classes: 
     except Exception as error:  # AssertionError for an unknown name, RuntimeError for missing files, ...
         hint = '' if download else ' If it is not there yet, --download may get it.'
         raise ValueError(f'cannot open the {split} split of {name} in {root}: {error}.{hint}') from error
+    if type(source) is ImageFolder:  # class folders by another name
+        return _open_folder(Path(source.root), split)
     classes = getattr(source, 'classes', None)
+    if isinstance(source, DatasetFolder):  # its own loader clips 16 bits to white
+        source = ImageFiles(str(source.root), source.samples)
     if classes is None:
         by_name = getattr(getattr(source, 'reader', None), 'class_to_idx', None)
         classes = sorted(by_name, key=by_name.__getitem__) if by_name else None
     if classes is None and num_classes is None:
         raise ValueError(f'{name} does not tell its number of classes; give it with --num-classes')
     names = [str(c) for c in classes] if classes is not None else [str(c) for c in range(num_classes or 0)]
-    return Samples(source, names, range(len(source)), split)
+    count = len(source.samples) if isinstance(source, ImageFiles) else len(source)
+    return Samples(source, names, range(count), split)
+
+
+# ---- decoding and checking ----
+
+
+def decode_image(stored: bytes | Image.Image, mode: str, *, smallest: bool = False) -> tuple[Image.Image, int | None]:
+    """Decode an image, turn it as its EXIF orientation says, and bring it to 8 bits a channel.
+
+    Grey of 16 bits is scaled by its range: 0..65535, or less where a TIFF states fewer bits. Transparency is dropped,
+    as Pillow's ``convert`` does.
+
+    Args:
+        stored: the content of a file, or an image.
+        mode: 'RGB' or 'L'.
+        smallest: decode a JPEG at 1/8 of its size, yet to its end.
+
+    Returns:
+        The image, and the largest stored value of a 16-bit one (None for all others); see ``check_depth``.
+
+    Raises:
+        ValueError: 32 bits a pixel, whose range is unknown.
+        Exception: whatever Pillow's decoders raise for a broken file.
+    """
+    with contextlib.ExitStack() as stack:
+        image = stored if isinstance(stored, Image.Image) else stack.enter_context(Image.open(io.BytesIO(stored)))
+        if smallest:
+            image.draft('RGB', (1, 1))
+        image.load()
+        with contextlib.suppress(Exception):  # EXIF that cannot be read: as without
+            ImageOps.exif_transpose(image, in_place=True)
+        largest = None
+        # Pillow has 16-bit PGM, and in older versions PNG, in the mode for 32 bits.
+        if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
+            bits = image.tag_v2[BITS_PER_SAMPLE][0] if isinstance(image, TiffImageFile) else 16
+            values = np.asarray(image).astype(np.uint32)
+            limit = 2**bits - 1
+            if bits == 16:
+                largest = int(values.max())
+            image = Image.fromarray(((values * 255 + limit // 2) // limit).astype(np.uint8))
+        elif image.mode in ('I', 'F'):
+            kind = 'floating-point' if image.mode == 'F' else 'integer'
+            raise ValueError(f'32-bit {kind} pixels have no known range; scale the image and save it with 8 or 16 bits')
+        if image.mode == 'P' and 'transparency' in image.info:
+            image = image.convert('RGBA')  # Pillow warns where this step is left out
+        return image.convert(mode), largest
+
+
+def check_depth(largest: Mapping[T, int]) -> dict[T, str]:
+    """What is wrong with 16-bit images, by their largest values, if none is above 4095.
+
+    Then 12 bits or fewer were stored in 16, which a file does not tell. One such image among others is a dark one.
+    """
+    if not largest or max(largest.values()) >= 4096:
+        return {}
+    return {
+        key: f'a 16-bit image of values up to {value} among 16-bit images that all stay below 4096, so nearly black: '
+        f'scale the values to 0..65535, or save 8 bits'
+        for key, value in largest.items()
+    }
 
 
 def find_broken(samples: Samples, *, progress: bool = True) -> dict[int, str]:
-    """Decode every image file once, at the lowest resolution its format offers.
+    """From the position of each broken image to its name and what is wrong with it; see ``inspect_images``."""
+    return inspect_images(samples, progress=progress)[0]
 
-    Costs about 0.2 ms for a CIFAR-sized and 2 ms for an ImageNet-sized JPEG and CPU core. Data sets that hold arrays
-    are taken as good.
+
+def inspect_images(samples: Samples, *, progress: bool = True) -> tuple[dict[int, str], str]:
+    """Read and decode every image once, at the lowest resolution its format offers.
+
+    Costs about 0.2 ms for a CIFAR-sized and 2 ms for an ImageNet-sized JPEG and CPU core. Data sets that hold an array
+    of images are taken as good. Within a process the same unchanged files are read once, however often they are asked
+    about.
 
     Returns:
-        From the position of each broken image to its name and what is wrong with it.
+        From the position of each broken image to its name and what is wrong with it; and the fingerprint of the
+        others: a hash of the classes and, in their order, of the labels and the contents of the files. Names are not
+        in it.
     """
-    if not isinstance(samples.source, ImageDataset):
-        return {}
+    digest = hashlib.sha256(_classes_text(samples))
+    data = getattr(samples.source, 'data', None)
+    if isinstance(data, np.ndarray | Tensor):
+        indices = np.asarray(samples.indices)
+        digest.update(np.asarray(samples.labels()).tobytes())
+        digest.update(np.ascontiguousarray(np.asarray(data)[indices]).data)
+        return {}, digest.hexdigest()[:16]
+    state = _state(samples) if isinstance(samples.source, ImageFiles) else None
+    if state in _inspected:
+        return _inspected[state]
+    digests = np.zeros((len(samples), digest.digest_size), dtype=np.uint8)
 
-    def check(positions: range) -> dict[int, str]:
-        broken = {}
+    def check(positions: range) -> tuple[dict[int, str], dict[int, int]]:
+        broken, largest = {}, {}
         for position in positions:
             try:
-                file, _ = samples.source.reader[samples.indices[position]]
-                with file, Image.open(file) as image:
-                    image.draft('RGB', (1, 1))  # a JPEG is then decoded at 1/8 of its size, yet read to its end
-                    image.load()
+                stored, label = samples.read(position)
+                _, deepest = decode_image(stored, samples.mode, smallest=True)
+                content = stored if isinstance(stored, bytes) else stored.tobytes()
+                digests[position] = np.frombuffer(hashlib.sha256(b'%d ' % label + content).digest(), dtype=np.uint8)
             except Exception as error:
-                broken[position] = f'{samples.name(position)}: {error}'
-        return broken
+                broken[position] = f'{samples.name(position)}: {" ".join(str(error).split())}'
+                continue
+            if deepest is not None:
+                largest[position] = deepest
+        return broken, largest
 
     chunk = 64
     chunks = [range(start, min(start + chunk, len(samples))) for start in range(0, len(samples), chunk)]
     found: dict[int, str] = {}
+    depths: dict[int, int] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         bar = tqdm(total=len(samples), desc=f'checking {samples.split}', unit='img', disable=None if progress else True)
         with bar:
-            for positions, broken in zip(chunks, pool.map(check, chunks), strict=True):
+            for positions, (broken, largest) in zip(chunks, pool.map(check, chunks), strict=True):
                 found.update(broken)
+                depths.update(largest)
                 bar.update(len(positions))
+    found.update({position: f'{samples.name(position)}: {text}' for position, text in check_depth(depths).items()})
+    digest.update(np.delete(digests, list(found), axis=0).data)
+    result = dict(sorted(found.items())), digest.hexdigest()[:16]
+    if state is not None:
+        _inspected[state] = result
+    return result
+
+
+# What was found in a set of files, by their ``_state``: the trainings of an evaluation read the same ones.
+_inspected: dict[str | None, tuple[dict[int, str], str]] = {}
+
+
+def _classes_text(samples: Samples) -> bytes:
+    return os.fsencode('\0'.join(samples.classes))
+
+
+def _state(samples: Samples) -> str:
+    """A hash of all that changes when one of the files does."""
+    digest = hashlib.sha256(_classes_text(samples) + samples.mode.encode())
+    for index in samples.indices:
+        path, label = samples.source.samples[index]
+        status = os.stat(path)
+        digest.update(os.fsencode(f'{path}\0{label} {status.st_size} {status.st_mtime_ns} {status.st_ino}\0'))
+    return digest.hexdigest()
+
+
+def listing(samples: Samples) -> str:
+    """A hash of the classes, the labels and, for files, of their names and sizes, which needs no image to be read."""
+    digest = hashlib.sha256(_classes_text(samples))
+    if isinstance(samples.source, ImageFiles):
+        for index in samples.indices:
+            path, label = samples.source.samples[index]
+            name = path.removeprefix(samples.source.root)
+            digest.update(os.fsencode(f'{name}\0{label} {os.path.getsize(path)}\0'))
+    else:
+        digest.update(f'{len(samples)}'.encode())
+    return digest.hexdigest()[:16]
+
+
+def same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether the facts of two runs on data agree, apart from what one of them does not know.
+
+    The listing counts only where one of them has no fingerprint: files may be renamed as long as their order stays.
+    """
+    keys = {key for key in saved.keys() & now.keys() if None not in (saved[key], now[key])}
+    if 'fingerprint' in keys:
+        keys.discard('listing')
+    return all(saved[key] == now[key] for key in keys)
+
+
+# ---- transforms and order ----
+
+
+def image_config(model: nn.Module, img_size: int | None = None) -> dict[str, Any]:
+    """``timm.data.resolve_data_config`` for the channels that the model takes.
+
+    Args:
+        model: its ``pretrained_cfg`` says size, crop, interpolation, mean and standard deviation; timm's defaults
+            (224 px, ImageNet) stand in for what it does not say.
+        img_size: height and width in px; default: the model's.
+
+    Returns:
+        input_size (C, H, W), mean and std of C channels, interpolation, crop_pct, ... Where timm's mean and std are of
+        another number of channels, each channel gets their means.
+    """
+    config: dict[str, Any] = resolve_data_config({} if img_size is None else {'img_size': img_size}, model=model)
+    channels = getattr(model, 'in_chans', None)
+    if not isinstance(channels, int):  # older versions of timm do not keep it
+        channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+        channels //= next((m.bs**2 for m in model.modules() if isinstance(m, SpaceToDepth)), 1)  # TResNet's stem
+    return config_for(config, channels)
+
+
+def config_for(config: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """timm's ``config`` for images of so many channels; see ``image_config``."""
+    found = {**config, 'input_size': (channels, *config['input_size'][1:])}
+    for name in ('mean', 'std'):
+        if len(config[name]) != channels:
+            found[name] = (fmean(config[name]),) * channels
     return found
 
 
 def create_transforms(
     data_config: Mapping[str, Any], *, hflip: float = 0.5, auto_augment: str | None = None
 ) -> tuple[Transform, Transform]:
-    """Training and validation transforms, from an RGB image to a normalised (3, H, W) tensor.
+    """Training and validation transforms, from an image in RGB or grey to a normalised (C, H, W) tensor.
 
     Args:
-        data_config: of ``timm.data.resolve_data_config``: input_size, mean, std, interpolation, crop_pct.
+        data_config: of ``image_config``: input_size, mean, std, interpolation, crop_pct.
         hflip: probability of a horizontal flip; 0 for text and digits.
         auto_augment: a policy of timm, such as 'rand-m9-mstd0.5', for images larger than 64 px.
 
@@ -308,7 +619,7 @@ def derive_seed(seed: int, stream: int, *place: int) -> int:
     return int(np.random.SeedSequence((seed, stream, *place)).generate_state(1, np.uint64)[0] >> 1)
 
 
-@contextmanager
+@contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Within this context the generators of torch (CPU), numpy and Python start from ``seed``; restored after.
 

@@ -17,7 +17,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor, distributed
 from tqdm import tqdm
 
 from .checkpoint import read_checkpoint
-from .data import Samples, find_broken
+from .data import Samples, inspect_images
 
 LOOK_EVERY = 20  # steps between looks at the loss; a look waits for the GPU
 LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
@@ -170,19 +170,26 @@ def be_deterministic(enabled: bool = True) -> Iterator[None]:
 
 
 def leave_out_broken(skip: bool, accelerator: Any, *splits: Samples) -> list[Samples]:
-    """The main process looks at all images; every process then raises the same error, or leaves out the same ones."""
+    """The main process looks at all images; every process then raises the same error, or leaves out the same ones.
+
+    Returns:
+        The splits, with their fingerprints.
+    """
     from accelerate.utils import broadcast_object_list
 
-    found = [find_broken(samples) if accelerator.is_main_process else {} for samples in splits]
+    found = [inspect_images(samples) if accelerator.is_main_process else ({}, '') for samples in splits]
     broadcast_object_list(found)
-    broken = [text for positions in found for text in positions.values()]
+    broken = [text for positions, _ in found for text in positions.values()]
     if broken and not skip:
         more = f' (and {len(broken) - 1} more)' if len(broken) > 1 else ''
         raise ValueError(f'broken image {broken[0]}{more}; replace or remove it, or leave it out with --skip-broken')
     if broken and accelerator.is_main_process:
         shown = '\n'.join(f'  {text}' for text in broken[:10]) + ('\n  ...' if len(broken) > 10 else '')
         print(f'warning: {len(broken)} broken image{"s"[: len(broken) > 1]} left out:\n{shown}', flush=True)
-    kept = [samples.without(positions) for samples, positions in zip(splits, found, strict=True)]
+    kept = [
+        replace(samples.without(positions), fingerprint=fingerprint)
+        for samples, (positions, fingerprint) in zip(splits, found, strict=True)
+    ]
     for samples in kept:
         if len(samples) == 0:
             raise ValueError(f'every image of the {samples.split} split is broken, the first one: {broken[0]}')

@@ -18,7 +18,6 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -28,7 +27,18 @@ from torch.utils.data import DataLoader
 from .blocks import compile_blocks
 from .checkpoint import save_checkpoint
 from .convert import load_checkpoint
-from .data import MODEL, EpochSampler, Samples, TransformedSamples, create_transforms, derive_seed, open_data
+from .data import (
+    MODEL,
+    EpochSampler,
+    Samples,
+    TransformedSamples,
+    create_transforms,
+    derive_seed,
+    image_config,
+    listing,
+    open_data,
+    same_data,
+)
 from .ops import no_weight_decay
 from .runs import (
     LOOK_EVERY,
@@ -182,14 +192,24 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
     classes = train_samples.classes
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(classes), pretrained=config.pretrained, **_model_args(config))
+    data_config = image_config(model, config.img_size)
+    channels = data_config['input_size'][0]
+    train_samples, val_samples = train_samples.in_channels(channels), val_samples.in_channels(channels)
     report = load_checkpoint(model, config.checkpoint, keep_head=True) if config.checkpoint and not saved else None
     if config.check:
         train_samples, val_samples = leave_out_broken(config.skip_broken, accelerator, train_samples, val_samples)
     steps_per_epoch = len(train_samples) // config.batch_size  # a last partial batch is dropped
     if steps_per_epoch == 0:
         raise ValueError(f'{len(train_samples)} training images are fewer than one batch of {config.batch_size}')
-    facts = {'classes': classes, 'train': len(train_samples), 'val': len(val_samples)}
-    if saved and saved['data'] != facts:
+    facts = {
+        'classes': classes,
+        'train': len(train_samples),
+        'val': len(val_samples),
+        # Names and sizes stand in for the contents where one of two runs has not read all images.
+        'listing': f'{listing(train_samples)}+{listing(val_samples)}',
+        'fingerprint': f'{train_samples.fingerprint}+{val_samples.fingerprint}' if config.check else None,
+    }
+    if saved and not same_data(saved['data'], facts):
         raise ValueError(f'{last} was trained on other data: {_describe(saved["data"])}, this is {_describe(facts)}')
 
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -207,8 +227,6 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
     if config.compile:
         compile_blocks(model)
 
-    size = {} if config.img_size is None else {'img_size': config.img_size}
-    data_config = resolve_data_config(size, model=model)
     train_transform, val_transform = create_transforms(
         data_config, hflip=config.hflip, auto_augment=config.auto_augment
     )
@@ -431,4 +449,5 @@ def _model_args(config: TrainConfig) -> dict[str, Any]:
 
 
 def _describe(facts: Mapping[str, Any]) -> str:
-    return f'{facts["train"]} training and {facts["val"]} validation images of {len(facts["classes"])} classes'
+    counts = f'{facts["train"]} training and {facts["val"]} validation images of {len(facts["classes"])} classes'
+    return f'{counts} (data {facts.get("fingerprint") or facts.get("listing") or "without a fingerprint"})'

@@ -13,7 +13,7 @@ from test_data import make_images
 
 from sase_blocks import __version__, cli
 from sase_blocks.blocks import SASE_GENOTYPE, Genotype, list_blocks
-from sase_blocks.checkpoint import save_checkpoint
+from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
 from sase_blocks.cli.info import draw_genotype
 from sase_blocks.insertion import insert
 from sase_blocks.ops import EXTENDED_SETS, SETS
@@ -312,6 +312,20 @@ def test_attend_overwrites_no_image(capsys, tmp_path):
     code, out, _ = run(capsys, 'attend', *paths, '-o', str(tmp_path), '--model', 'resnet20_cifar', '--genotype', 'se')
     assert (code, 'cat_attention_2.png' in out, 'cat_attention_attention.png' in out) == (0, True, True)
     assert [Path(path).read_bytes() for path in paths] == before
+
+
+def test_attend_on_names_that_are_not_utf8(capsys, tmp_path):
+    """Of the image and of the class."""
+    trained_run(tmp_path)
+    saved = read_checkpoint(tmp_path / 'best.pt')
+    save_checkpoint({**saved, 'data': {'classes': ['c\udce4t', 'd\x1bg']}}, tmp_path / 'best.pt')
+    paths = photos(tmp_path, 'a\udcff\n.png')
+    code, out, _ = run(capsys, 'attend', *paths, '-o', str(tmp_path / 'maps'), '--checkpoint', f'{tmp_path}/best.pt')
+    assert (code, len(list((tmp_path / 'maps').iterdir()))) == (0, 1)
+    line = out.splitlines()[-1]
+    assert line.isprintable()
+    assert r'a\udcff\n.png: ' in line
+    assert r'c\udce4t, 0.' in line or r'd\x1bg, 0.' in line
 
 
 def broken(folder):

@@ -1,21 +1,41 @@
 """Image data: what is refused before any work, and that augmentation depends on (seed, epoch, index) alone."""
 
+import io
+import os
 import random
+import shutil
+import socket
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from timm.data import ImageDataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch import nn
 from torch.utils.data import DataLoader
+from torchvision.datasets import FakeData
 
+from sase_blocks import data
 from sase_blocks.data import (
     EpochSampler,
+    ImageFiles,
+    Samples,
     TransformedSamples,
     create_transforms,
+    decode_image,
     derive_seed,
     find_broken,
+    image_config,
+    inspect_images,
+    listing,
     open_data,
+    open_training_data,
+    printable,
+    same_data,
     seeded,
 )
 
@@ -36,9 +56,30 @@ def make_images(root, train=4, val=2, classes=('cat', 'dog', 'owl'), size=12, va
     return Path(root)
 
 
+def disguise(root):
+    """The class cat gets a name that is not UTF-8, as one of its images does, and all of them lie in folders below."""
+    for split in ('train', 'val'):
+        folder = os.fsencode(root / split)
+        os.rename(folder + b'/cat', folder + b'/c\xe4t')
+        for i, name in enumerate(sorted(os.listdir(folder + b'/c\xe4t'))):
+            part = folder + b'/c\xe4t/part%d' % (i % 2)
+            os.makedirs(part, exist_ok=True)
+            os.rename(folder + b'/c\xe4t/' + name, part + (b'/\xff\n' if i == 0 else b'/') + name)
+    return root
+
+
 def truncate(path, part=0.7):
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * part)])
+
+
+def bind(path):
+    """A socket, which stays in its folder when it is closed. Its path may be too long for the system."""
+    here = os.getcwd()
+    os.chdir(path.parent)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path.name)
+    os.chdir(here)
 
 
 def remove(root, pattern):
@@ -58,10 +99,21 @@ def remove(root, pattern):
         (lambda r: remove(r, 'val/**/*') or (r / 'val').rmdir(), FileNotFoundError, 'no folder val or .*holds: train'),
         (lambda r: remove(r, 'train/*/*'), ValueError, r'train holds no images'),
         (lambda r: remove(r, 'val/**/*'), ValueError, r'val holds no images'),
-        (lambda r: remove(r, '*/[do]*/*'), ValueError, r'the data has one class \(cat\)'),
-        (lambda r: remove(r, 'val/owl/*'), ValueError, 'only in train: owl; only in val: none'),
+        (lambda r: (remove(r, '*/[do]*/*'), remove(r, '*/[do]*')), ValueError, r'the data has one class \(cat\)'),
+        (lambda r: (remove(r, 'val/owl/*'), remove(r, 'val/owl')), ValueError, 'only in train: owl; only in val: none'),
+        (lambda r: remove(r, '*/owl/*'), ValueError, 'class folders without an image in .*train: owl'),
+        (lambda r: remove(r, 'val/[do]*/*'), ValueError, 'class folders without an image in .*val: dog, owl'),
         (lambda r: (r / 'val/dog').rename(r / 'val/hog'), ValueError, 'only in train: dog; only in val: hog'),
         (lambda r: (r / 'train/cat/0.png').rename(r / 'train/0.png'), ValueError, 'images outside any class folder'),
+        (lambda r: os.mkfifo(r / 'train/cat/a.png'), ValueError, r'cat.a\.png is no regular file'),
+        (lambda r: os.mkfifo(r / 'val/owl/a.jpg'), ValueError, r'owl.a\.jpg is no regular file'),
+        (lambda r: bind(r / 'train/cat/a.png'), ValueError, r'cat.a\.png is no regular file'),
+        (lambda r: (r / 'train/cat/a.png').symlink_to('/dev/null'), ValueError, r'cat.a\.png is no regular file'),
+        (lambda r: (r / 'train/cat/a.png').symlink_to('gone.png'), ValueError, r'cat.a\.png is no regular file'),
+        (lambda r: (r / 'train/cat/part').symlink_to('gone'), ValueError, r'cat.part is no regular file'),
+        (lambda r: (r / 'train/pig').symlink_to('gone'), ValueError, r'train.pig is no regular file'),
+        (lambda r: (r / 'train/cat/a.png').mkdir(), ValueError, r'cat.a\.png is a folder without images'),
+        (lambda r: (r / 'train/cat/all').symlink_to('../..'), ValueError, 'is a link to a folder that it lies in'),
     ],
 )
 def test_wrong_folder_is_refused(tmp_path, spoil, error, says):
@@ -93,13 +145,134 @@ def test_class_folders_are_opened(tmp_path, val_name):
     assert Path(train.name(5)).parts[-3:] == ('train', 'dog', '1.png')
 
 
-def test_data_set_by_name_is_opened(tmp_path):
-    """torchvision's image folder stands for the data sets that are no timm readers."""
+class Reader(list):
+    """A reader of timm's, as Hugging Face's data sets have: open files and labels."""
+
+    class_to_idx = {'dog': 1, 'cat': 0}  # noqa: RUF012
+
+    def __getitem__(self, index):
+        content, label = super().__getitem__(index)
+        return io.BytesIO(content), label
+
+
+def test_data_set_by_name_is_opened(tmp_path, monkeypatch):
+    """A folder, one that torchvision decodes, one that a reader of timm gives as files, and one in memory."""
     root = make_images(tmp_path)
-    train, val = open_data(root, 'torch/image_folder')
-    assert (train.classes, len(train), len(val), train.load(11)[1]) == (['cat', 'dog', 'owl'], 12, 6, 2)
-    assert train.name(3) == 'train[3]'
+    by_name, plain = open_data(root, 'torch/image_folder'), open_data(root)
+    assert [(s.classes, s.source.samples) for s in by_name] == [(s.classes, s.source.samples) for s in plain]
+
+    good = (root / 'train/cat/0.png').read_bytes()
+    sources = {
+        'decoded': FakeData(5, (3, 9, 9), num_classes=2),
+        'reader': ImageDataset(root='', reader=Reader([(good, 0), (good[:-90], 1), (good, 1), (good, 2)])),
+        'array': FakeData(5, (3, 9, 9), num_classes=2),
+    }
+    sources['array'].data = np.arange(5, dtype=np.uint8)
+    sources['array'].targets = [0, 1, 1, 0, 1]
+    monkeypatch.setattr(data, 'create_dataset', lambda name, **options: sources[name])
+    train = open_training_data(root, 'decoded', num_classes=2)
+    assert (train.classes, len(train), train.name(3), train.load(3)[0].size) == (['0', '1'], 5, 'train[3]', (9, 9))
     assert find_broken(train) == {}
+    train = open_training_data(root, 'reader')
+    assert (train.classes, train.load(2)[0].size, train.part([1, 2]).labels()) == (['cat', 'dog'], (12, 12), [1, 1])
+    broken = find_broken(train)
+    assert list(broken) == [1, 3]
+    assert broken[3] == 'train[3]: its label 2 is none of the 2 classes'
+    prints = set()
+    for sources['array'].data[0] in (0, 7):
+        broken, fingerprint = inspect_images(open_training_data(root, 'array', num_classes=2))
+        assert broken == {}
+        prints.add(fingerprint)
+    assert len(prints) == 2
+
+
+@pytest.mark.parametrize(('dataset', 'count'), [('', 3), ('torch/image_folder', 3)])
+def test_number_of_classes_that_the_data_contradict_is_refused(tmp_path, dataset, count):
+    root = make_images(tmp_path)
+    open_data(root, dataset, num_classes=count)
+    for wrong in (count - 1, count + 7):
+        for opened in (open_data, open_training_data):
+            with pytest.raises(ValueError, match=f'num_classes is {wrong}, but train has 3 classes .*cat, dog, owl'):
+                opened(root, dataset, num_classes=wrong)
+
+
+def test_classes_are_the_first_level_and_hidden_names_are_ignored(tmp_path):
+    root = make_images(tmp_path, classes=('cat', 'dog'))
+    plain = [(s.classes, s.source.samples) for s in open_data(root)]
+    for hidden in ('.ipynb_checkpoints', '.git/objects', '__MACOSX/cat', '@eaDir', 'cat/.ipynb_checkpoints'):
+        for split in ('train', 'val'):
+            (root / split / hidden).mkdir(parents=True)
+            shutil.copy(root / 'val/cat/0.png', root / split / hidden / '0.png')
+    for junk in ('.DS_Store', '._a.jpg', 'Thumbs.db', 'readme.txt', '.hidden.png'):
+        for folder in ('train', 'train/cat', 'val/dog'):
+            (root / folder / junk).write_bytes(b'nothing')
+    assert [(s.classes, s.source.samples) for s in open_data(root)] == plain
+
+    for i, name in enumerate(('cat/part1/a.png', 'cat/part2/deep/b.TIF', 'dog/part1/c.webp', 'dog/x.png/d.bmp')):
+        for split in ('train', 'val'):
+            (root / split / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new('L', (5, 5), i).save(root / split / name)
+    for samples, own in zip(open_data(root), (4, 2), strict=True):
+        assert samples.classes == ['cat', 'dog']
+        assert samples.labels() == [0] * (own + 2) + [1] * (own + 2)
+        assert [samples.name(i).endswith(('b.TIF', 'd.bmp')) for i in (own + 1, 2 * own + 3)] == [True, True]
+    shutil.rmtree(root / 'train/dog')
+    (root / 'train/dog').symlink_to(root / 'val/dog')  # folders and files may be links
+    assert len(open_training_data(root)) == 6 + 4
+
+
+def test_order_is_timms_and_not_the_file_systems(tmp_path, monkeypatch):
+    """Runs and results of earlier versions depend on it. timm leaves open the order of names that differ in case."""
+    names = ['b10', 'b2', 'B1', 'a', 'a b', 'a-1', 'ä']
+    files = ['10.png', '9.png', 'img2.png', 'img10.png', 'IMG3.PNG', '007.jpg']
+    for name in names:
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        for file in files:
+            (tmp_path / 'train' / name / file).touch()
+    train = open_training_data(tmp_path)
+    theirs = ReaderImageFolder(str(tmp_path / 'train'))
+    assert train.source.samples == theirs.samples
+    assert {name: i for i, name in enumerate(train.classes)} == theirs.class_to_idx
+    for name in ('1.png', '01.png', 'A.png', 'a.png'):
+        (tmp_path / 'train' / 'a' / name).touch()
+    (tmp_path / 'train' / 'B2').mkdir()
+    (tmp_path / 'train' / 'B2' / '1.png').touch()
+    first, real = open_training_data(tmp_path), os.scandir
+
+    class Backwards:
+        def __init__(self, path):
+            with real(path) as entries:
+                self.entries = sorted(entries, key=lambda entry: entry.name, reverse=self.turned)
+
+        turned = True
+        __enter__ = lambda self: iter(self.entries)  # noqa: E731
+        __exit__ = lambda self, *_: None  # noqa: E731
+
+    for Backwards.turned in (True, False):
+        monkeypatch.setattr(os, 'scandir', Backwards)
+        again = open_training_data(tmp_path)
+        assert (again.classes, again.source.samples) == (first.classes, first.source.samples)
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    root = make_images(tmp_path, classes=('cat', 'dog'))
+    os.rename(os.fsencode(root / 'train/cat'), os.fsencode(root) + b'/train/c\xe4t')
+    os.rename(os.fsencode(root / 'train/dog/1.png'), os.fsencode(root) + b'/train/dog/\xff\n.png')
+    with pytest.raises(ValueError, match=r'only in train: c\\udce4t; only in val: cat') as caught:
+        open_data(root)
+    train = open_training_data(root)
+    assert train.labels() == [0] * 4 + [1] * 4
+    broken, fingerprint = inspect_images(train, progress=False)
+    assert (broken, len(fingerprint), len(listing(train))) == ({}, 16, 16)
+    truncate(Path(train.source.samples[7][0]))
+    (text,) = find_broken(train, progress=False).values()
+    with pytest.raises(ValueError, match='broken image') as also:
+        train.load(7)
+    for shown in (text, str(caught.value), str(also.value)):
+        assert shown.isprintable()
+        shown.encode()
+    assert r'dog/\udcff\n.png' in text
+    assert printable('Käse 10 °C/\x1b[2J\u202e') == r'Käse 10 °C/\x1b[2J\u202e'
 
 
 @pytest.mark.parametrize('suffix', ['jpg', 'png'])
@@ -127,6 +300,247 @@ def test_broken_image_met_in_training_is_an_error_with_its_name(tmp_path):
     train, _ = open_data(root)
     with pytest.raises(ValueError, match=r'broken image .*dog.1\.png'):
         train.load(5)
+
+
+def test_images_of_one_set_are_read_once(tmp_path, monkeypatch):
+    root = make_images(tmp_path)
+    read, real = [], Samples.read
+    monkeypatch.setattr(Samples, 'read', lambda self, position: read.append(position) or real(self, position))
+    first = inspect_images(open_training_data(root), progress=False)
+    assert sorted(read) == list(range(12))
+    assert inspect_images(open_training_data(root), progress=False) == first
+    assert len(read) == 12
+    truncate(root / 'train/dog/1.png')
+    assert len(find_broken(open_training_data(root), progress=False)) == 1
+    assert len(read) == 24
+
+
+# ---- pixels ----
+
+
+def stored(image, suffix, **options):
+    file = io.BytesIO()
+    image.save(file, suffix, **options)
+    return file.getvalue()
+
+
+def twelve_bits(values):
+    """A TIFF that states 12 bits a sample, two samples in three bytes."""
+    height, width = values.shape
+    pairs = values.reshape(-1, 2).astype(np.uint32)
+    packed = (pairs[:, 0] << 12) | pairs[:, 1]
+    pixels = b''.join(int(pair).to_bytes(3, 'big') for pair in packed)
+    tags = [(256, width), (257, height), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, height)]
+    entries = b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag, value in [*tags, (279, len(pixels))])
+    return b'II*\0' + struct.pack('<I', 8 + len(pixels)) + pixels + struct.pack('<H', 9) + entries + bytes(4)
+
+
+RAMP = np.linspace(0, 65535, 48).round().astype(np.uint16).reshape(6, 8)
+EIGHT = (RAMP / 257).round().astype(np.uint8)  # what the ramp is in 8 bits
+
+
+@pytest.mark.parametrize(
+    ('content', 'largest'),
+    [
+        (lambda: stored(Image.fromarray(RAMP), 'png'), 65535),
+        (lambda: stored(Image.fromarray(RAMP), 'tiff'), 65535),
+        (lambda: stored(Image.fromarray(RAMP.astype('>u2')), 'tiff'), 65535),
+        (lambda: b'P5 8 6 65535\n' + RAMP.astype('>u2').tobytes(), 65535),
+        (lambda: twelve_bits(RAMP >> 4), None),
+        (lambda: stored(Image.fromarray(EIGHT), 'png'), None),
+        (lambda: stored(Image.fromarray(EIGHT).convert('LA'), 'png'), None),
+        (lambda: stored(Image.fromarray(EIGHT).convert('RGBA'), 'png'), None),
+        (lambda: stored(Image.fromarray(EIGHT).convert('CMYK'), 'tiff'), None),
+        (lambda: stored(Image.fromarray(EIGHT).convert('P'), 'png', transparency=bytes(range(256))), None),
+        (lambda: stored(Image.fromarray(EIGHT).convert('P'), 'png', transparency=3), None),
+        (lambda: Image.fromarray(RAMP), 65535),
+        (lambda: Image.fromarray(EIGHT), None),
+    ],
+    ids=['png16', 'tiff16', 'tiff16 big endian', 'pgm16', 'tiff12', 'L', 'LA', 'RGBA', 'CMYK', 'P', 'P3', 'I;16', 'Lm'],
+)
+@pytest.mark.parametrize('mode', ['L', 'RGB'])
+def test_pixels_keep_their_place_in_the_range(content, largest, mode):
+    image, found = decode_image(content(), mode)
+    assert (image.mode, found) == (mode, largest)
+    pixels = np.asarray(image).reshape(6, 8, -1)
+    np.testing.assert_allclose(pixels, np.broadcast_to(EIGHT[..., None], pixels.shape), atol=1)
+
+
+@pytest.mark.parametrize('mode', ['L', 'RGB'])
+def test_one_bit_is_black_and_white(mode):
+    image, _ = decode_image(stored(Image.fromarray(EIGHT > 99), 'png'), mode)
+    assert (np.asarray(image).reshape(6, 8, -1) == np.where(EIGHT > 99, 255, 0)[..., None]).all()
+
+
+@pytest.mark.parametrize(
+    ('array', 'says'),
+    [
+        (RAMP.astype(np.float32), '32-bit floating-point pixels have no known range'),
+        (RAMP.astype(np.float32) / 65535, '32-bit floating-point pixels have no known range'),
+        (RAMP.astype(np.int32), '32-bit integer pixels have no known range'),
+    ],
+)
+def test_pixels_without_a_range_are_refused_by_name(tmp_path, array, says):
+    root = make_images(tmp_path)
+    Image.fromarray(array).save(root / 'train/dog/deep.tif')
+    train = open_training_data(root)
+    (text,) = find_broken(train, progress=False).values()
+    assert says in text
+    assert 'deep.tif' in text
+    with pytest.raises(ValueError, match=rf'dog.deep\.tif: {says}.*save it with 8 or 16 bits'):
+        train.load(8)
+
+
+def test_twelve_bits_in_sixteen_are_refused_where_all_are(tmp_path):
+    """A file does not tell them from a dark image, a set of images does."""
+    root = make_images(tmp_path)
+    for i, most in enumerate((4095, 1000)):
+        Image.fromarray((RAMP.astype(np.uint32) * most // 65535).astype(np.uint16)).save(root / f'train/dog/1{i}.png')
+    broken, fingerprint = inspect_images(open_training_data(root), progress=False)
+    assert [text.split(': ')[1] for text in broken.values()] == [
+        f'a 16-bit image of values up to {most} among 16-bit images that all stay below 4096, so nearly black'
+        for most in (4095, 1000)
+    ]
+    remove(root, 'train/dog/1?.png')
+    assert inspect_images(open_training_data(root), progress=False) == ({}, fingerprint)
+    Image.fromarray(RAMP >> 5).save(root / 'train/dog/10.png')
+    Image.fromarray(RAMP).save(root / 'train/dog/11.png')
+    assert find_broken(open_training_data(root), progress=False) == {}
+
+
+UPRIGHT = np.repeat(np.repeat(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40, 16, 0), 16, 1)
+TURNED = {  # how a picture lies in a file that states this orientation
+    1: UPRIGHT, 2: UPRIGHT[:, ::-1], 3: UPRIGHT[::-1, ::-1], 4: UPRIGHT[::-1],
+    5: UPRIGHT.T, 6: np.rot90(UPRIGHT), 7: UPRIGHT[::-1, ::-1].T, 8: np.rot90(UPRIGHT, -1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('orientation', TURNED)
+def test_orientation_of_exif_is_applied(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for suffix, mode in (
+        ('jpeg', 'L'),
+        ('jpeg', 'RGB'),
+        ('png', 'L'),
+        ('png', 'I;16'),
+        ('tiff', 'RGB'),
+        ('webp', 'RGB'),
+    ):
+        lying = np.ascontiguousarray(TURNED[orientation])
+        picture = Image.fromarray(lying.astype(np.uint16) * 257 if mode == 'I;16' else lying)
+        picture = picture if mode == 'I;16' else picture.convert(mode)
+        content = stored(picture, suffix, exif=exif)
+        for wanted in ('L', 'RGB'):
+            image, _ = decode_image(content, wanted)
+            np.testing.assert_allclose(np.asarray(image.convert('L')).astype(int), UPRIGHT, atol=12)
+    (tmp_path / 'a.jpg').write_bytes(stored(Image.fromarray(TURNED[orientation].copy()), 'jpeg', exif=exif))
+    samples = Samples(ImageFiles(str(tmp_path), [(str(tmp_path / 'a.jpg'), 0)]), ['a'], [0], 'train')
+    assert samples.load(0)[0].size == (48, 32)
+
+
+@pytest.mark.parametrize(
+    'exif', [b'Exif\0\0nonsense', b'Exif\0\0MM\0*\0\0\0\x08\xff\xff', b'\xff' * 40], ids=['text', 'cut', 'bytes']
+)
+@pytest.mark.filterwarnings('ignore')  # Pillow may warn of it
+def test_broken_exif_is_no_broken_image(exif):
+    image, _ = decode_image(stored(Image.fromarray(UPRIGHT), 'jpeg', exif=exif), 'L')
+    assert image.size == (48, 32)
+
+
+# ---- the same data ----
+
+
+def swap(folder):
+    """All images of a class exchanged, under the old names; these noisy ones keep even their sizes."""
+    for path in sorted(folder.iterdir()):
+        size = path.stat().st_size
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+        assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize(
+    ('change', 'contents', 'names'),
+    [
+        (lambda r: None, False, False),
+        (lambda r: [os.utime(path) for path in r.rglob('*.png')], False, False),
+        (lambda r: (r / 'train').rename(r / 'training'), False, False),
+        (lambda r: swap(r / 'train/dog'), True, False),
+        (lambda r: Image.new('RGB', (12, 12)).save(r / 'train/dog/0.png'), True, True),
+        (lambda r: (r / 'train/dog/3.png').rename(r / 'train/dog/4.png'), False, True),
+        (lambda r: (r / 'train/dog/3.png').unlink(), True, True),
+        (lambda r: (r / 'train/dog').rename(r / 'train/pig'), True, True),
+        (lambda r: (r / 'train/cat/3.png').rename(r / 'train/dog/3.png'), True, True),
+    ],
+    ids=['nothing', 'times', 'root', 'swap', 'one', 'renamed', 'one less', 'class renamed', 'moved'],
+)
+def test_fingerprints(tmp_path, change, contents, names):
+    root = make_images(tmp_path)
+    before = open_training_data(root)
+    before = inspect_images(before, progress=False)[1], listing(before)
+    change(root)
+    after = open_training_data(root)
+    assert (inspect_images(after, progress=False)[1] != before[0]) == contents
+    assert (listing(after) != before[1]) == names
+
+
+def test_facts_are_compared_as_far_as_both_runs_know_them():
+    facts = {'train': 3, 'fingerprint': 'a', 'listing': 'b'}
+    for other, same in (
+        (facts, True),
+        ({**facts, 'fingerprint': None}, True),  # a run without the check
+        ({'train': 3}, True),  # a run of an earlier version
+        ({**facts, 'listing': 'c'}, True),  # renamed
+        ({**facts, 'train': 4}, False),
+        ({**facts, 'fingerprint': 'c'}, False),
+        ({**facts, 'fingerprint': None, 'listing': 'c'}, False),
+    ):
+        assert same_data(other, facts) is same_data(facts, other) is same
+
+
+# ---- channels ----
+
+
+@pytest.mark.parametrize(
+    ('name', 'arguments', 'img_size', 'expected'),
+    [
+        ('resnet20_cifar', {}, None, ((3, 32, 32), 3)),
+        ('resnet20_cifar', {'in_chans': 1}, 12, ((1, 12, 12), 1)),
+        ('test_efficientnet', {'in_chans': 1}, None, ((1, 160, 160), 1)),
+        ('test_vit', {'in_chans': 1}, None, ((1, 160, 160), 1)),
+        ('resnet20_cifar', {'in_chans': 5}, None, ((5, 32, 32), 5)),
+    ],
+)
+def test_channels_are_those_of_the_model(name, arguments, img_size, expected):
+    model = timm.create_model(name, **arguments)
+    config = image_config(model, img_size)
+    assert (config['input_size'], len(config['mean'])) == expected
+    assert len(config['std']) == expected[1]
+
+
+def test_channels_of_folded_stems():
+    """TResNet's first convolution has 16 times the channels of the images."""
+    from timm.layers import SpaceToDepth
+
+    net = nn.Sequential(SpaceToDepth(4), nn.Conv2d(48, 8, 1))
+    assert image_config(net)['input_size'] == (3, 224, 224)
+
+
+@pytest.mark.parametrize('size', [12, 96])
+def test_grey_images_are_loaded_for_one_channel(tmp_path, size):
+    train, _ = open_data(make_images(tmp_path, size=20))
+    with pytest.raises(ValueError, match='takes images of 4 channels; image files have 1'):
+        train.in_channels(4)
+    grey = train.in_channels(1)
+    assert (train.load(0)[0].mode, grey.load(0)[0].mode) == ('RGB', 'L')
+    config = {**MEAN_STD, 'input_size': (1, size, size), 'mean': (0.4,), 'std': (0.3,)}
+    for transform in create_transforms(config, auto_augment='rand-m9-mstd0.5-n4' if size > 64 else None):
+        samples = TransformedSamples(grey, transform, 0)
+        for i in range(len(samples)):
+            assert samples[0, i][0].shape == (1, size, size)
+
+
+# ---- order and augmentation ----
 
 
 @pytest.mark.parametrize('size', [12, 96])

@@ -17,7 +17,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from test_data import make_images, truncate
+from test_data import disguise, make_images, swap, truncate
 
 from sase_blocks.blocks import Genotype
 from sase_blocks.checkpoint import read_checkpoint
@@ -171,14 +171,28 @@ def pictures_of(size):
     return F.interpolate(images.float(), size=size).to(torch.uint8), labels, classes
 
 
-@pytest.mark.parametrize('size', [12, 72], ids=['in memory', 'by loading processes'])
-def test_images_from_files(config, tmp_path, size, look_often):
-    data = make_images(tmp_path / 'images', train=6, val=1, classes=('cat', 'dog'))
+@pytest.mark.parametrize(('size', 'channels'), [(12, 1), (72, 3)], ids=['grey, in memory', 'by loading processes'])
+def test_images_from_files(config, tmp_path, size, channels, look_often):
+    """Under names that are not UTF-8. The same names and counts with other images are other data."""
+    data = disguise(make_images(tmp_path / 'images', train=6, val=1, classes=('cat', 'dog')))
     changes = {'data': str(data), 'img_size': size, 'batch_size': 2, 'hessian_every': 0, 'epochs': 1}
-    result = search(replace(config, **changes))
+    config = replace(config, model_args={**config.model_args, 'in_chans': channels}, **changes)
+    result = search(config)
     assert result['data']['weights'] == result['data']['held_out'] == 6
-    again = search(replace(config, out=config.out + '2', **changes))
+    assert result['data']['classes'] == read_result(config.out)['data']['classes'] == ['c\udce4t', 'dog']
+    again = search(replace(config, out=config.out + '2'))
     assert again['logits'] == result['logits']
+    swap(data / 'train' / 'dog')
+    with pytest.raises(ValueError, match='holds a search on other data'):
+        search(replace(config, resume=True))
+
+
+def test_images_of_other_channels_than_the_models(config, tmp_path):
+    data = str(make_images(tmp_path / 'images', train=6, val=1, classes=('cat', 'dog')))
+    with pytest.raises(ValueError, match='the model takes images of 2 channels; image files have 1'):
+        search(replace(config, data=data, model_args={**config.model_args, 'in_chans': 2}))
+    with pytest.raises(ValueError, match='the images have 3 channels, the model takes 1'):
+        search(replace(config, model_args={**config.model_args, 'in_chans': 1}), pictures())
 
 
 # ---- faults ----
@@ -329,10 +343,11 @@ def test_wrong_data(config, changes, data, says):
     [
         (lambda root: truncate(next((root / 'train' / 'cat').iterdir())), 'broken image .*--skip-broken'),
         (lambda root: next((root / 'train' / 'cat').iterdir()).write_bytes(b''), 'broken image'),
-        (lambda root: [p.unlink() for p in (root / 'train' / 'cat').iterdir()][1:], 'one class'),
+        (lambda root: [p.unlink() for p in (root / 'train' / 'cat').iterdir()], 'class folders without an image'),
+        (lambda root: os.mkfifo(root / 'train' / 'cat' / 'a.png'), r'a\.png is no regular file'),
         (lambda root: [p.unlink() for p in list((root / 'train' / 'cat').iterdir())[1:]], 'has 1 training images'),
     ],
-    ids=['truncated', 'empty file', 'one class', 'one image'],
+    ids=['truncated', 'empty file', 'no image', 'a pipe', 'one image'],
 )
 def test_wrong_files(config, tmp_path, harm, says):
     data = make_images(tmp_path / 'images', train=6, val=1, classes=('cat', 'dog'))

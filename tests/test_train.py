@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from test_data import make_images, truncate
+from PIL import Image
+from test_data import disguise, make_images, swap, truncate
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
@@ -328,7 +330,7 @@ def test_result_metrics_and_log(config, tmp_path, capsys, monkeypatch):
     assert (result['best_acc1'], result['best_epoch']) == (best['acc1'], best['epoch'])
     assert list((tmp_path / 'run/tensorboard').glob('events*'))
     out = capsys.readouterr().out
-    assert '14 training and 6 validation images of 2 classes, as 3 x 12 x 12' in out
+    assert re.search(r'14 training and 6 validation images of 2 classes \(data [0-9a-f+]{33}\), as 3 x 12 x 12', out)
     assert 'epoch 3/3: training loss' in out
     # The checkpoint is one of timm's, too.
     model = timm.create_model(
@@ -513,6 +515,8 @@ def test_compile_needs_one_of_our_blocks(config):
         ({'data': '/nowhere/at/all'}, 'there is no data folder'),
         ({'checkpoint': '/nowhere.pt'}, r'there is no checkpoint .*nowhere\.pt'),
         ({'auto_augment': 'rand-m9'}, 'larger than 64 px'),
+        ({'num_classes': 7}, r'num_classes is 7, but train has 2 classes \(cat, dog\)'),
+        ({'model_args': {'in_chans': 4}}, 'the model takes images of 4 channels; image files have 1'),
     ],
 )
 def test_wrong_setting_is_refused_before_any_work(config, setting, says):
@@ -550,6 +554,39 @@ def test_run_on_other_data_or_of_something_else_is_not_resumed(config, tmp_path)
     Path(config.out, 'last.pt').write_bytes(b'broken')
     with pytest.raises(ValueError, match='truncated, damaged or no checkpoint'):
         train(replace(first, resume=True))
+
+
+def test_run_on_exchanged_images_is_not_resumed(config, tmp_path):
+    """The same names and counts, and other images; without the check it is their sizes that tell."""
+    root = make_images(tmp_path / 'own', train=7, val=3, classes=('cat', 'dog'))
+    first = replace(config, data=str(root), epochs=1)
+    train(first)
+    again = replace(first, resume=True)
+    for changes in ({}, {'check': False}):
+        assert train(replace(again, **changes))['epochs'] == 1
+    for split in ('train', 'val'):
+        other = shutil.copytree(root, tmp_path / split)
+        swap(other / split / 'dog')
+        with pytest.raises(ValueError, match=r'trained on other data: .*\(data \w+\+\w+\), this is .*\(data \w+\+'):
+            train(replace(again, data=str(other)))
+        Image.new('RGB', (12, 12)).save(other / split / 'dog' / '0.png')
+        with pytest.raises(ValueError, match=r'trained on other data: .*\(data \w+\+\w+\), this is .*\(data \w+\+'):
+            train(replace(again, data=str(other), check=False))
+
+
+def test_grey_images_under_names_that_are_not_utf8(config, tmp_path, capsys):
+    root = disguise(make_images(tmp_path / 'own', train=7, val=3, classes=('cat', 'dog')))
+    config = replace(config, data=str(root), model_args={**config.model_args, 'in_chans': 1}, epochs=1)
+    assert train(config)['epochs'] == train(replace(config, resume=True))['epochs'] == 1
+    saved = read_checkpoint(Path(config.out, 'last.pt'))
+    assert (saved['data']['classes'], saved['state_dict']['conv1.weight'].shape[1]) == (['c\udce4t', 'dog'], 1)
+    assert 'as 1 x 12 x 12' in capsys.readouterr().out
+    (image,) = (root / 'train').rglob('*\n*')
+    truncate(image)
+    with pytest.raises(ValueError, match=r'broken image .*c\\udce4t/part0/\\udcff\\n0\.png'):
+        train(replace(config, out=str(tmp_path / 'second')))
+    train(replace(config, out=str(tmp_path / 'second'), skip_broken=True))
+    assert r'c\udce4t/part0/\udcff\n0.png' in capsys.readouterr().out
 
 
 def test_output_folder_that_cannot_be_written(config, tmp_path):

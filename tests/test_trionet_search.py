@@ -20,7 +20,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from test_data import make_images
+from test_data import disguise, make_images, swap, truncate
 from torch import nn
 
 from sase_blocks.checkpoint import read_checkpoint
@@ -275,10 +275,20 @@ def test_settings(config, changes, monkeypatch):
         assert result['cost']['milliseconds'] <= 1e4
 
 
-def test_images_from_files_and_finetuning(config, tmp_path, look_often):
-    data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
-    changes = {'data': str(data), 'batch_size': 4, 'epochs': 1, 'evaluations': 5, 'finetune': 1}
-    result = search(replace(config, **changes))
+def test_images_from_files_and_finetuning(config, tmp_path, look_often, capsys):
+    """Under names that are not UTF-8. A broken test image is found before any work."""
+    data = disguise(make_images(tmp_path / 'images', train=8, val=3, classes=('cat', 'dog')))
+    (image,) = (data / 'val').rglob('*\n*')
+    truncate(image)
+    config = replace(config, data=str(data), batch_size=4, epochs=1, evaluations=5, finetune=1, in_chans=1)
+    with pytest.raises(ValueError, match=r'broken image .*\\udcff\\n0\.png.*--skip-broken'):
+        search(config)
+    assert not (Path(config.out) / 'supernet.pt').exists()
+    (data / 'val' / 'dog' / '0.png').unlink()  # four good ones remain
+    config = replace(config, skip_broken=True)
+    result = search(config)
+    assert 'warning: 1 broken image left out' in capsys.readouterr().out
+    assert result['data']['classes'] == ['c\udce4t', 'dog']
     assert result['data']['weights'] == 12
     assert result['data']['held_out'] == 4
     assert result['test_accuracy'] in (0, 25, 50, 75, 100)
@@ -288,7 +298,11 @@ def test_images_from_files_and_finetuning(config, tmp_path, look_often):
     start = read_checkpoint(Path(config.out) / 'network.pt')['state_dict']
     end = read_checkpoint(tuned / 'last.pt')['state_dict']
     assert start.keys() == end.keys()
+    assert start['conv1.weight'].shape[1] == 1
     assert not torch.equal(start['conv1.weight'], end['conv1.weight'])
+    swap(data / 'train' / 'dog')
+    with pytest.raises(ValueError, match='holds a search on other data'):
+        search(replace(config, resume=True))
 
 
 def test_the_demo_at_a_smaller_size(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Captured gates are the gates that act on the features, the network stays as it was, and pictures show the numbers."""
 
+import os
 import sys
 
 import matplotlib
@@ -320,9 +321,16 @@ def test_attention_refused(model, arguments, text):
         plot_attention(model, images(), **arguments)
 
 
+# Modes of more than 8 bits: a factor and a type.
+DEEP = {'I;16': (257.0, np.uint16), 'twelve': (16.0, np.uint16), 'F': (1.0, np.float32), 'I': (257.0, np.int32)}
+
+
 def write_image(path, mode='RGB', size=(40, 30)):
     array = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(array).convert(mode).save(path)
+    if mode in DEEP:
+        Image.fromarray((array[..., 0] * DEEP[mode][0]).astype(DEEP[mode][1])).save(path)
+    else:
+        Image.fromarray(array).convert(mode).save(path)
     return path
 
 
@@ -331,6 +339,8 @@ def write_image(path, mode='RGB', size=(40, 30)):
     [
         ('RGB', 'png', 3, None),
         ('L', 'png', 3, 16),
+        ('I;16', 'png', 1, None),
+        ('I;16', 'tif', 3, None),
         ('RGBA', 'png', 3, None),
         ('P', 'gif', 1, None),
         ('RGB', 'jpg', 1, 48),
@@ -343,6 +353,7 @@ def test_images_are_read_as_the_network_takes_them(tmp_path, mode, suffix, chann
     side = img_size or 32
     assert batch.shape == pictures.shape == (2, channels, side, side)
     assert (pictures.min() >= 0, pictures.max() <= 1, pictures.std() > 0.05) == (True, True, True)
+    assert 0.4 < pictures.mean() < 0.6
     cfg = model.pretrained_cfg
     mean, std = (np.array(cfg[name]) for name in ('mean', 'std'))
     if channels == 1:
@@ -352,6 +363,16 @@ def test_images_are_read_as_the_network_takes_them(tmp_path, mode, suffix, chann
     assert model(batch).shape == (2, 10)
 
 
+def test_images_are_read_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = np.zeros((32, 32), np.uint8)
+    lying[:16] = 255  # the upper half, which is the right one of the picture
+    Image.fromarray(lying).save(tmp_path / 'a.png', exif=exif)
+    _, pictures = read_images([tmp_path / 'a.png'], timm.create_model('resnet20_cifar'), 32)
+    assert (pictures[0, :, :, 18:].min() > 0.9, pictures[0, :, :, :14].max() < 0.1) == (True, True)
+
+
 @pytest.mark.parametrize(
     ('name', 'in_chans', 'error', 'text'),
     [
@@ -359,6 +380,11 @@ def test_images_are_read_as_the_network_takes_them(tmp_path, mode, suffix, chann
         ('folder', 3, ValueError, 'folder is a folder'),
         ('text.png', 3, ValueError, 'text.png is no image that Pillow knows'),
         ('short.png', 3, ValueError, 'short.png is a broken image: '),
+        ('pipe.png', 3, ValueError, 'pipe.png is no regular file'),
+        ('float.tif', 3, ValueError, 'float.tif is a broken image: 32-bit floating-point pixels have no known range'),
+        ('integer.tif', 1, ValueError, 'integer.tif is a broken image: 32-bit integer pixels have no known range'),
+        ('twelve.png', 1, ValueError, 'twelve.png is a 16-bit image of values up to 4080 .* below 4096'),
+        ('bad\udcff\n.png', 1, ValueError, r'bad\\udcff\\n.png is no image that Pillow knows'),
         ('good.png', 4, ValueError, 'takes images of 4 channels'),
         (None, 3, ValueError, 'there is no image to read'),
     ],
@@ -367,6 +393,10 @@ def test_images_refused(tmp_path, name, in_chans, error, text):
     good = write_image(tmp_path / 'good.png', size=(200, 200))
     (tmp_path / 'folder').mkdir()
     (tmp_path / 'text.png').write_text('no image')
+    (tmp_path / 'bad\udcff\n.png').write_text('no image')
+    os.mkfifo(tmp_path / 'pipe.png')
+    for file, mode in (('float.tif', 'F'), ('integer.tif', 'I'), ('twelve.png', 'twelve')):
+        write_image(tmp_path / file, mode)
     (tmp_path / 'short.png').write_bytes(good.read_bytes()[:9000])
     with pytest.raises(error, match=text):
         read_images([good, tmp_path / name] if name else [], timm.create_model('resnet20_cifar', in_chans=in_chans))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sase_blocks.checkpoint import read_checkpoint
 from sase_blocks.convert import load_checkpoint
+from sase_blocks.data import printable
 from sase_blocks.insertion import insert as insert_block
 from sase_blocks.train import build_model
 from sase_blocks.viz import plot_attention, read_images, save_figure
@@ -53,10 +54,10 @@ def attend(
     print(report or 'note: without --checkpoint the weights are those the model starts with')
     for i, (image, path) in enumerate(zip(images, _names_for(images, Path(out)), strict=True)):
         found = _prediction(network, batch[i : i + 1], classes)
-        title = Path(image).name + (f'\n{found}' if found else '')
+        title = printable(Path(image).name) + (f'\n{found}' if found else '')
         figure = plot_attention(network, batch[i : i + 1], titles=[title], pictures=pictures[i : i + 1])
         path.parent.mkdir(parents=True, exist_ok=True)
-        print(f'{image}: {found + ", " if found else ""}written: {save_figure(figure, path)}')
+        print(printable(f'{image}: {found + ", " if found else ""}written: {save_figure(figure, path)}'))
 
 
 def _training_run(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]] | None:
@@ -87,5 +88,5 @@ def _prediction(network: nn.Module, batch: Tensor, classes: Sequence[str]) -> st
     if not isinstance(logits, Tensor) or logits.ndim != 2 or not getattr(network, 'num_classes', logits.shape[1]):
         return ''
     probability, index = logits[0].float().softmax(0).max(0)
-    name = classes[int(index)] if int(index) < len(classes) else f'class {int(index)}'
+    name = printable(classes[int(index)]) if int(index) < len(classes) else f'class {int(index)}'
     return f'{name}, {probability:.2f}'

@@ -15,13 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import ImageDataset
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torchvision import transforms
 from tqdm import tqdm
 
-from sase_blocks.data import SMALL, Samples, create_transforms, derive_seed, open_training_data
+from sase_blocks.data import (
+    SMALL,
+    Samples,
+    create_transforms,
+    derive_seed,
+    inspect_images,
+    open_training_data,
+    same_data,
+)
 from sase_blocks.runs import leave_out_broken
 
 from .batches import Batches, LoadedBatches, MemoryBatches
@@ -33,10 +39,8 @@ __all__ = [
     'decode',
     'describe_facts',
     'find_samples',
-    'fingerprint',
     'halves',
     'halves_of_images',
-    'labels_of',
     'open_halves',
 ]
 
@@ -135,7 +139,7 @@ def open_halves(
 
 def check_same_data(out: str, saved: Mapping[str, Any], found: Halves) -> None:
     """Raise a ValueError unless the halves are of the data whose facts the run in ``out`` has saved."""
-    if saved != found.facts:
+    if not same_data(saved, found.facts):
         raise ValueError(
             f'{out} holds a search on other data: {describe_facts(saved)}, this is {describe_facts(found.facts)}'
         )
@@ -158,7 +162,7 @@ def halves(
 
     Args:
         samples: the training set.
-        data_config: of ``timm.data.resolve_data_config``: input_size, mean, std, ...
+        data_config: of ``data.image_config``: input_size, mean, std, ...
         fraction: of each class that trains the weights, between 0 and 1.
         null: give every image the label of another one, at random, within each half: nothing can then be learned
             that holds in the other half, and what still wins does so by construction.
@@ -169,8 +173,8 @@ def halves(
     Raises:
         ValueError: a class with fewer than two images, a broken image.
     """
-    labels = torch.as_tensor(labels_of(samples))
-    print_of = fingerprint(samples, labels)
+    labels = torch.as_tensor(samples.labels())
+    print_of = samples.fingerprint or inspect_images(samples, progress=progress)[1]
     _, height, width = data_config['input_size']
     placed: dict[str, Any] = {'device': device, 'memory_format': memory_format}
     if max(height, width) <= SMALL:
@@ -183,7 +187,7 @@ def halves(
     parts, used, facts = _cut(labels, samples.classes, fraction, null, seed, print_of)
     weights, held_out = (
         LoadedBatches(
-            Samples(samples.source, samples.classes, [samples.indices[i] for i in part], samples.split),
+            samples.part(part),
             used[part],
             transform,
             seed=seed,
@@ -266,17 +270,6 @@ def _cut(
     return parts, relabelled(labels, parts, seed) if null else labels, facts
 
 
-def labels_of(samples: Samples) -> list[int]:
-    """The label of every image of a split, without decoding where the data set lists them."""
-    source = samples.source
-    if isinstance(source, ImageDataset) and isinstance(source.reader, ReaderImageFolder):
-        return [int(source.reader.samples[i][1]) for i in samples.indices]
-    targets = getattr(source, 'targets', None)
-    if targets is not None:
-        return [int(targets[i]) for i in samples.indices]
-    return [samples.load(position)[1] for position in range(len(samples))]
-
-
 def split_classes(labels: Tensor, classes: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Positions of the two parts, each sorted; ``fraction`` of every class, and at least one image of it, in each."""
     first: list[int] = []
@@ -304,16 +297,17 @@ def relabelled(labels: Tensor, parts: Sequence[Sequence[int]], seed: int) -> Ten
 
 
 def decode(samples: Samples, size: tuple[int, int], *, progress: bool = True) -> Tensor:
-    """All images of a split, resized and cut to ``size``. -> (N, 3, H, W), uint8.
+    """All images of a split, resized and cut to ``size``. -> (N, C, H, W), uint8.
 
     Raises:
         ValueError: an image cannot be decoded, the text names it.
     """
     fit = transforms.Compose([transforms.Resize(min(size)), transforms.CenterCrop(size)])
-    out = np.empty((len(samples), *size, 3), dtype=np.uint8)
+    channels = len(samples.mode)  # 'RGB' or 'L'
+    out = np.empty((len(samples), *size, channels), dtype=np.uint8)
 
     def load(position: int) -> None:
-        out[position] = np.asarray(fit(samples.load(position)[0]))
+        out[position] = np.asarray(fit(samples.load(position)[0])).reshape(*size, channels)
 
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -322,18 +316,3 @@ def decode(samples: Samples, size: tuple[int, int], *, progress: bool = True) ->
         for _ in pool.map(load, range(len(samples))):
             bar.update()
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
-
-
-def fingerprint(samples: Samples, labels: Tensor) -> str:
-    """A short hash of the classes, the labels and, for files, their names and sizes: the same data, the same text."""
-    digest = hashlib.sha256()
-    digest.update('\0'.join(samples.classes).encode())
-    digest.update(labels.numpy().tobytes())
-    source = samples.source
-    if isinstance(source, ImageDataset) and isinstance(source.reader, ReaderImageFolder):
-        root = source.reader.root
-        for index in samples.indices:
-            path = str(source.reader.samples[index][0])
-            size = os.path.getsize(path) if os.path.exists(path) else 0
-            digest.update(f'{os.path.relpath(path, root)}\0{size}\0'.encode())
-    return digest.hexdigest()[:16]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from torch import Tensor, nn
+
+from sase_blocks.data import MODES, check_depth, decode_image, image_config, printable
 
 __all__ = ['read_images']
 
@@ -23,8 +24,8 @@ def read_images(
     Args:
         paths: files that Pillow can read.
         model: a network; its ``pretrained_cfg`` says size, crop, interpolation, mean and standard deviation, and timm's
-            defaults (224 px, ImageNet) stand in for what it does not say. Its first convolution says whether it takes
-            colour or grey images.
+            defaults (224 px, ImageNet) stand in for what it does not say. Its ``in_chans``, or its first convolution,
+            says whether it takes colour or grey images.
         img_size: height and width in px; default: the network's.
 
     Returns:
@@ -32,33 +33,38 @@ def read_images(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is no image, no file at all, or a network that takes neither 1 nor 3 channels.
+        ValueError: a file that is no image or of 32 bits a pixel (see ``data.decode_image``), no file at all, or a
+            network that takes neither 1 nor 3 channels.
     """
     if not paths:
         raise ValueError('there is no image to read')
-    depth = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-    if depth not in (1, 3):
-        raise ValueError(f'the network takes images of {depth} channels; image files have 1 (grey) or 3 (colour)')
-    config = resolve_data_config({} if img_size is None else {'img_size': img_size}, model=model)
-    mean, std = config['mean'], config['std']
-    if depth == 1:
-        mean, std = (fmean(mean),), (fmean(std),)
-    config |= {'mean': mean, 'std': std}
+    config = image_config(model, img_size)
+    channels, mean, std = config['input_size'][0], config['mean'], config['std']
+    if channels not in MODES:
+        raise ValueError(f'the network takes images of {channels} channels; image files have 1 (grey) or 3 (colour)')
     transform = create_transform(**config, is_training=False)
-    images = torch.stack([transform(_read(Path(path), 'L' if depth == 1 else 'RGB')) for path in paths])
+    largest: dict[Path, int] = {}
+    images = torch.stack([transform(_read(Path(path), MODES[channels], largest)) for path in paths])
+    for path, text in check_depth(largest).items():
+        raise ValueError(f'{printable(str(path))} is {text}')
     scale, shift = torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
     return images, (images * scale + shift).clamp(0, 1)
 
 
-def _read(path: Path, mode: str) -> Image.Image:
+def _read(path: Path, mode: str, largest: dict[Path, int]) -> Image.Image:
+    name = printable(str(path))
     if not path.exists():
-        raise FileNotFoundError(f'there is no image {path}')
+        raise FileNotFoundError(f'there is no image {name}')
     if path.is_dir():
-        raise ValueError(f'{path} is a folder, expected an image; name the images in it')
+        raise ValueError(f'{name} is a folder, expected an image; name the images in it')
+    if not path.is_file():
+        raise ValueError(f'{name} is no regular file, expected an image')
     try:
-        with Image.open(path) as image:
-            return image.convert(mode)
+        image, deepest = decode_image(path.read_bytes(), mode)
     except UnidentifiedImageError:
-        raise ValueError(f'{path} is no image that Pillow knows') from None
+        raise ValueError(f'{name} is no image that Pillow knows') from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise ValueError(f'{path} is a broken image: {" ".join(str(error).split())}') from error
+        raise ValueError(f'{name} is a broken image: {" ".join(str(error).split())}') from error
+    if deepest is not None:
+        largest[path] = deepest
+    return image

@@ -21,11 +21,10 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_data_config
 
 from sase_blocks import models  # noqa: F401  # registers our models with timm
 from sase_blocks.blocks import Genotype
-from sase_blocks.data import derive_seed
+from sase_blocks.data import derive_seed, image_config
 from sase_blocks.insertion.measure import count_macs, milliseconds_per_image
 from sase_blocks.runs import check_writable, environment, is_main, write_text
 from sase_blocks.search.significance import LEVEL, holm, load_stats, paired_test, shown_from
@@ -349,8 +348,7 @@ def _measure_one(budget: TrainConfig, task: Mapping[str, Any]) -> dict[str, Any]
         for genotype in ('none', task['genotype'])
     }
     model = networks[task['genotype']]
-    size = {} if budget.img_size is None else {'img_size': budget.img_size}
-    shape = resolve_data_config(size, model=model)['input_size']
+    shape = image_config(model, budget.img_size)['input_size']
     batch = 32 if max(shape) <= 64 else 8
     images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     milliseconds = milliseconds_per_image(networks, images)

@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import resolve_data_config
 from torch import Tensor
 
 from sase_blocks.checkpoint import save_checkpoint
-from sase_blocks.data import MODEL, Samples, derive_seed
+from sase_blocks.data import MODEL, Samples, derive_seed, image_config
 from sase_blocks.runs import (
     LOOK_EVERY,
     Progress,
@@ -100,16 +99,19 @@ class _Search:
         classes = data.classes if isinstance(data, Samples) else list(data[2])
         torch.manual_seed(config.seed)
         model = build_model(config.model, len(classes), **config.model_args)
-        size = {} if config.img_size is None else {'img_size': config.img_size}
-        data_config = resolve_data_config(size, model=model)
-        channels = 3 if isinstance(data, Samples) else data[0].shape[1]
+        data_config = image_config(model, config.img_size)
+        channels = data_config['input_size'][0]
+        if isinstance(data, Samples):
+            data = data.in_channels(channels)
+        elif data[0].shape[1] != channels:
+            raise ValueError(f'the images have {data[0].shape[1]} channels, the model takes {channels}')
         self.network = SearchNetwork(
             model,
             self.space,
             per_stage=config.per_stage,
             fair=not config.paper_mixing,
             form=config.form,
-            input_size=(channels, *data_config['input_size'][1:]),
+            input_size=data_config['input_size'],
             seed=derive_seed(config.seed, MODEL),
         )
         self.halves = open_halves(

@@ -40,6 +40,7 @@ class TrioConfig:
     num_classes: int | None = setting(None, 'number of classes, where a --dataset does not tell')
     download: bool = setting(False, 'let a --dataset download itself', free=True)
     skip_broken: bool = setting(False, 'leave broken images out, with a warning')
+    in_chans: int = setting(3, 'channels in which images are loaded: 1 is grey, 3 colour', choices=(1, 3))
     hflip: float = setting(0.5, 'probability of a horizontal flip; 0 for text and digits')
     fraction: float = setting(0.9, 'part of every class that trains the supernet; the rest scores networks')
 

@@ -18,13 +18,13 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor
 
-from sase_blocks.data import Samples, create_transforms, derive_seed
+from sase_blocks.data import Samples, config_for, create_transforms, derive_seed
 from sase_blocks.models import Architecture
 from sase_blocks.models.trio_network import default_cfgs
-from sase_blocks.runs import alone_in, be_deterministic, check_writable, launched
+from sase_blocks.runs import alone_in, be_deterministic, check_writable, launched, leave_out_broken
 from sase_blocks.search.batches import Batches, LoadedBatches, MemoryBatches
 from sase_blocks.search.evolution import Problem, check_storage, evolve
-from sase_blocks.search.halves import Arrays, check_images, check_same_data, find_samples, labels_of, open_halves
+from sase_blocks.search.halves import Arrays, check_images, check_same_data, find_samples, open_halves
 from sase_blocks.search.significance import load_stats
 from sase_blocks.train import TrainConfig, open_samples, train
 
@@ -110,17 +110,22 @@ def _search(
     space = TrioSpace.parse(config.space)
     data = find_samples(config, accelerator) if images is None else images
     classes = list(data[2]) if isinstance(data, tuple) else data.classes
-    in_chans = data[0].shape[1] if isinstance(data, tuple) else 3
     tests = _find_test(config, accelerator, test) if images is None else test
+    if isinstance(data, Samples):
+        in_chans, data = config.in_chans, data.in_channels(config.in_chans)
+    else:
+        in_chans = data[0].shape[1]
     if images is not None and test is not None:
         check_images(*test)
+    if isinstance(tests, Samples):
+        (tests,) = leave_out_broken(config.skip_broken, accelerator, tests.in_channels(in_chans))
     costs = _Costs(config.limits, len(classes), in_chans, accelerator.device)
     _check_limits(space, costs)
     storage = str(out / 'study.db') if storage is None else storage
     study_name = _study_name(config, storage)
     check_storage(storage, study_name)
     size = space.image_sizes[-1]
-    data_config = {**_data_config(size), 'input_size': (in_chans, size, size)}
+    data_config = _data_config(size, in_chans)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     halves = open_halves(config, accelerator, data, data_config, memory_format, trains_on_both=False)
     # Any number of runs share the evolution, but one at a time has the supernet; the others find it trained.
@@ -305,9 +310,9 @@ def _score(training: SupernetTraining, text: str) -> float:
         raise ValueError(str(error)) from error
 
 
-def _data_config(size: int) -> dict[str, Any]:
+def _data_config(size: int, in_chans: int) -> dict[str, Any]:
     """timm's: how images are brought to a network of this size."""
-    return resolve_data_config({'img_size': size}, pretrained_cfg=default_cfgs['trionet'])
+    return config_for(resolve_data_config({'img_size': size}, pretrained_cfg=default_cfgs['trionet']), in_chans)
 
 
 def _find_test(config: TrioConfig, accelerator: Any, test: Any) -> Samples | None:
@@ -333,8 +338,8 @@ def _test_part(
     if isinstance(tests, Samples):
         return LoadedBatches(
             tests,
-            torch.as_tensor(labels_of(tests)),
-            create_transforms(_data_config(network.image_size))[1],
+            torch.as_tensor(tests.labels()),
+            create_transforms(_data_config(network.image_size, training.in_chans))[1],
             seed=seed,
             stream=2,
             workers=config.workers,
@@ -355,7 +360,7 @@ def _finetuning(config: TrioConfig, architecture: str) -> TrainConfig:
         # Another limit finds another network: each has a folder of its own.
         out=str(Path(config.out) / 'finetuned' / hashlib.sha256(architecture.encode()).hexdigest()[:8]),
         model='trionet',
-        model_args={'architecture': architecture},
+        model_args={'architecture': architecture, 'in_chans': config.in_chans},
         checkpoint=str(Path(config.out) / 'network.pt'),
         epochs=config.finetune,
         lr=config.finetune_lr,
