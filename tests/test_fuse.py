@@ -80,7 +80,13 @@ def assert_equal_after_fuse(model: nn.Module, x: Tensor) -> None:
 # ---- fuse ----
 
 
-@pytest.mark.parametrize('name', [*BLOCKS, GENOTYPE])
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(n, marks=() if n in ('sase', 'cbam', 'srm', 'gsop', GENOTYPE) else pytest.mark.slow)
+        for n in (*BLOCKS, GENOTYPE)
+    ],
+)
 def test_every_block_in_a_network_gives_the_same(name):
     model = network(name)
     assert_equal_after_fuse(model, images())

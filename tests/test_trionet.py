@@ -236,7 +236,9 @@ def test_all_operators_hand_on_the_same_kind_of_signal(operator):
     assert 0.8 < seen[0].var() < 2.5
 
 
-@pytest.mark.parametrize('operator', OPERATORS)
+@pytest.mark.parametrize(
+    'operator', [pytest.param(name, marks=() if name == 'conv' else pytest.mark.slow) for name in OPERATORS]
+)
 def test_block_exports_with_any_size(operator):
     block = TrioBlock(32, operator, heads=2, size=8).eval()
     shapes = (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),)
