@@ -380,6 +380,7 @@ def test_run_is_as_python_runs_a_script(capsys, script, arguments, expected, say
     assert 'sase-blocks: error' not in err
 
 
+@pytest.mark.slow
 def test_run_as_a_program(script):
     done = subprocess.run(
         [sys.executable, '-m', 'sase_blocks', 'run', script, 'seven'],

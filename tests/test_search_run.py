@@ -112,12 +112,12 @@ def test_what_a_search_leaves(config, look_often, capsys):
     'changes',
     [
         {'order': '2'},
-        {'order': '2-fd'},
+        pytest.param({'order': '2-fd'}, marks=pytest.mark.slow),
         {'per_stage': True},
-        {'paper_mixing': True, 'arch_every': 4},
-        {'null': True, 'channels_last': True, 'form': 'plain', 'clip_grad': None},
+        pytest.param({'paper_mixing': True, 'arch_every': 4}, marks=pytest.mark.slow),
+        pytest.param({'null': True, 'channels_last': True, 'form': 'plain', 'clip_grad': None}, marks=pytest.mark.slow),
         {'mixed_precision': 'bf16', 'deterministic': True},
-        {'space': 'extended', 'order': '2'},
+        pytest.param({'space': 'extended', 'order': '2'}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: ','.join(changes),
 )
@@ -200,6 +200,7 @@ def _searching(config, delay):
     search(config, pictures())
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(config, processes):
     """SIGKILL a dozen times, then to the end: the bits, the log and the files of a run that nothing disturbed."""
     config = replace(config, resume=True, epochs=3)
@@ -236,6 +237,7 @@ def test_killed_at_any_moment(config, processes):
     }
 
 
+@pytest.mark.slow
 def test_a_second_process_waits_and_finds_it_done(config, processes, twice_at_once):
     """The same command twice at once: one searches, the other one waits, and neither disturbs the other."""
     config = replace(config, resume=True)
@@ -561,14 +563,10 @@ def _gradients(rank, world, store, out):
         torch.distributed.destroy_process_group()
 
 
-def test_two_processes_have_the_gradients_of_one(processes, tmp_path):
+def test_two_processes_have_the_gradients_of_one(processes, to_a_good_end, tmp_path):
     _gradients(0, 1, None, tmp_path / 'one')
-    both = [processes.Process(target=_gradients, args=(r, 2, tmp_path / 'store', tmp_path / 'two')) for r in (0, 1)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(300)
-        assert process.exitcode == 0
+    places = (tmp_path / 'store', tmp_path / 'two')
+    to_a_good_end([processes.Process(target=_gradients, args=(rank, 2, *places)) for rank in (0, 1)])
     one = torch.load(tmp_path / 'one-0.pt')
     for rank in (0, 1):
         two = torch.load(tmp_path / f'two-{rank}.pt')
@@ -578,6 +576,7 @@ def test_two_processes_have_the_gradients_of_one(processes, tmp_path):
     assert torch.equal(torch.load(tmp_path / 'two-0.pt')['2'], torch.load(tmp_path / 'two-1.pt')['2'])
 
 
+@pytest.mark.slow
 def test_two_processes_search_as_one(config, tmp_path):
     """The command under torchrun: one result, logits near those of one process, which the sums round differently."""
     data = make_images(tmp_path / 'images', train=8, val=1, classes=('cat', 'dog'))
@@ -588,7 +587,7 @@ def test_two_processes_search_as_one(config, tmp_path):
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     launch += ['-m', 'sase_blocks', 'search', 'sase', *common, '--out', str(tmp_path / 'two')]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo'}
-    two = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    two = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert two.returncode == 0, two.stderr
     assert '2 process(es)' in two.stdout
     assert two.stdout.count('found: ') == 1
