@@ -197,7 +197,7 @@ def test_the_file_and_its_report(tmp_path):
     ('arguments', 'shape', 'checks', 'outputs'),
     [
         ({'dynamic': 'batch', 'input_size': 16}, ('batch', 3, 16, 16), 2, 1),
-        ({'dynamic': False, 'input_size': (3, 16, 12)}, (1, 3, 16, 12), 1, 1),
+        pytest.param({'dynamic': False, 'input_size': (3, 16, 12)}, (1, 3, 16, 12), 1, 1, marks=pytest.mark.slow),
         ({'check': False, 'opset_version': 18, 'input_size': [16, 16]}, ('batch', 3, 'height', 'width'), 0, 2),
     ],
 )

@@ -26,7 +26,7 @@ def test_example_runs(name, expected, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ('name', 'files', 'expected'),
     [
-        (
+        pytest.param(
             'search_block.py',
             ['genotype.json', 'genotype.png', 'logits.png'],
             [
@@ -37,6 +37,7 @@ def test_example_runs(name, expected, monkeypatch, capsys):
                 'convnext_atto: 12 blocks inserted',
                 'regnety_002: 13 blocks inserted',
             ],
+            marks=pytest.mark.slow,
         ),
         (
             'search_network.py',

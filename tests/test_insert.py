@@ -276,6 +276,7 @@ def test_a_known_network(name):
         assert found == [n for n, s in zip(names, stages, strict=True) if s == stage]
 
 
+@pytest.mark.slow
 def test_compile_and_export():
     """One network with all five ways of surgery."""
     torch.manual_seed(0)

@@ -140,7 +140,12 @@ def one_step(model, size):
 
 
 @pytest.mark.parametrize(
-    'genotype', ['sase', 'se', 'cbam', GENOTYPE, 'p_norm,conv3_x3,mlp,p_norm,second_order,conv3x3']
+    'genotype',
+    [
+        *('sase', GENOTYPE),
+        *(pytest.param(text, marks=pytest.mark.slow) for text in ('se', 'cbam')),
+        pytest.param('p_norm,conv3_x3,mlp,p_norm,second_order,conv3x3', marks=pytest.mark.slow),
+    ],
 )
 def test_no_gradient_is_non_finite_at_step_0(genotype):
     """timm starts the last batch norm of a block at zero, so the attention's first input is exactly zero."""

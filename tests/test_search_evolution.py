@@ -106,6 +106,7 @@ def _hasty_disk(monkeypatch):
 # ---- what is found ----
 
 
+@pytest.mark.slow
 def test_evolution_beats_random_search(tmp_path):
     """80 of 531441 networks. Over 3 seeds evolution finds 8.3 to 9.5, random search 4.4 to 6.3; the best has 11.17."""
     found = {}
@@ -303,7 +304,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize('algorithm', ['nsga2', 'random'])
+@pytest.mark.parametrize('algorithm', ['nsga2', pytest.param('random', marks=pytest.mark.slow)])
 def test_dying_anywhere_changes_nothing(tmp_path, monkeypatch, algorithm):
     """Death at every 13th look at the storage; who comes next takes whatever still runs for dead."""
     seeds = [genome(text) for text in PURE[:2]]

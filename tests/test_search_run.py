@@ -113,7 +113,7 @@ def test_what_a_search_leaves(config, look_often, capsys):
     [
         {'order': '2'},
         pytest.param({'order': '2-fd'}, marks=pytest.mark.slow),
-        {'per_stage': True},
+        pytest.param({'per_stage': True}, marks=pytest.mark.slow),
         pytest.param({'paper_mixing': True, 'arch_every': 4}, marks=pytest.mark.slow),
         pytest.param({'null': True, 'channels_last': True, 'form': 'plain', 'clip_grad': None}, marks=pytest.mark.slow),
         {'mixed_precision': 'bf16', 'deterministic': True},
@@ -169,7 +169,9 @@ def pictures_of(size):
     return F.interpolate(images.float(), size=size).to(torch.uint8), labels, classes
 
 
-@pytest.mark.parametrize('size', [12, 72], ids=['in memory', 'by loading processes'])
+@pytest.mark.parametrize(
+    'size', [pytest.param(12, id='in memory'), pytest.param(72, id='by loading processes', marks=pytest.mark.slow)]
+)
 def test_images_from_files(config, tmp_path, size, look_often):
     data = make_images(tmp_path / 'images', train=6, val=1, classes=('cat', 'dog'))
     changes = {'data': str(data), 'img_size': size, 'batch_size': 2, 'hessian_every': 0, 'epochs': 1}

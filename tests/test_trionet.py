@@ -324,7 +324,10 @@ OTHERS = [  # network, operator, where, how many, the first
 ]
 
 
-@pytest.mark.parametrize(('name', 'operator', 'where', 'count', 'first'), OTHERS, ids=[o[0] for o in OTHERS])
+@pytest.mark.parametrize(
+    ('name', 'operator', 'where', 'count', 'first'),
+    [pytest.param(*o, id=o[0], marks=() if o[0] in ('resnet26d', 'dla34') else pytest.mark.slow) for o in OTHERS],
+)
 def test_replacing_in_other_networks(name, operator, where, count, first):
     """It runs at the size the tables were made for and at another, and every new parameter gets a gradient."""
     model = timm.create_model(name, num_classes=2)

@@ -337,6 +337,7 @@ def test_the_command(config, tmp_path, capsys):
     assert '--data DIR is missing' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_limit_is_finetuned_beside_the_first(config, tmp_path):
     data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
     one = replace(config, data=str(data), batch_size=4, epochs=1, evaluations=5, finetune=1)
