@@ -282,10 +282,11 @@ def inserted(folder):
         ),
         (trained_run, ['--checkpoint', 'best.pt'], 'best.pt: 146 tensors loaded'),
         (trained_run, ['--checkpoint', 'best.pt', '--model', 'resnet20_cifar', '--img-size', '24'], 'tensors loaded'),
-        (
+        pytest.param(
             inserted,
             ['--model', 'resnet10t', '--insert', 'coord', '--checkpoint', 'tuned.pt', '--model-args', 'num_classes=3'],
             'tensors loaded',
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -13,7 +13,11 @@ ROOT = Path(__file__).parent.parent
     ('name', 'expected'),
     [
         ('quickstart.py', ['SASE(64): (2, 64, 28, 28) -> (2, 64, 28, 28)', 'resnet50_sase: (2, 10)', 'loss ']),
-        ('own_backbone.py', ['small CNN: 3 SASE blocks', 'torchvision resnet18: 8 SASE blocks']),
+        pytest.param(
+            'own_backbone.py',
+            ['small CNN: 3 SASE blocks', 'torchvision resnet18: 8 SASE blocks'],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_example_runs(name, expected, monkeypatch, capsys):

@@ -146,7 +146,13 @@ class Last(nn.Module):
         return self.model(x)[-1]
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in ('inserted', 'same padding', 'resnet20_cifar') else ())
+        for n in NETWORKS
+    ],
+)
 def test_networks_give_the_same(name):
     build, left = NETWORKS[name]
     torch.manual_seed(0)

@@ -137,6 +137,7 @@ def test_settings(config, changes):
             timm.create_model('resnet50_sase', genotype=f'{config.out}/genotype.json')
 
 
+@pytest.mark.slow
 def test_the_memory_format_changes_nothing(config):
     changes = {'epochs': 1, 'hessian_every': 0, 'mixed_precision': 'no'}
     rows, last = (
@@ -158,6 +159,7 @@ def test_compiled(config):
     assert rows[1]['hessian'] == pytest.approx(rows[0]['hessian'], rel=0.05)
 
 
+@pytest.mark.slow
 def test_another_network(config):
     """Any network that insertion knows, at its own size, with images from files."""
     changes = {'model': 'test_resnet', 'model_args': {}, 'img_size': 32, 'epochs': 1, 'hessian_every': 0}

@@ -59,9 +59,9 @@ def test_contract(row, check):
     check(row)
 
 
-# The same routes with more terms: capturing takes long.
+# Capturing takes seconds each.
 captured_rows = pytest.mark.parametrize(
-    'row', [pytest.param(r, id=r.name, marks=pytest.mark.slow if 'position' in r.name else ()) for r in ROWS]
+    'row', [pytest.param(r, id=r.name, marks=() if r.name == 'local-3' else pytest.mark.slow) for r in ROWS]
 )
 
 
@@ -105,7 +105,7 @@ def test_every_parameter_gets_a_gradient(row):
     assert none == [name for name in gradients if name.endswith('logit_norm.bias')]
 
 
-@pytest.mark.parametrize('cls', [LocalSelfAttention, AxialSelfAttention])
+@pytest.mark.parametrize('cls', [LocalSelfAttention, pytest.param(AxialSelfAttention, marks=pytest.mark.slow)])
 def test_stride_rounds_up_and_exports(cls):
     layer = cls(16, 4, stride=2, **({'kernel_size': 3} if cls is LocalSelfAttention else {})).eval()
     for h, w in [(1, 1), (2, 3), (7, 6), (14, 9)]:
