@@ -2,15 +2,22 @@
 # pyproject.toml once the installation has succeeded, so a second run installs nothing. What only test-ecosystem and docs
 # need is large and is added by them, with a stamp each.
 #   make demo            make test PYTEST_ARGS='-k genotype -x'            make PYTHON=python3.12 demo
+# With LOWEST=yes a target runs in an environment that holds every direct dependency in the lowest version that
+# pyproject.toml allows: make LOWEST=yes test-slow. What the extras ecosystem and docs ask for is higher: one of their own.
 
 PYTHON ?= python3
+LOWEST ?=
+ifeq ($(LOWEST),)
 VENV := .venv
+else
+VENV := .venv-lowest$(if $(filter test-ecosystem docs,$(MAKECMDGOALS)),-extras)
+endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ECOSYSTEM := $(VENV)/.installed-ecosystem
 DOCS := $(VENV)/.installed-docs
 # Few processes, for a machine of many cores would otherwise start one each; see tests/conftest.py for their threads.
-PYTEST_ARGS ?= -n auto --maxprocesses 4
+PYTEST_ARGS ?= -n logical --maxprocesses 4 --dist worksteal --durations 10
 MODELS ?=
 # A clone of timm's repository for test-timm-scripts, which otherwise clones it.
 TIMM_REPO ?=
@@ -18,9 +25,20 @@ TIMM_REPO ?=
 TEST_DATABASE ?=
 BENCH_ARGS ?= --quick
 DEMO_ARGS ?= --out demo_out
+COMMA := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-search test test-slow test-ecosystem test-database test-timm test-timm-scripts docs lint format bench gpu gpu-compile build install clean
+.PHONY: help demo demo-search test test-lowest test-slow test-ecosystem test-database test-timm test-timm-scripts docs lint format bench gpu gpu-compile build install clean
+
+# $(call installed,EXTRAS): install the package with these. Only uv resolves to the lowest versions.
+ifeq ($(LOWEST),)
+installed = $(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(1)]'
+else
+installed = $(BIN)/python -m pip install --disable-pip-version-check uv && \
+	{ $(BIN)/uv pip install --python $(BIN)/python --resolution lowest-direct --editable '.[$(1)]' || { \
+		echo "The lower bounds may have no wheels for $$($(BIN)/python -V): try an older one, with 'make clean' before," \
+			"as in make PYTHON=python3.11 test-lowest" >&2; exit 1; }; }
+endif
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,12 +54,12 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "Installing into $(VENV): some minutes the first time, PyTorch for Linux is large"
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	$(call installed,dev)
 	@touch $@
 
 $(ECOSYSTEM) $(DOCS): $(VENV)/.installed-%: $(STAMP)
 	@echo "Installing what the extra '$*' of pyproject.toml names into $(VENV)"
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,$*]'
+	$(call installed,dev$(COMMA)$*)
 	@touch $@
 
 demo: $(STAMP)  ## train four small networks on real digits, some minutes on 2 cores; writes demo_out/
@@ -53,7 +71,10 @@ demo-search: $(STAMP)  ## search a network for digits, some minutes on 2 cores; 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -m 'not slow and not ecosystem and not gpu' $(PYTEST_ARGS)
 
-test-slow: $(STAMP)  ## run the tests marked slow
+test-lowest:  ## run the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
+	$(MAKE) LOWEST=yes test
+
+test-slow: $(STAMP)  ## run the tests marked slow: more kinds, kills and processes
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(PYTEST_ARGS)
 
 test-ecosystem: $(ECOSYSTEM)  ## run the tests with other libraries: segmentation, detection, transformers, the Hub, ...
@@ -96,5 +117,5 @@ build: $(STAMP)  ## build the wheel and the source distribution into dist/
 	$(BIN)/python -m build
 
 clean:  ## remove what the targets made, the environment too
-	rm -rf $(VENV) .timm-tests dist build site demo_out demo_search_out gpu_out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-lowest-extras .timm-tests dist build site demo_out demo_search_out gpu_out .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,6 +9,8 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
+from multiprocessing.connection import wait
+
 import pytest
 import torch
 
@@ -24,15 +26,30 @@ def one_thread():
 
 
 @pytest.fixture
-def twice_at_once():
+def to_a_good_end():
+    """Starts processes at once and waits, as long as it takes, until all have ended well or one has not."""
+
+    def run(processes):
+        for process in processes:
+            process.start()
+        running = list(processes)
+        while running and not any(process.exitcode for process in processes):
+            wait([process.sentinel for process in running])
+            running = [process for process in running if process.exitcode is None]
+        codes = [process.exitcode for process in processes]
+        for process in running:  # they may wait for the one that failed
+            process.kill()
+            process.join()
+        assert codes == [0] * len(processes), 'None: was ended after another one had failed'
+
+    return run
+
+
+@pytest.fixture
+def twice_at_once(to_a_good_end):
     """Runs a function in two processes of a multiprocessing context at the same time, both to a good end."""
 
     def run(context, target, *args):
-        both = [context.Process(target=target, args=args) for _ in range(2)]
-        for process in both:
-            process.start()
-        for process in both:
-            process.join(300)
-            assert process.exitcode == 0
+        to_a_good_end([context.Process(target=target, args=args) for _ in range(2)])
 
     return run

@@ -117,16 +117,24 @@ def test_traceback_on_request_and_interruption(capsys, monkeypatch):
     assert err.strip() == 'sase-blocks: interrupted; --resume continues after the last checkpoint'
 
 
+def as_a_program(command, folder):
+    command = command.replace('sase-blocks', f'"{sys.executable}" -m sase_blocks')
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    return subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+
+
 def test_as_a_program(tmp_path):
-    """Exit code and the single line, from outside; and a reader that goes away is no error."""
-    command = f'"{sys.executable}" -m sase_blocks list norm | head -n 1; "{sys.executable}" -m sase_blocks info nothing'
-    done = subprocess.run(
-        command, shell=True, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stdout == 'channel squeeze (name, key in the paper)\n'
+    """Exit code and the single line, from outside."""
+    done = as_a_program('sase-blocks info nothing', tmp_path)
+    assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr.startswith("sase-blocks: error: there is no model or block 'nothing'")
     assert done.stderr.count('\n') == 1
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    done = as_a_program('sase-blocks list norm | head -n 1', tmp_path)
+    assert (done.stdout, done.stderr) == ('channel squeeze (name, key in the paper)\n', '')
 
 
 def test_list_shows_everything_of_ours(capsys):
@@ -274,10 +282,11 @@ def inserted(folder):
         ),
         (trained_run, ['--checkpoint', 'best.pt'], 'best.pt: 146 tensors loaded'),
         (trained_run, ['--checkpoint', 'best.pt', '--model', 'resnet20_cifar', '--img-size', '24'], 'tensors loaded'),
-        (
+        pytest.param(
             inserted,
             ['--model', 'resnet10t', '--insert', 'coord', '--checkpoint', 'tuned.pt', '--model-args', 'num_classes=3'],
             'tensors loaded',
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -394,6 +403,7 @@ def test_run_is_as_python_runs_a_script(capsys, script, arguments, expected, say
     assert 'sase-blocks: error' not in err
 
 
+@pytest.mark.slow
 def test_run_as_a_program(script):
     done = subprocess.run(
         [sys.executable, '-m', 'sase_blocks', 'run', script, 'seven'],

@@ -45,6 +45,7 @@ def test_a_block_compiled_equals_eager():
     assert all(g.isfinite().all() for g in [run(compiled.train(), zero)[1]])
 
 
+@pytest.mark.slow
 def test_a_network_compiles_every_block_and_never_falls_back():
     """Four widths in two modes at two batch sizes are 16 graphs, twice dynamo's default limit."""
     model = torch.nn.ModuleList(SASE(c) for c in (4, 6, 8, 10))

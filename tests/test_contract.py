@@ -1,10 +1,13 @@
 """What every attention module is asked, one row a module.
 
 The rows are made from the tables of the library, so that a new primitive or block is asked by itself; the test at the
-end makes sure that no module escapes.
+end makes sure that no module escapes. Capturing (TorchScript, FX, compile, export) takes most of the time: `make test`
+captures the blocks, `make test-slow` every primitive by itself.
 """
 
+import contextlib
 import copy
+import itertools
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,6 +83,19 @@ ROWS += [
     )
 ]
 every_row = pytest.mark.parametrize('row', ROWS, ids=lambda r: f'{r.kind}-{r.name}')
+captured_row = pytest.mark.parametrize(
+    'row',
+    [pytest.param(r, id=f'{r.kind}-{r.name}', marks=() if r.kind == 'block' else pytest.mark.slow) for r in ROWS],
+)
+
+
+@contextlib.contextmanager
+def case(*what):
+    """Says in which case of a loop something failed."""
+    try:
+        yield
+    except (Exception, pytest.fail.Exception) as error:
+        raise AssertionError(f'case {what}: {error}') from error
 
 
 def grads(module: nn.Module, x: Tensor, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
@@ -91,24 +107,25 @@ def grads(module: nn.Module, x: Tensor, scale: float = 1.0) -> tuple[Tensor, dic
 
 
 @every_row
-@pytest.mark.parametrize('mode', ['train', 'eval'])
-def test_any_size(row, mode):
-    module = row.make().train(mode == 'train')
-    for b, h, w in [(2, 7, 6), (1, 1, 1), (3, 1, 1), (1, 13, 5), (2, 2, 9), (1, 8, 8), (2, 17, 16)]:
-        y = module(row.input(b, C, h, w))
-        assert y.shape == GIVES[row.kind](b, C, h, w)
-        assert y.isfinite().all(), (b, h, w)
+def test_any_size(row):
+    sizes = [(2, 7, 6), (1, 1, 1), (3, 1, 1), (1, 13, 5), (2, 2, 9), (1, 8, 8), (2, 17, 16)]
+    for module in (row.make().train(), row.make().eval()):
+        for b, h, w in sizes:
+            with case(f'training={module.training}', b, h, w):
+                y = module(row.input(b, C, h, w))
+                assert y.shape == GIVES[row.kind](b, C, h, w)
+                assert y.isfinite().all()
 
 
 @every_row
-@pytest.mark.parametrize('channels', [1, 2, 3, 5, 7, 8, 16, 33])
-def test_any_number_of_channels(row, channels):
-    module = row.make(channels).train()
-    for b, h, w in [(1, 1, 1), (2, 7, 6)]:
-        x = row.input(b, channels, h, w)
-        assert module(x).shape == GIVES[row.kind](b, channels, h, w)
-        gx, gp = grads(module, x)
-        assert all(g is None or g.isfinite().all() for g in [gx, *gp.values()])
+def test_any_number_of_channels(row):
+    for channels, (b, h, w) in itertools.product([1, 2, 3, 5, 7, 8, 16, 33], [(1, 1, 1), (2, 7, 6)]):
+        with case(channels, b, h, w):
+            module = row.make(channels).train()
+            x = row.input(b, channels, h, w)
+            assert module(x).shape == GIVES[row.kind](b, channels, h, w)
+            gx, gp = grads(module, x)
+            assert all(g is None or g.isfinite().all() for g in [gx, *gp.values()])
 
 
 @every_row
@@ -119,15 +136,15 @@ def test_batch_independence(row):
 
 
 @every_row
-@pytest.mark.parametrize('fill', [0.0, 3.0, -1.0])
-@pytest.mark.parametrize('mode', ['train', 'eval'])
-def test_finite_at_constant_input(row, fill, mode):
-    module = row.make().train(mode == 'train')
-    x = torch.full_like(row.input(), fill)
-    gx, gp = grads(module, x)
-    assert module(x).isfinite().all()
-    assert gx.isfinite().all()
-    assert all(g.isfinite().all() for g in gp.values())
+def test_finite_at_constant_input(row):
+    for training, fill in itertools.product((True, False), (0.0, 3.0, -1.0)):
+        with case(f'{training=}', fill):
+            module = row.make().train(training)
+            x = torch.full_like(row.input(), fill)
+            gx, gp = grads(module, x)
+            assert module(x).isfinite().all()
+            assert gx.isfinite().all()
+            assert all(g.isfinite().all() for g in gp.values())
 
 
 @every_row
@@ -155,15 +172,16 @@ def test_half_precision_at_large_activations(row, dtype):
 
 
 @every_row
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
-def test_autocast(row, dtype):
-    module = row.make().train()
-    with torch.autocast('cpu', dtype=dtype):
-        y = module(row.input(scale=300.0, dtype=dtype))
-    assert not y.isnan().any()
-    assert y.dtype in (dtype, torch.float32)
-    if row.kind == 'block':
-        assert y.dtype == dtype
+def test_autocast(row):
+    for dtype in (torch.float16, torch.bfloat16):
+        with case(dtype):
+            module = row.make().train()
+            with torch.autocast('cpu', dtype=dtype):
+                y = module(row.input(scale=300.0, dtype=dtype))
+            assert not y.isnan().any()
+            assert y.dtype in (dtype, torch.float32)
+            if row.kind == 'block':
+                assert y.dtype == dtype
 
 
 @every_row
@@ -185,18 +203,18 @@ def test_input_is_not_changed(row):
 
 
 @every_row
-@pytest.mark.parametrize('seed', range(5))
-def test_every_parameter_gets_a_gradient(row, seed):
+def test_every_parameter_gets_a_gradient(row):
     """No branch is dead at birth. Sixteen samples: a unit may still be off for one."""
-    torch.manual_seed(seed)
-    module = row.build(64, feat_size=SIZE).train()
-    # A factor or a squared term that starts at 0 (the scale of SGE, the gate of GCT, the bias of the channel L2 norm)
-    # blocks gradients by the paper's design: it is moved off 0.
-    for parameter in module.parameters():
-        if not parameter.any():
-            nn.init.constant_(parameter, 0.1)
-    _, gp = grads(module, row.input(16, 64, seed=seed))
-    assert [name for name, g in gp.items() if g is None or not g.abs().max() > 0] == []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        module = row.build(64, feat_size=SIZE).train()
+        # A factor or a squared term that starts at 0 (the scale of SGE, the gate of GCT, the bias of the channel L2
+        # norm) blocks gradients by the paper's design: it is moved off 0.
+        for parameter in module.parameters():
+            if not parameter.any():
+                nn.init.constant_(parameter, 0.1)
+        _, gp = grads(module, row.input(16, 64, seed=seed))
+        assert [name for name, g in gp.items() if g is None or not g.abs().max() > 0] == [], f'{seed=}'
 
 
 @every_row
@@ -209,7 +227,7 @@ def test_copies(row):
         assert not {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in module.parameters()}
 
 
-@every_row
+@captured_row
 def test_torchscript(row):
     for mode in (True, False):
         module = row.make().train(mode)
@@ -218,7 +236,7 @@ def test_torchscript(row):
             torch.testing.assert_close(script(x), module(x))
 
 
-@every_row
+@captured_row
 def test_fx_and_script_of_it(row):
     for mode in (True, False):
         module = row.make().train(mode)
@@ -228,7 +246,7 @@ def test_fx_and_script_of_it(row):
     torch.testing.assert_close(torch.jit.script(traced)(x), module(x))
 
 
-@every_row
+@captured_row
 def test_compile_fullgraph_dynamic(row):
     """Captured whole, and not once for every size. (With inductor and gradients: test_compiling.py.)"""
     torch._dynamo.reset()
@@ -253,7 +271,7 @@ def example(row: Row) -> Tensor:
     return row.input() if row.smallest == 2 else row.input(h=2 * row.smallest, w=3 * row.smallest)
 
 
-@every_row
+@captured_row
 def test_export_with_dynamic_batch_and_size(row):
     module, small = row.make().eval(), row.smallest
     exported = torch.export.export(module, (example(row),), dynamic_shapes=(dynamic_shape(row),)).module()
@@ -307,17 +325,17 @@ WRONG_INPUTS = [
 
 
 @every_row
-@pytest.mark.parametrize(('make', 'error', 'text'), [w[1:] for w in WRONG_INPUTS], ids=[w[0] for w in WRONG_INPUTS])
-def test_wrong_inputs(row, make, error, text):
-    with pytest.raises(error, match=text):
-        row.make()(make(row.input()))
+def test_wrong_inputs(row):
+    for name, make, error, text in WRONG_INPUTS:
+        with case(name), pytest.raises(error, match=text):
+            row.make()(make(row.input()))
 
 
 @every_row
-@pytest.mark.parametrize('channels', [0, -1, 1.5, True, '8', None])
-def test_wrong_channels(row, channels):
-    with pytest.raises(ValueError, match='channels'):
-        row.build(channels, feat_size=SIZE)
+def test_wrong_channels(row):
+    for channels in (0, -1, 1.5, True, '8', None):
+        with case(channels), pytest.raises(ValueError, match='channels'):
+            row.build(channels, feat_size=SIZE)
 
 
 def test_no_module_escapes():

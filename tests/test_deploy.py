@@ -58,12 +58,16 @@ def images(batch: int = 2, height: int = 32, width: int = 40) -> Tensor:
 
 
 every_block = pytest.mark.parametrize('name', BLOCKS)
+# Alone, every block is asked the same in test_contract.py.
+some_blocks = pytest.mark.parametrize(
+    'name', [pytest.param(n, marks=() if n in ('sase', 'cbam', 'ge_theta') else pytest.mark.slow) for n in BLOCKS]
+)
 
 
 # ---- whole networks ----
 
 
-@every_block
+@some_blocks
 def test_torchscript(name):
     model = network(name)
     script = torch.jit.script(model)
@@ -71,7 +75,7 @@ def test_torchscript(name):
         torch.testing.assert_close(script(x), model(x))
 
 
-@every_block
+@some_blocks
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_and_autocast(name, dtype):
     """In eval and train mode finite; in eval mode as the float32 network up to the precision of the type."""
@@ -94,6 +98,7 @@ def dynamic_shapes() -> tuple[dict]:
     return (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),)
 
 
+@pytest.mark.slow
 def test_export_with_dynamic_batch_and_size():
     model = network_of_all_blocks()
     exported = torch.export.export(model, (images(),), dynamic_shapes=dynamic_shapes()).module()
@@ -192,7 +197,7 @@ def test_the_file_and_its_report(tmp_path):
     ('arguments', 'shape', 'checks', 'outputs'),
     [
         ({'dynamic': 'batch', 'input_size': 16}, ('batch', 3, 16, 16), 2, 1),
-        ({'dynamic': False, 'input_size': (3, 16, 12)}, (1, 3, 16, 12), 1, 1),
+        pytest.param({'dynamic': False, 'input_size': (3, 16, 12)}, (1, 3, 16, 12), 1, 1, marks=pytest.mark.slow),
         ({'check': False, 'opset_version': 18, 'input_size': [16, 16]}, ('batch', 3, 'height', 'width'), 0, 2),
     ],
 )

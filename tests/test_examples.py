@@ -1,8 +1,7 @@
 """Every example runs, warns of nothing, and prints what it promises."""
 
+import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,22 +13,24 @@ ROOT = Path(__file__).parent.parent
     ('name', 'expected'),
     [
         ('quickstart.py', ['SASE(64): (2, 64, 28, 28) -> (2, 64, 28, 28)', 'resnet50_sase: (2, 10)', 'loss ']),
-        ('own_backbone.py', ['small CNN: 3 SASE blocks', 'torchvision resnet18: 8 SASE blocks']),
+        pytest.param(
+            'own_backbone.py',
+            ['small CNN: 3 SASE blocks', 'torchvision resnet18: 8 SASE blocks'],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_example_runs(name, expected):
-    code = f"import runpy; runpy.run_path('examples/{name}', run_name='__main__')"
-    run = subprocess.run(
-        [sys.executable, '-W', 'error', '-c', code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert [text for text in expected if text not in run.stdout] == []
+def test_example_runs(name, expected, monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', [name])
+    runpy.run_path(str(ROOT / 'examples' / name), run_name='__main__')
+    printed = capsys.readouterr().out
+    assert [text for text in expected if text not in printed] == []
 
 
 @pytest.mark.parametrize(
     ('name', 'files', 'expected'),
     [
-        (
+        pytest.param(
             'search_block.py',
             ['genotype.json', 'genotype.png', 'logits.png'],
             [
@@ -40,6 +41,7 @@ def test_example_runs(name, expected):
                 'convnext_atto: 12 blocks inserted',
                 'regnety_002: 13 blocks inserted',
             ],
+            marks=pytest.mark.slow,
         ),
         (
             'search_network.py',
@@ -64,7 +66,8 @@ def test_search_example_runs(name, files, expected, tmp_path, monkeypatch, capsy
     assert [text for text in expected if text not in printed] == []
     assert 'equal: True' in printed
     assert 'equal: False' not in printed
-    assert printed.count('epoch 1/1') == 1, 'one supernet serves all limits'
+    # A slow run says more often where it is: 'epoch 1/1: step 3/9, ...'.
+    assert len(re.findall(r'epoch 1/1: (?!step)', printed)) == 1, 'one supernet serves all limits'
     written = [path.name for path in tmp_path.iterdir()]
     assert [file for file in files if not any(one.startswith(file) for one in written)] == []
 

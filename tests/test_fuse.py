@@ -80,7 +80,13 @@ def assert_equal_after_fuse(model: nn.Module, x: Tensor) -> None:
 # ---- fuse ----
 
 
-@pytest.mark.parametrize('name', [*BLOCKS, GENOTYPE])
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(n, marks=() if n in ('sase', 'cbam', 'srm', 'gsop', GENOTYPE) else pytest.mark.slow)
+        for n in (*BLOCKS, GENOTYPE)
+    ],
+)
 def test_every_block_in_a_network_gives_the_same(name):
     model = network(name)
     assert_equal_after_fuse(model, images())
@@ -140,7 +146,13 @@ class Last(nn.Module):
         return self.model(x)[-1]
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in ('inserted', 'same padding', 'resnet20_cifar') else ())
+        for n in NETWORKS
+    ],
+)
 def test_networks_give_the_same(name):
     build, left = NETWORKS[name]
     torch.manual_seed(0)

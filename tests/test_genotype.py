@@ -123,7 +123,7 @@ def test_a_block_refuses_other_inputs():
             block(x)
 
 
-@pytest.mark.parametrize('part', range(8))
+@pytest.mark.parametrize('part', [0, 1, *(pytest.param(part, marks=pytest.mark.slow) for part in range(2, 8))])
 def test_a_sample_of_the_space_runs_in_fp32_and_bf16(part):
     """Built, run and back-propagated at two sizes, the other one than it was built for among them."""
     for g in SAMPLE[part::8]:
@@ -142,11 +142,9 @@ def test_a_sample_of_the_space_runs_in_fp32_and_bf16(part):
             block.zero_grad()
 
 
-# A second and a half each: an eighth in `make test`, the rest in `make test-slow`; .ci/run runs both.
-PARTS = [pytest.param(part, marks=[pytest.mark.slow] if part >= 1 else []) for part in range(8)]
-
-
-@pytest.mark.parametrize('part', PARTS)
+# A second and a half for each genotype. Those of test_contract.py are in `make test`.
+@pytest.mark.slow
+@pytest.mark.parametrize('part', range(8))
 def test_a_sample_of_the_space_exports(part):
     batch, height, width = (torch.export.Dim(n, min=1 if n == 'b' else 2, max=256) for n in 'bhw')
     for g in SAMPLE[part::8]:

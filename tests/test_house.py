@@ -166,7 +166,9 @@ def test_the_map_names_every_room():
 
 
 def test_import_stays_light():
+    """What `import sase_blocks` loads beyond timm: the package itself, nothing of the extras."""
     late = ('matplotlib', 'accelerate', 'sklearn', 'tensorboard', 'onnx', 'triton', 'torch._dynamo', 'torch._inductor')
+    late += ('tqdm', 'transformers', 'pandas')
     code = (
         'import sys, timm\n'
         'before = set(sys.modules)\n'

@@ -172,7 +172,12 @@ def build(name: str) -> nn.Module:
     return NETWORKS[name][0]()
 
 
-every_network = pytest.mark.parametrize('name', NETWORKS)
+# In `make test` one of a kind: of block, of library, and of what stands before and behind.
+QUICK = ('timm resnet, basic', 'timm resnet, bottleneck', 'ours', 'torchvision resnet', 'timm convnext')
+QUICK += ('timm efficientnet', 'torchvision mobilenetv3', 'timm regnet')
+every_network = pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NETWORKS]
+)
 
 
 def images(batch: int = 2, size: int = 64) -> Tensor:
@@ -271,6 +276,7 @@ def test_a_known_network(name):
         assert found == [n for n, s in zip(names, stages, strict=True) if s == stage]
 
 
+@pytest.mark.slow
 def test_compile_and_export():
     """One network with all five ways of surgery."""
     torch.manual_seed(0)

@@ -523,7 +523,7 @@ def small_maxxvit(layer: object) -> nn.Module:
     return MaxxVit(MaxxVitCfg(embed_dim=(16,), depths=(8,), block_type=('C',), stem_width=8, conv_cfg=conv_cfg), 64)
 
 
-@pytest.mark.parametrize('name', ['se', 'cbam', 'gca', 'coord'])
+@pytest.mark.parametrize('name', ['se', *(pytest.param(n, marks=pytest.mark.slow) for n in ('cbam', 'gca', 'coord'))])
 @pytest.mark.parametrize(('model', 'arguments'), SLOTS, ids=[slot[0] for slot in SLOTS])
 def test_in_every_family_with_a_slot(model, arguments, name):
     net = timm.create_model(model, num_classes=2, **arguments(partial(create_block, name))).eval()

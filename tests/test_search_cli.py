@@ -41,6 +41,7 @@ def test_demo_as_a_user_runs_it(tmp_path, capsys):
     assert rows[-1]['held_out_acc1'] > 80  # 10 would be chance
 
 
+@pytest.mark.slow
 def test_a_campaign(tmp_path, capsys):
     """Two seeds, random labels, from scratch; run again it does nothing twice."""
     data, out = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog')), tmp_path / 'run'

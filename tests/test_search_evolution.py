@@ -106,6 +106,7 @@ def _hasty_disk(monkeypatch):
 # ---- what is found ----
 
 
+@pytest.mark.slow
 def test_evolution_beats_random_search(tmp_path):
     """80 of 531441 networks. Over 3 seeds evolution finds 8.3 to 9.5, random search 4.4 to 6.3; the best has 11.17."""
     found = {}
@@ -303,7 +304,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize('algorithm', ['nsga2', 'random'])
+@pytest.mark.parametrize('algorithm', ['nsga2', pytest.param('random', marks=pytest.mark.slow)])
 def test_dying_anywhere_changes_nothing(tmp_path, monkeypatch, algorithm):
     """Death at every 13th look at the storage; who comes next takes whatever still runs for dead."""
     seeds = [genome(text) for text in PURE[:2]]
@@ -339,24 +340,24 @@ def _hang(path, folder, at):
 
     def score(text):
         if len(scored) == at:
-            (folder / 'hangs').write_text(text)
-            time.sleep(1000)
+            (folder / 'hangs.tmp').write_text(text)
+            (folder / 'hangs.tmp').rename(folder / 'hangs')  # there with what it says
+            while True:
+                time.sleep(1000)
         return value(text)
 
     run(toy(scored, score), path, 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('storage', STORAGES)
 def test_a_killed_worker_changes_nothing(processes, tmp_path, storage):
     path = tmp_path / storage
     dying = processes.Process(target=_hang, args=(path, tmp_path, 7), daemon=True)
     dying.start()
-    until = time.monotonic() + 300
     while not (tmp_path / 'hangs').exists():
         assert dying.is_alive()
-        assert time.monotonic() < until, 'waited in vain for the worker'
         time.sleep(0.02)
-    time.sleep(0.05)
     os.kill(dying.pid, signal.SIGKILL)
     dying.join()
     scored = []
@@ -410,26 +411,25 @@ def _worker(path, folder, barrier, worker):
     def score(text):
         with open(folder / 'scored', 'a') as file:
             file.write(f'{text} {os.getpid()}\n')
-        time.sleep(0.01)
+        while len({line.split()[1] for line in (folder / 'scored').read_text().splitlines()}) < 2:
+            time.sleep(0.01)  # or one could do it all
         return value(text)
 
     barrier.wait()
     seeds = [genome(text) for text in PURE]
-    result = run(toy(score=score), path, 15, 5, seeds=seeds, worker=worker, poll=0.05)
+    for_ever = {'patience': 1e6, 'timeout': 1e6}  # seconds
+    result = run(toy(score=score), path, 15, 5, seeds=seeds, worker=worker, poll=0.05, **for_ever)
     (folder / f'{os.getpid()}.json').write_text(json.dumps(result))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('storage', 'numbers'), [(STORAGES[0], (0, 1, 2)), (STORAGES[1], (0, 1, 2)), (STORAGES[1], (0, 0, 0))]
 )
-def test_workers_that_start_at_once_score_each_network_once(processes, tmp_path, storage, numbers):
+def test_workers_that_start_at_once_score_each_network_once(processes, to_a_good_end, tmp_path, storage, numbers):
     path, barrier = tmp_path / storage, processes.Barrier(3)
     workers = [processes.Process(target=_worker, args=(path, tmp_path, barrier, n), daemon=True) for n in numbers]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(300)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    to_a_good_end(workers)
     scored = [line.split() for line in (tmp_path / 'scored').read_text().splitlines()]
     texts = [text for text, _ in scored]
     assert len(texts) == len(set(texts)) == 15

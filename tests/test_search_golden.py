@@ -54,7 +54,7 @@ def converted(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
-@pytest.fixture(params=['plain', 'shared'])
+@pytest.fixture(params=[pytest.param('plain', marks=pytest.mark.slow), 'shared'])
 def network(request) -> SearchNetwork:
     model = timm.create_model('resnet20_cifar')
     net = SearchNetwork(model, SearchSpace.parse('paper'), fair=False, form=request.param).double().train()

@@ -116,12 +116,12 @@ def test_what_a_search_leaves(config, look_often, capsys):
     'changes',
     [
         {'order': '2'},
-        {'order': '2-fd'},
-        {'per_stage': True},
-        {'paper_mixing': True, 'arch_every': 4},
-        {'null': True, 'channels_last': True, 'form': 'plain', 'clip_grad': None},
+        pytest.param({'order': '2-fd'}, marks=pytest.mark.slow),
+        pytest.param({'per_stage': True}, marks=pytest.mark.slow),
+        pytest.param({'paper_mixing': True, 'arch_every': 4}, marks=pytest.mark.slow),
+        pytest.param({'null': True, 'channels_last': True, 'form': 'plain', 'clip_grad': None}, marks=pytest.mark.slow),
         {'mixed_precision': 'bf16', 'deterministic': True},
-        {'space': 'extended', 'order': '2'},
+        pytest.param({'space': 'extended', 'order': '2'}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: ','.join(changes),
 )
@@ -139,6 +139,7 @@ def test_settings(config, changes):
             timm.create_model('resnet50_sase', genotype=f'{config.out}/genotype.json')
 
 
+@pytest.mark.slow
 def test_the_memory_format_changes_nothing(config):
     changes = {'epochs': 1, 'hessian_every': 0, 'mixed_precision': 'no'}
     rows, last = (
@@ -160,6 +161,7 @@ def test_compiled(config):
     assert rows[1]['hessian'] == pytest.approx(rows[0]['hessian'], rel=0.05)
 
 
+@pytest.mark.slow
 def test_another_network(config):
     """Any network that insertion knows, at its own size, with images from files."""
     changes = {'model': 'test_resnet', 'model_args': {}, 'img_size': 32, 'epochs': 1, 'hessian_every': 0}
@@ -171,7 +173,13 @@ def pictures_of(size):
     return F.interpolate(images.float(), size=size).to(torch.uint8), labels, classes
 
 
-@pytest.mark.parametrize(('size', 'channels'), [(12, 1), (72, 3)], ids=['grey, in memory', 'by loading processes'])
+@pytest.mark.parametrize(
+    ('size', 'channels'),
+    [
+        pytest.param(12, 1, id='grey, in memory'),
+        pytest.param(72, 3, id='by loading processes', marks=pytest.mark.slow),
+    ],
+)
 def test_images_from_files(config, tmp_path, size, channels, look_often):
     """Under names that are not UTF-8. The same names and counts with other images are other data."""
     data = disguise(make_images(tmp_path / 'images', train=6, val=1, classes=('cat', 'dog')))
@@ -216,6 +224,7 @@ def _searching(config, delay):
     search(config, pictures())
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(config, processes):
     """SIGKILL a dozen times, then to the end: the bits, the log and the files of a run that nothing disturbed."""
     config = replace(config, resume=True, epochs=3)
@@ -252,6 +261,7 @@ def test_killed_at_any_moment(config, processes):
     }
 
 
+@pytest.mark.slow
 def test_a_second_process_waits_and_finds_it_done(config, processes, twice_at_once):
     """The same command twice at once: one searches, the other one waits, and neither disturbs the other."""
     config = replace(config, resume=True)
@@ -578,14 +588,10 @@ def _gradients(rank, world, store, out):
         torch.distributed.destroy_process_group()
 
 
-def test_two_processes_have_the_gradients_of_one(processes, tmp_path):
+def test_two_processes_have_the_gradients_of_one(processes, to_a_good_end, tmp_path):
     _gradients(0, 1, None, tmp_path / 'one')
-    both = [processes.Process(target=_gradients, args=(r, 2, tmp_path / 'store', tmp_path / 'two')) for r in (0, 1)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(300)
-        assert process.exitcode == 0
+    places = (tmp_path / 'store', tmp_path / 'two')
+    to_a_good_end([processes.Process(target=_gradients, args=(rank, 2, *places)) for rank in (0, 1)])
     one = torch.load(tmp_path / 'one-0.pt')
     for rank in (0, 1):
         two = torch.load(tmp_path / f'two-{rank}.pt')
@@ -595,6 +601,7 @@ def test_two_processes_have_the_gradients_of_one(processes, tmp_path):
     assert torch.equal(torch.load(tmp_path / 'two-0.pt')['2'], torch.load(tmp_path / 'two-1.pt')['2'])
 
 
+@pytest.mark.slow
 def test_two_processes_search_as_one(config, tmp_path):
     """The command under torchrun: one result, logits near those of one process, which the sums round differently."""
     data = make_images(tmp_path / 'images', train=8, val=1, classes=('cat', 'dog'))
@@ -605,7 +612,7 @@ def test_two_processes_search_as_one(config, tmp_path):
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     launch += ['-m', 'sase_blocks', 'search', 'sase', *common, '--out', str(tmp_path / 'two')]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo'}
-    two = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    two = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert two.returncode == 0, two.stderr
     assert '2 process(es)' in two.stdout
     assert two.stdout.count('found: ') == 1

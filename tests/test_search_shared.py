@@ -177,7 +177,7 @@ def test_a_mean_far_from_zero_costs_no_digits(where):
             assert (total / fourth - 1).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize('gated', [False, True])
+@pytest.mark.parametrize('gated', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_twice_differentiable(gated):
     generator = torch.Generator().manual_seed(5)
 
@@ -341,7 +341,9 @@ def to_compile(fair):
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning')  # of dynamo's own
-@pytest.mark.parametrize('fair', [False, True], ids=['paper-mixing', 'fair'])
+@pytest.mark.parametrize(
+    'fair', [pytest.param(False, id='paper-mixing', marks=pytest.mark.slow), pytest.param(True, id='fair')]
+)
 def test_a_block_is_one_graph(fair):
     from sase_blocks.search.sase.compiling import compile_mixed_blocks
 

@@ -236,7 +236,9 @@ def test_all_operators_hand_on_the_same_kind_of_signal(operator):
     assert 0.8 < seen[0].var() < 2.5
 
 
-@pytest.mark.parametrize('operator', OPERATORS)
+@pytest.mark.parametrize(
+    'operator', [pytest.param(name, marks=() if name == 'conv' else pytest.mark.slow) for name in OPERATORS]
+)
 def test_block_exports_with_any_size(operator):
     block = TrioBlock(32, operator, heads=2, size=8).eval()
     shapes = (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),)
@@ -322,7 +324,10 @@ OTHERS = [  # network, operator, where, how many, the first
 ]
 
 
-@pytest.mark.parametrize(('name', 'operator', 'where', 'count', 'first'), OTHERS, ids=[o[0] for o in OTHERS])
+@pytest.mark.parametrize(
+    ('name', 'operator', 'where', 'count', 'first'),
+    [pytest.param(*o, id=o[0], marks=() if o[0] in ('resnet26d', 'dla34') else pytest.mark.slow) for o in OTHERS],
+)
 def test_replacing_in_other_networks(name, operator, where, count, first):
     """It runs at the size the tables were made for and at another, and every new parameter gets a gradient."""
     model = timm.create_model(name, num_classes=2)

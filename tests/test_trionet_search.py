@@ -257,9 +257,12 @@ def test_what_a_search_leaves(config, look_often, capsys):
 @pytest.mark.parametrize(
     'changes',
     [
-        {'sampling': 'uniform', 'sharing': 'plain', 'networks': 0},
+        pytest.param({'sampling': 'uniform', 'sharing': 'plain', 'networks': 0}, marks=pytest.mark.slow),
         {'mixed_precision': 'bf16', 'channels_last': True, 'ema_decay': None, 'clip_grad': None},
-        {'algorithm': 'random', 'deterministic': True, 'label_smoothing': 0.0, 'drop_rate': 0.0},
+        pytest.param(
+            {'algorithm': 'random', 'deterministic': True, 'label_smoothing': 0.0, 'drop_rate': 0.0},
+            marks=pytest.mark.slow,
+        ),
         {'max_ms': 1e4, 'evaluations': 5},
     ],
     ids=lambda changes: ','.join(changes),
@@ -305,6 +308,7 @@ def test_images_from_files_and_finetuning(config, tmp_path, look_often, capsys):
         search(replace(config, resume=True))
 
 
+@pytest.mark.slow
 def test_the_demo_at_a_smaller_size(tmp_path, capsys):
     """Supernet, search, extraction and a test on the digits, by the function behind --demo."""
     result = run_trionet_demo(tmp_path / 'demo', epochs=1, evaluations=4, limit=200)
@@ -347,6 +351,7 @@ def test_the_command(config, tmp_path, capsys):
     assert '--data DIR is missing' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_limit_is_finetuned_beside_the_first(config, tmp_path):
     data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
     one = replace(config, data=str(data), batch_size=4, epochs=1, evaluations=5, finetune=1)
@@ -425,6 +430,7 @@ def _searching(config, delay):
     search(config, pictures())
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(config, processes):
     """SIGKILL again and again, in supernet and search, then to the end: the bits and scores of an undisturbed run."""
     config = replace(config, resume=True, epochs=3)
@@ -434,6 +440,9 @@ def test_killed_at_any_moment(config, processes):
         process = processes.Process(target=_searching, args=(config, rng.uniform(0.1, 2.5)))
         process.start()
         process.join()
+        if process.exitcode == 0 and kills < 2:  # a fast machine: once more
+            shutil.rmtree(config.out)
+            continue
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
@@ -444,7 +453,6 @@ def test_killed_at_any_moment(config, processes):
         process.start()
         process.join()
         assert process.exitcode == 0
-    assert kills >= 2
     a, b = (read_checkpoint(Path(c.out) / 'supernet.pt') for c in (config, whole))
     assert a['step'] == b['step'] == 3 * STEPS
     for part in ('supernet', 'average', 'optimizer'):
@@ -457,6 +465,7 @@ def test_killed_at_any_moment(config, processes):
         assert results[0][name] == results[1][name]
 
 
+@pytest.mark.slow
 def test_workers_may_join_before_the_supernet_is_trained(config, processes, twice_at_once):
     """Two of the same command at once: one trains the supernet, and both share the evolution."""
     config = replace(config, resume=True)
@@ -470,6 +479,7 @@ def test_workers_may_join_before_the_supernet_is_trained(config, processes, twic
     assert not list(out.glob('*.tmp'))
 
 
+@pytest.mark.slow
 def test_two_processes_search_as_one_study(config, tmp_path):
     """The command under torchrun: both hold the same weights, and share the scoring."""
     data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
@@ -497,7 +507,7 @@ def test_two_processes_search_as_one_study(config, tmp_path):
         '--no-tensorboard',
     ]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo'}
-    two = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    two = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert two.returncode == 0, two.stderr
     assert '2 process(es)' in two.stdout
     assert two.stdout.count('found: ') == 1
@@ -527,14 +537,11 @@ def _stepping(rank, world, store, out):
     torch.save([p.detach() for p in one.supernet.parameters()], f'{out}-{rank}.pt')
 
 
-def test_two_processes_step_as_one(processes, config, tmp_path):
+@pytest.mark.slow
+def test_two_processes_step_as_one(processes, to_a_good_end, config, tmp_path):
     started = [processes.Process(target=_stepping, args=(r, 2, tmp_path / 'store', tmp_path / 'two')) for r in (0, 1)]
     started.append(processes.Process(target=_stepping, args=(0, 1, None, tmp_path / 'one')))
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(300)
-        assert process.exitcode == 0
+    to_a_good_end(started)
     one, first, second = (torch.load(tmp_path / f'{name}.pt') for name in ('one-0', 'two-0', 'two-1'))
     for alone, a, b in zip(one, first, second, strict=True):
         assert torch.equal(a, b)
