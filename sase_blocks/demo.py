@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import models  # noqa: F401  # registers resnet20_cifar with timm
-from .insert.measure import count_macs, milliseconds_per_image
+from .insertion.measure import count_macs, milliseconds_per_image
 from .runs import write_text
 from .viz import plot_attention_maps, plot_learning_curves
 

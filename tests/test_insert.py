@@ -100,12 +100,12 @@ NETWORKS = {
     ),
     'torchvision resnet': (
         lambda: tv_resnet.ResNet(tv_resnet.BasicBlock, [1, 1, 1, 1], num_classes=5),
-        'layer1.0.inserted_attention',
+        'layer1.0.bn2.inserted_attention',
         [1, 2, 3, 4],
     ),
     'torchvision wide resnext': (
         lambda: tv_resnet.ResNet(tv_resnet.Bottleneck, [1, 1, 1, 1], num_classes=5, groups=2, width_per_group=8),
-        'layer1.0.inserted_attention',
+        'layer1.0.bn3.inserted_attention',
         [1, 2, 3, 4],
     ),
     'timm convnext': (
@@ -399,7 +399,7 @@ WHERE = [
         lambda name, module: isinstance(module, resnet.BasicBlock) and 'layer2' in name,
         ['layer2.0.se', 'layer2.1.se'],
     ),
-    ('torchvision resnet', 'layer?.0.bn2', [f'layer{i}.0.inserted_attention' for i in (1, 2, 3, 4)]),
+    ('torchvision resnet', 'layer?.0.bn2', [f'layer{i}.0.bn2.inserted_attention' for i in (1, 2, 3, 4)]),
     ('torchvision resnet', 'layer1.0.bn1', ['layer1.0.bn1.inserted_attention']),
     ('timm mobilenetv3', 'blocks.1.1.bn3', ['blocks.1.1.drop_path.inserted_attention']),
     ('net', 'stem', ['stem.inserted_attention']),
@@ -470,7 +470,7 @@ def test_a_backbone_is_known_wherever_it_stands():
     x = images()
     before = detector(x)['b']
     report = insert(detector, 'se', stages=(3, 4), example=x)
-    assert [place.name for place in report.places] == [f'body.layer{i}.0.inserted_attention' for i in (3, 4)]
+    assert [place.name for place in report.places] == [f'body.layer{i}.0.bn2.inserted_attention' for i in (3, 4)]
     assert torch.equal(detector(x)['b'], before)
 
     features = timm.create_model('test_efficientnet', features_only=True)
@@ -568,7 +568,7 @@ REFUSED = {
         lambda: build('torchvision resnet'),
         {'block': SIZE_BOUND},
         ValueError,
-        "at 'layer1.0.inserted_attention': .*feat_size.*give input_size",
+        "at 'layer1.0.bn2.inserted_attention': .*feat_size.*give input_size",
     ),
     'start': (tiny, {'start': 'zero'}, ValueError, "start must be 'identity' or 'paper', got 'zero'"),
     'where is a number': (tiny, {'where': 3}, TypeError, 'where must be a pattern'),

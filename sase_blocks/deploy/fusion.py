@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from sase_blocks.blocks import AttentionModule
-from sase_blocks.insertion.surgery import AFTER, attach, mark_of, plain_class
+from sase_blocks.insertion.surgery import hand_on, run_after
 from sase_blocks.ops import BatchNorm2d
 from sase_blocks.ops.primitive import check_features, narrow
 
@@ -122,9 +122,7 @@ def _without_norm(norm: nn.Module) -> nn.Module:
     """What stays where a norm was: its activation, or nothing, and an attention that was inserted behind it."""
     rest = getattr(norm, 'act', None) if isinstance(norm, WITH_ACTIVATION) else None
     rest = nn.Identity().train(norm.training) if rest is None else rest
-    mark = mark_of(norm)
-    if mark is not None:
-        attach(rest, AFTER, norm.get_submodule(mark.child), '', mark.block, mark.start)
+    hand_on(norm, rest)
     return rest
 
 
@@ -236,10 +234,12 @@ class _Calls:
 
 
 def _is_plain(module: nn.Module, classes: set[type[nn.Module]]) -> bool:
-    """Of one of these classes but for an inserted attention, and without hooks, which may change or read anything."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    how = getattr(type(module), '_how', AFTER)
-    return plain_class(module) in classes and how == AFTER and not any(hooks)
+    """Of one of these classes, and without hooks, which may change or read anything.
+
+    An attention behind a norm is no hindrance: it goes on behind what takes the norm's place.
+    """
+    after = [hook for hook in module._forward_hooks.values() if hook is not run_after or classes is LAYERS]
+    return type(module) in classes and not after and not module._forward_pre_hooks
 
 
 def _passes_on(node: fx.Node) -> bool:

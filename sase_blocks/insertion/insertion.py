@@ -18,7 +18,7 @@ from sase_blocks.ops.primitive import check_feat_size
 from .measure import Trace, run, run_block
 from .places import Place, Where, find_places
 from .report import InsertedPlace, InsertReport
-from .surgery import IdentityStart, attach, detach, mark_of
+from .surgery import RECORD, IdentityStart, Mark, attach, detach, inserted_in
 
 Block = str | Genotype | Callable[..., nn.Module]
 
@@ -101,9 +101,10 @@ def insert(
     before = sum(p.numel() for p in model.parameters())
     old_keys = set(model.state_dict())
     groups = [] if optimizer is None else list(optimizer.param_groups)
+    marks = [Mark(label, start, place.how, place.path) for place in new]
     try:
-        for place, attention in zip(new, attentions, strict=True):
-            attach(place.holder, place.how, attention, place.slot, label, start)
+        for place, attention, mark in zip(new, attentions, marks, strict=True):
+            attach(place.holder, attention, mark, place.slot)
         parameters = {id(p): p for attention in attentions for p in attention.parameters()}
         if optimizer is not None:
             _extend(optimizer, model, set(parameters))
@@ -113,6 +114,8 @@ def insert(
         if optimizer is not None:
             optimizer.param_groups[:] = groups
         raise
+    if marks:
+        model.__dict__[RECORD] = [*model.__dict__.get(RECORD, ()), *marks]
     keys = list(model.state_dict())
     counts = [sum(p.numel() for p in attention.parameters()) for attention in attentions]
     return InsertReport(
@@ -142,12 +145,14 @@ def remove(model: nn.Module) -> list[str]:
     Raises:
         ValueError: the network is wrapped (DDP, FSDP) or compiled.
     """
-    found = [(name, module, mark) for name, module in model.named_modules() if (mark := mark_of(module)) is not None]
+    found = [(name, module, at[0]) for name, module in model.named_modules() if (at := inserted_in(module)) is not None]
     if found:
         _check_unwrapped(model)
     for _, module, _ in found:
         detach(module)
-    return [f'{name}.{mark.child}' if name else mark.child for name, _, mark in found]
+    for module in model.modules():
+        module.__dict__.pop(RECORD, None)
+    return [f'{name}.{child}' if name else child for name, _, child in found]
 
 
 def check_model(model: nn.Module) -> None:
@@ -217,7 +222,8 @@ def _sort_out(places: list[Place], label: str, start: str) -> tuple[list[Place],
     """Places to fill, and those that are filled with just this; another block there is an error."""
     new, already = [], []
     for place in places:
-        mark = mark_of(place.holder)
+        found = inserted_in(place.holder)
+        mark = None if found is None else found[1]
         if mark is None:
             new.append(place)
         elif (mark.block, mark.start) == (label, start):
