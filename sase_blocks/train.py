@@ -29,6 +29,7 @@ from .blocks import compile_blocks
 from .checkpoint import save_checkpoint
 from .convert import load_checkpoint
 from .data import MODEL, EpochSampler, Samples, TransformedSamples, create_transforms, derive_seed, open_data
+from .insertion.checking import check_inserted
 from .runs import (
     LOOK_EVERY,
     Progress,
@@ -156,6 +157,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             that another process writes (with ``config.resume`` this one waits for it); before any work.
         OSError: ``config.out`` cannot be written, before any work; a full disk, after which the last good checkpoint
             is still there.
+        RuntimeError: a place in the model that ``insert`` filled does not run (see ``check``), before any work.
         FloatingPointError: the loss is no longer finite.
     """
     with launched(config, 'training') as accelerator, alone_in(config, accelerator):
@@ -210,6 +212,7 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
 
     size = {} if config.img_size is None else {'img_size': config.img_size}
     data_config = resolve_data_config(size, model=model)
+    check_inserted(model, data_config['input_size'])
     train_transform, val_transform = create_transforms(
         data_config, hflip=config.hflip, auto_augment=config.auto_augment
     )

@@ -19,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from sase_blocks.blocks import AttentionModule
+from sase_blocks.insertion.checking import check_inserted
 from sase_blocks.insertion.surgery import hand_on, run_after
 from sase_blocks.ops import BatchNorm2d
 from sase_blocks.ops.primitive import check_features, narrow
@@ -74,6 +75,7 @@ def fuse(model: nn.Module) -> FuseReport:
         TypeError: not a module.
         ValueError: train mode, or a network that cannot be changed (compiled, scripted, quantised, lazy, on the meta
             device, wrapped in DDP or FSDP). The model is unchanged.
+        RuntimeError: an inserted attention is lost or does not run (see ``check``). The model is unchanged.
     """
     check_plain(model, 'fuse')
     norms = {name: module for name, module in model.named_modules() if isinstance(module, ANY_NORM)}
@@ -83,6 +85,7 @@ def fuse(model: nn.Module) -> FuseReport:
             f'{busy[0] or type(model).__name__} is in train mode, where batch norm uses the statistics of its batch: '
             f'call model.eval() first'
         )
+    check_inserted(model)
     for module in list(model.modules()):
         if isinstance(module, AttentionModule):
             module.reparameterize()

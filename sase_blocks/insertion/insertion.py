@@ -89,7 +89,8 @@ def insert(
         _check_not_compiled(model, place)
 
     args, given = example_of(model, input_size, example)
-    trace, note = _trace(model, args, given, new)
+    trace, why = try_forward(model, args, given, [place.probe for place in new])
+    note = why and f'feature sizes and MACs are not known: {why}'
     built = [_build(model, place, build, label, trace, note) for place in new]
     if len({id(b.block) for b in built}) < len(built):
         raise ValueError(f'{label} gave the same module twice; it must build a new one at every call')
@@ -273,20 +274,20 @@ def example_of(model: nn.Module, input_size: Any, example: Any) -> tuple[tuple[A
     return (x.to(device=tensor.device, dtype=tensor.dtype),), given
 
 
-def _trace(
-    model: nn.Module, args: tuple[Any, ...] | None, given: bool, places: list[Place]
+def try_forward(
+    model: nn.Module, args: tuple[Any, ...] | None, given: bool, probes: list[nn.Module]
 ) -> tuple[Trace | None, str]:
     """One forward, and why there was none. A forward that the caller asked for must succeed."""
     if args is None:
-        return None, 'feature sizes and MACs are not known without a forward: give input_size='
+        return None, 'no forward was run; give input_size='
     try:
-        trace = run(model, args, [place.probe for place in places])
+        trace = run(model, args, probes)
     except Exception as error:
         what = f'{type(error).__name__}: {error}'.splitlines()[0]
         shapes = ', '.join(str(tuple(a.shape)) if isinstance(a, Tensor) else type(a).__name__ for a in args)
         if given:
             raise ValueError(f'the forward of {type(model).__name__} fails for an input of {shapes}: {what}') from error
-        return None, f'feature sizes and MACs are not known: the forward fails for {shapes} ({what}); give input_size='
+        return None, f'the forward fails for {shapes} ({what}); give input_size='
     trace.square = all(a.ndim == 4 and a.shape[2] == a.shape[3] for a in args if isinstance(a, Tensor))
     return trace, ''
 

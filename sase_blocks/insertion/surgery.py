@@ -96,6 +96,11 @@ def inserted_in(holder: nn.Module) -> tuple[str, Mark] | None:
     return None
 
 
+def has_inserted(model: nn.Module) -> bool:
+    """Whether something was inserted into a network, though it may be lost now."""
+    return any(RECORD in module.__dict__ or INSERTED in module.__dict__ for module in model.modules())
+
+
 def runs_by_itself(holder: nn.Module, how: str) -> bool:
     """Whether a module that holds an attention still runs it, as far as can be told from outside."""
     hooks = {AFTER: holder._forward_hooks, BEFORE: holder._forward_pre_hooks}.get(how)
@@ -153,6 +158,8 @@ def _hook(holder: nn.Module, how: str) -> None:
 
 def hand_on(old: nn.Module, new: nn.Module) -> None:
     """Put what was inserted behind (or before) a module that is to be replaced behind (or before) its successor."""
+    while CHILD not in old._modules and is_plain_sequential(old) and len(old._modules) > 0:
+        old = old.get_submodule(list(old._modules)[-1])  # behind the last of a sequence is behind the sequence
     attention: Any = old._modules.get(CHILD)
     mark = None if attention is None else attention.__dict__.get(INSERTED)
     if mark is not None and CHILD not in new._modules:
@@ -176,7 +183,7 @@ def _keep(parent: nn.Module, name: str, new: nn.Module | None) -> None:
             _hook(parent, mark.how)
         return
     old = parent.__dict__.get('_modules', {}).get(name)
-    if old is None or old is new or CHILD not in old._modules:
+    if old is None or old is new:
         return
     if isinstance(new, (*NORMS, *LAYERS)) or (isinstance(new, nn.Identity) and isinstance(old, NORMS)):
         hand_on(old, new)
