@@ -1,4 +1,4 @@
-"""Insertion of attention into any network, pretrained ones first of all: ``insert``, its report, ``check`` and ``remove``."""
+"""Insertion of attention into any network, pretrained ones first of all: ``insert``, ``check`` and ``remove``."""
 
 from .checking import CheckReport, check
 from .insertion import insert, remove

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 
 from .insertion import example_of, try_forward
-from .surgery import RECORD, Mark, has_inserted, inserted_in, runs_by_itself
+from .surgery import RECORD, Mark, has_inserted, inserted_in, is_hooked
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,17 @@ def check(model: nn.Module, x: Any = None) -> CheckReport:
         The report: the places and how often each ran.
 
     Raises:
-        ValueError: nothing was inserted, or the forward fails for the ``x`` that was given.
+        ValueError: nothing was inserted, the model is an FX graph, or the forward fails for the ``x`` that was given.
         RuntimeError: places that are gone, lost their hook or did not run, with their names.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f'model must be an nn.Module, got {type(model).__name__}')
+    graphs = [name for name, module in model.named_modules() if isinstance(module, GraphModule)]
+    if graphs:
+        raise ValueError(
+            f'{graphs[0] or type(model).__name__} is a graph of FX, in which attention is operations and no modules: '
+            f'check the network that it was made of, and compare their outputs'
+        )
     if not has_inserted(model):
         raise ValueError(f'this {type(model).__name__} holds no inserted attention: insert(model, block) first')
     is_size = isinstance(x, int) or (isinstance(x, tuple | list) and all(isinstance(n, int) for n in x))
@@ -69,7 +76,7 @@ def check(model: nn.Module, x: Any = None) -> CheckReport:
             if not mark.removed and id(mark) not in found:
                 lost[f'{name}.{mark.path}'.lstrip('.')] = _what_became(module, mark.path.rpartition('.')[0])
     for name, (holder, mark, _) in places.items():
-        if not runs_by_itself(holder, mark.how):
+        if not is_hooked(holder, mark.how):
             lost[name] = f'the {type(holder).__name__} that holds it has lost the hook that runs it'
 
     calls: dict[str, int | None] = dict.fromkeys(places)

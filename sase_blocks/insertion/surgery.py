@@ -33,6 +33,7 @@ RECORD = '_inserted_attention_record'  # on the network that insert was called w
 SLOT, APPEND, BEFORE, AFTER = 'slot', 'append', 'before', 'after'
 NORMS = (_BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)
 LAYERS = (_ConvNd, nn.Linear)
+FUSED = 'torch.ao.nn.intrinsic'
 
 
 class IdentityStart(nn.Module):
@@ -101,8 +102,8 @@ def has_inserted(model: nn.Module) -> bool:
     return any(RECORD in module.__dict__ or INSERTED in module.__dict__ for module in model.modules())
 
 
-def runs_by_itself(holder: nn.Module, how: str) -> bool:
-    """Whether a module that holds an attention still runs it, as far as can be told from outside."""
+def is_hooked(holder: nn.Module, how: str) -> bool:
+    """Whether a module has the hook of ``how``, if one belongs to it."""
     hooks = {AFTER: holder._forward_hooks, BEFORE: holder._forward_pre_hooks}.get(how)
     return hooks is None or any(hook in (run_after, run_before) for hook in hooks.values())
 
@@ -149,7 +150,7 @@ def detach(holder: nn.Module) -> None:
 
 
 def _hook(holder: nn.Module, how: str) -> None:
-    if how in (AFTER, BEFORE) and not runs_by_itself(holder, how):
+    if how in (AFTER, BEFORE) and not is_hooked(holder, how):
         if how == AFTER:  # before other hooks, which thus see what the network goes on with
             holder.register_forward_hook(run_after, prepend=True)
         else:
@@ -158,11 +159,12 @@ def _hook(holder: nn.Module, how: str) -> None:
 
 def hand_on(old: nn.Module, new: nn.Module) -> None:
     """Put what was inserted behind (or before) a module that is to be replaced behind (or before) its successor."""
-    while CHILD not in old._modules and is_plain_sequential(old) and len(old._modules) > 0:
-        old = old.get_submodule(list(old._modules)[-1])  # behind the last of a sequence is behind the sequence
-    attention: Any = old._modules.get(CHILD)
+    holder = old
+    while CHILD not in holder._modules and is_plain_sequential(holder) and len(holder._modules) > 0:
+        holder = holder.get_submodule(list(holder._modules)[-1])  # behind the last of a sequence is behind the sequence
+    attention: Any = holder._modules.get(CHILD)
     mark = None if attention is None else attention.__dict__.get(INSERTED)
-    if mark is not None and CHILD not in new._modules:
+    if mark is not None and (holder is old or mark.how != BEFORE) and CHILD not in new._modules:
         if mark.how == APPEND:
             mark.how = AFTER
         attach(new, attention, mark)
@@ -174,6 +176,10 @@ def _keep(parent: nn.Module, name: str, new: nn.Module | None) -> None:
     A copy of a module that took over its children (``convert_sync_batchnorm``) gets the hook, too. A norm that follows
     a norm, a layer that follows what fused into it, and the identity that follows a folded norm get the attention. Of
     any other module nobody can tell whether the attention is in it already, as in one that was scripted.
+
+    Raises:
+        RuntimeError: ``torch.ao``'s ``fuse_modules`` is about to fold a norm away whose attention would then run
+            behind the activation, or not at all.
     """
     if new is None:
         return
@@ -185,7 +191,14 @@ def _keep(parent: nn.Module, name: str, new: nn.Module | None) -> None:
     old = parent.__dict__.get('_modules', {}).get(name)
     if old is None or old is new:
         return
-    if isinstance(new, (*NORMS, *LAYERS)) or (isinstance(new, nn.Identity) and isinstance(old, NORMS)):
+    folded = isinstance(new, nn.Identity) and isinstance(old, NORMS)
+    fused = folded and CHILD in old._modules and any(type(m).__module__.startswith(FUSED) for m in parent.children())
+    if fused or (CHILD not in new._modules and (is_hooked(new, AFTER) or is_hooked(new, BEFORE))):
+        raise RuntimeError(
+            f'{name!r} would become a {type(new).__name__} without the attention that was inserted there: fuse_modules '
+            f'takes hooks along and no children. Call remove(model) before it, and insert after it'
+        )
+    if folded or isinstance(new, (*NORMS, *LAYERS)):
         hand_on(old, new)
 
 
