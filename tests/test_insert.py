@@ -603,6 +603,18 @@ REFUSED = {
         r'the forward of ResNet fails for .*\(1, 3, 64, 64\)',
     ),
     'optimizer': (tiny, {'optimizer': 'adam'}, TypeError, 'optimizer must be a torch.optim.Optimizer, got str'),
+    'LBFGS': (
+        tiny,
+        {'optimizer': lambda model: torch.optim.LBFGS(model.parameters())},
+        ValueError,
+        'LBFGS takes one parameter group: insert first',
+    ),
+    'SparseAdam': (
+        tiny,
+        {'optimizer': lambda model: torch.optim.SparseAdam(model.parameters())},
+        ValueError,
+        'SparseAdam takes sparse gradients alone',
+    ),
     'another optimizer': (
         tiny,
         {'optimizer': torch.optim.SGD(nn.Linear(1, 1).parameters())},
@@ -638,6 +650,15 @@ REFUSED = {
 }
 
 
+if hasattr(torch.optim, 'Muon'):  # torch 2.9 and later
+    REFUSED['Muon'] = (
+        tiny,
+        {'optimizer': lambda model: torch.optim.Muon([model.fc.weight])},
+        ValueError,
+        'Muon takes matrices alone: insert without optimizer=',
+    )
+
+
 @pytest.mark.filterwarnings('ignore::UserWarning:torch.nn.modules.lazy')
 @pytest.mark.parametrize(('make', 'arguments', 'error', 'text'), REFUSED.values(), ids=REFUSED)
 def test_refused_and_unchanged(make, arguments, error, text):
@@ -648,6 +669,9 @@ def test_refused_and_unchanged(make, arguments, error, text):
         else None
     )
     optimizer = arguments.get('optimizer')
+    if callable(optimizer):
+        optimizer = optimizer(model)
+        arguments = {**arguments, 'optimizer': optimizer}
     groups = len(optimizer.param_groups) if isinstance(optimizer, torch.optim.Optimizer) else 0
     with pytest.raises(error, match=text):
         insert(model, **{'block': 'sase', **arguments})

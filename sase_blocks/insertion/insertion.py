@@ -33,6 +33,14 @@ _WRAPPERS = {
     'ScriptModule': 'it is a TorchScript module, whose code is fixed; insert before torch.jit.script',
 }
 
+# Optimisers of torch that cannot take the parameters of an attention as further groups, and what to do.
+_OPTIMIZERS = {
+    'LBFGS': 'takes one parameter group: insert first, and make it from model.parameters()',
+    'Muon': 'takes matrices alone: insert without optimizer=, then add those of report.parameters with two dimensions '
+    'to it and give the others to a second optimizer, such as AdamW',
+    'SparseAdam': 'takes sparse gradients alone: insert without optimizer=, and give report.parameters to another one',
+}
+
 
 def insert(
     model: nn.Module,
@@ -75,7 +83,8 @@ def insert(
     Raises:
         TypeError: a model, block, ``where`` or optimizer of another type.
         ValueError: a network that cannot be changed (lazy, on the meta device, quantised, compiled, scripted, wrapped
-            in DDP or FSDP), a ``where`` or stage that matches nothing, a place without channels, a block that changes
+            in DDP or FSDP), an optimizer that takes no further groups of such parameters (LBFGS, torch's Muon), a
+            ``where`` or stage that matches nothing, a place without channels, a block that changes
             the shape, a place that holds another inserted block. The model is unchanged.
     """
     check_model(model)
@@ -214,6 +223,9 @@ def _check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) 
         return
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f'optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}')
+    for base in type(optimizer).__mro__:
+        if base.__name__ in _OPTIMIZERS and base.__module__.startswith('torch.optim'):
+            raise ValueError(f'{base.__name__} {_OPTIMIZERS[base.__name__]}')
     own = {id(p) for p in model.parameters()}
     if not any(id(p) in own for group in optimizer.param_groups for p in group['params']):
         raise ValueError(f'the optimizer holds no parameter of this {type(model).__name__}: it is for another network')
