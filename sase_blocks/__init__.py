@@ -17,7 +17,7 @@ from .blocks import (
 )
 from .convert import convert_paper_state_dict, load_checkpoint
 from .deploy import export_onnx, fuse
-from .insertion import insert, remove, replace_convolutions
+from .insertion import check, insert, remove, replace_convolutions
 from .models import register_resnet
 from .ops import no_weight_decay
 from .selfattention import AxialSelfAttention, LocalSelfAttention, TrioBlock
@@ -36,6 +36,7 @@ __all__ = [
     'LocalSelfAttention',
     'SpatialAttention',
     'TrioBlock',
+    'check',
     'compile_blocks',
     'convert_paper_state_dict',
     'create_block',

@@ -20,7 +20,7 @@ from .checkpoint import read_checkpoint
 
 StateDict = dict[str, Tensor]
 
-# What `insert` writes on a module that holds an inserted attention: a tuple that begins with the name of that child.
+# What `insert` writes on an attention.
 INSERTED = '_inserted_attention_mark'
 
 _PAPER_KEY = re.compile(r'^(?P<prefix>(?:.*?\.)??)(?P<rest>_ops\.(?P<edge>[0-5])\..+|mixer\.[01]\..+)$')
@@ -147,7 +147,7 @@ def _attention_keys(model: nn.Module) -> list[list[str]]:
     Two groups, for a checkpoint from before an insertion has all keys of the one and none of the other.
     """
     modules = list(model.named_modules())
-    inserted = tuple(f'{name}.{m.__dict__[INSERTED][0]}.'.lstrip('.') for name, m in modules if INSERTED in m.__dict__)
+    inserted = tuple(f'{name}.' for name, m in modules if INSERTED in m.__dict__)
     blocks = tuple(f'{name}.' if name else '' for name, m in modules if isinstance(m, AttentionModule))
     keys = list(model.state_dict())
     first = [key for key in keys if key.startswith(inserted)]

@@ -39,6 +39,7 @@ from .data import (
     open_data,
     same_data,
 )
+from .insertion.checking import check_inserted
 from .ops import no_weight_decay
 from .runs import (
     LOOK_EVERY,
@@ -170,6 +171,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             that another process writes (with ``config.resume`` this one waits for it); before any work.
         OSError: ``config.out`` cannot be written, before any work; a full disk, after which the last good checkpoint
             is still there.
+        RuntimeError: a place in the model that ``insert`` filled does not run (see ``check``), before any work.
         FloatingPointError: the loss is no longer finite.
     """
     deterministic = be_deterministic(config.deterministic)
@@ -214,6 +216,7 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
 
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=memory_format)
+    check_inserted(model, data_config['input_size'])
     optimizer = make_optimizer(config, model)
     steps = config.epochs * steps_per_epoch
     warmup = round(config.warmup * steps)
@@ -226,7 +229,6 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     if config.compile:
         compile_blocks(model)
-
     train_transform, val_transform = create_transforms(
         data_config, hflip=config.hflip, auto_augment=config.auto_augment
     )

@@ -100,12 +100,12 @@ NETWORKS = {
     ),
     'torchvision resnet': (
         lambda: tv_resnet.ResNet(tv_resnet.BasicBlock, [1, 1, 1, 1], num_classes=5),
-        'layer1.0.inserted_attention',
+        'layer1.0.bn2.inserted_attention',
         [1, 2, 3, 4],
     ),
     'torchvision wide resnext': (
         lambda: tv_resnet.ResNet(tv_resnet.Bottleneck, [1, 1, 1, 1], num_classes=5, groups=2, width_per_group=8),
-        'layer1.0.inserted_attention',
+        'layer1.0.bn3.inserted_attention',
         [1, 2, 3, 4],
     ),
     'timm convnext': (
@@ -405,7 +405,7 @@ WHERE = [
         lambda name, module: isinstance(module, resnet.BasicBlock) and 'layer2' in name,
         ['layer2.0.se', 'layer2.1.se'],
     ),
-    ('torchvision resnet', 'layer?.0.bn2', [f'layer{i}.0.inserted_attention' for i in (1, 2, 3, 4)]),
+    ('torchvision resnet', 'layer?.0.bn2', [f'layer{i}.0.bn2.inserted_attention' for i in (1, 2, 3, 4)]),
     ('torchvision resnet', 'layer1.0.bn1', ['layer1.0.bn1.inserted_attention']),
     ('timm mobilenetv3', 'blocks.1.1.bn3', ['blocks.1.1.drop_path.inserted_attention']),
     ('net', 'stem', ['stem.inserted_attention']),
@@ -476,7 +476,7 @@ def test_a_backbone_is_known_wherever_it_stands():
     x = images()
     before = detector(x)['b']
     report = insert(detector, 'se', stages=(3, 4), example=x)
-    assert [place.name for place in report.places] == [f'body.layer{i}.0.inserted_attention' for i in (3, 4)]
+    assert [place.name for place in report.places] == [f'body.layer{i}.0.bn2.inserted_attention' for i in (3, 4)]
     assert torch.equal(detector(x)['b'], before)
 
     features = timm.create_model('test_efficientnet', features_only=True)
@@ -574,7 +574,7 @@ REFUSED = {
         lambda: build('torchvision resnet'),
         {'block': SIZE_BOUND},
         ValueError,
-        "at 'layer1.0.inserted_attention': .*feat_size.*give input_size",
+        "at 'layer1.0.bn2.inserted_attention': .*feat_size.*give input_size",
     ),
     'start': (tiny, {'start': 'zero'}, ValueError, "start must be 'identity' or 'paper', got 'zero'"),
     'where is a number': (tiny, {'where': 3}, TypeError, 'where must be a pattern'),
@@ -609,6 +609,18 @@ REFUSED = {
         r'the forward of ResNet fails for .*\(1, 3, 64, 64\)',
     ),
     'optimizer': (tiny, {'optimizer': 'adam'}, TypeError, 'optimizer must be a torch.optim.Optimizer, got str'),
+    'LBFGS': (
+        tiny,
+        {'optimizer': lambda model: torch.optim.LBFGS(model.parameters())},
+        ValueError,
+        'LBFGS takes one parameter group: insert first',
+    ),
+    'SparseAdam': (
+        tiny,
+        {'optimizer': lambda model: torch.optim.SparseAdam(model.parameters())},
+        ValueError,
+        'SparseAdam takes sparse gradients alone',
+    ),
     'another optimizer': (
         tiny,
         {'optimizer': torch.optim.SGD(nn.Linear(1, 1).parameters())},
@@ -644,6 +656,15 @@ REFUSED = {
 }
 
 
+if hasattr(torch.optim, 'Muon'):  # torch 2.9 and later
+    REFUSED['Muon'] = (
+        tiny,
+        {'optimizer': lambda model: torch.optim.Muon([model.fc.weight])},
+        ValueError,
+        'Muon takes matrices alone: insert without optimizer=',
+    )
+
+
 @pytest.mark.filterwarnings('ignore::UserWarning:torch.nn.modules.lazy')
 @pytest.mark.parametrize(('make', 'arguments', 'error', 'text'), REFUSED.values(), ids=REFUSED)
 def test_refused_and_unchanged(make, arguments, error, text):
@@ -654,6 +675,9 @@ def test_refused_and_unchanged(make, arguments, error, text):
         else None
     )
     optimizer = arguments.get('optimizer')
+    if callable(optimizer):
+        optimizer = optimizer(model)
+        arguments = {**arguments, 'optimizer': optimizer}
     groups = len(optimizer.param_groups) if isinstance(optimizer, torch.optim.Optimizer) else 0
     with pytest.raises(error, match=text):
         insert(model, **{'block': 'sase', **arguments})

@@ -83,7 +83,7 @@ class AttentionBlock(AttentionModule):
     @torch.no_grad()
     def reparameterize(self) -> None:
         """For inference, in place: the mixer's batch norm goes into the two weights and a bias."""
-        if not isinstance(self.norm, ChannelShift):
+        if not isinstance(self.norm, ChannelShift) and self.norm.running_var is not None:
             scale, shift = scale_and_shift(self.norm)
             self.mix_weight.copy_(self.mix_weight * scale)
             shift = shift.to(self.mix_weight.dtype)

@@ -19,7 +19,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from sase_blocks.blocks import AttentionModule
-from sase_blocks.insertion.surgery import AFTER, attach, mark_of, plain_class
+from sase_blocks.insertion.checking import check_inserted
+from sase_blocks.insertion.surgery import hand_on, run_after
 from sase_blocks.ops import BatchNorm2d, Conv2d, Linear
 from sase_blocks.ops.primitive import check_features, narrow
 
@@ -76,6 +77,7 @@ def fuse(model: nn.Module) -> FuseReport:
         TypeError: not a module.
         ValueError: train mode, or a network that cannot be changed (compiled, scripted, quantised, lazy, on the meta
             device, wrapped in DDP or FSDP). The model is unchanged.
+        RuntimeError: an inserted attention is lost or does not run (see ``check``). The model is unchanged.
     """
     check_plain(model, 'fuse')
     norms = {name: module for name, module in model.named_modules() if isinstance(module, ANY_NORM)}
@@ -85,6 +87,7 @@ def fuse(model: nn.Module) -> FuseReport:
             f'{busy[0] or type(model).__name__} is in train mode, where batch norm uses the statistics of its batch: '
             f'call model.eval() first'
         )
+    check_inserted(model)
     for module in list(model.modules()):
         if isinstance(module, AttentionModule):
             module.reparameterize()
@@ -124,9 +127,7 @@ def _without_norm(norm: nn.Module) -> nn.Module:
     """What stays where a norm was: its activation, or nothing, and an attention that was inserted behind it."""
     rest = getattr(norm, 'act', None) if isinstance(norm, WITH_ACTIVATION) else None
     rest = nn.Identity().train(norm.training) if rest is None else rest
-    mark = mark_of(norm)
-    if mark is not None:
-        attach(rest, AFTER, norm.get_submodule(mark.child), '', mark.block, mark.start)
+    hand_on(norm, rest)
     return rest
 
 
@@ -238,10 +239,12 @@ class _Calls:
 
 
 def _is_plain(module: nn.Module, classes: set[type[nn.Module]]) -> bool:
-    """Of one of these classes but for an inserted attention, and without hooks, which may change or read anything."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    how = getattr(type(module), '_how', AFTER)
-    return plain_class(module) in classes and how == AFTER and not any(hooks)
+    """Of one of these classes, and without hooks, which may change or read anything.
+
+    An attention behind a norm is no hindrance: it goes on behind what takes the norm's place.
+    """
+    after = [hook for hook in module._forward_hooks.values() if hook is not run_after or classes is LAYERS]
+    return type(module) in classes and not after and not module._forward_pre_hooks
 
 
 def _passes_on(node: fx.Node) -> bool:

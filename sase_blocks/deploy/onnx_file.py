@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sase_blocks.insertion.checking import check_inserted
 from sase_blocks.insertion.measure import quietly
 from sase_blocks.ops.primitive import check_feat_size
 
@@ -83,7 +84,8 @@ def export_onnx(
         ValueError: an opset that cannot be written, an unknown input size, a network that cannot be exported (compiled,
             scripted, lazy, on the meta device, wrapped in DDP or FSDP, over 2 GB), or half precision with ``check``.
         FileNotFoundError: no such folder.
-        RuntimeError: the exporter failed, or onnxruntime's outputs differ. Nothing is written.
+        RuntimeError: the exporter failed, onnxruntime's outputs differ, or an inserted attention is lost or does not
+            run (see ``check``). Nothing is written.
     """
     check_plain(model, 'export')
     target = Path(file)
@@ -105,6 +107,7 @@ def export_onnx(
     _import_onnx(check)
 
     image = _image(model, input_size, 2 if dynamic else 1)
+    check_inserted(model, image)
     with quietly(model), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of the exporter's own parts
         program = _onnx_program(model, image, dynamic, opset_version)

@@ -1,15 +1,18 @@
-"""Insertion of attention into any network, pretrained ones first of all: ``insert``, its report, and ``remove``."""
+"""Insertion of attention into any network, pretrained ones first of all: ``insert``, ``check`` and ``remove``."""
 
+from .checking import CheckReport, check
 from .insertion import insert, remove
 from .replacement import replace_convolutions
 from .report import CheckpointKeys, InsertedPlace, InsertReport
 from .surgery import IdentityStart
 
 __all__ = [
+    'CheckReport',
     'CheckpointKeys',
     'IdentityStart',
     'InsertReport',
     'InsertedPlace',
+    'check',
     'insert',
     'remove',
     'replace_convolutions',

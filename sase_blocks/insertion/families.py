@@ -24,7 +24,7 @@ from torchvision.models import mobilenetv3 as tv_mobilenetv3
 from torchvision.models import regnet as tv_regnet
 from torchvision.models import resnet as tv_resnet
 
-from .surgery import AFTER, BASIC_BLOCK, BEFORE, BOTTLENECK, SLOT, plain_class
+from .surgery import AFTER, BEFORE, SLOT
 
 KNOWN = (
     "timm's ResNets and what shares their slot (Res2Net, SKNet, SE-ResNet, ...), torchvision's ResNet, ResNeXt and "
@@ -79,8 +79,8 @@ FAMILIES: dict[type[nn.Module], Family] = {
     res2net.Bottle2neck: _BOTTLE,
     sknet.SelectiveKernelBasic: _BASIC._replace(channels=lambda b: b.conv2.conv.out_channels, norm='conv2.bn'),
     sknet.SelectiveKernelBottleneck: _BOTTLE._replace(channels=lambda b: b.conv3.conv.out_channels, norm='conv3.bn'),
-    tv_resnet.BasicBlock: _BASIC._replace(site=_always('', BASIC_BLOCK)),
-    tv_resnet.Bottleneck: _BOTTLE._replace(site=_always('', BOTTLENECK)),
+    tv_resnet.BasicBlock: _BASIC._replace(site=_always('bn2', AFTER)),
+    tv_resnet.Bottleneck: _BOTTLE._replace(site=_always('bn3', AFTER)),
     convnext.ConvNeXtBlock: Family(_always('drop_path', BEFORE), lambda b: b.conv_dw.out_channels, _STAGES),
     tv_convnext.CNBlock: Family(_always('stochastic_depth', BEFORE), lambda b: len(b.layer_scale)),
     mbconv.DepthwiseSeparableConv: _MBCONV._replace(channels=lambda b: b.conv_pw.out_channels, norm='bn2'),
@@ -106,7 +106,7 @@ _BY_FORWARD = {cls.forward: family for cls, family in FAMILIES.items()}
 
 def family_of(module: nn.Module) -> Family | None:
     """The row of a block; None for anything else, a subclass with a forward of its own among it."""
-    return _BY_FORWARD.get(plain_class(module).forward)
+    return _BY_FORWARD.get(type(module).forward)
 
 
 def numbered_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Family, int | None]]:

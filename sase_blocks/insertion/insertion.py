@@ -19,7 +19,7 @@ from sase_blocks.ops.primitive import check_feat_size, no_weight_decay
 from .measure import Trace, run, run_block
 from .places import Place, Where, find_places
 from .report import InsertedPlace, InsertReport
-from .surgery import IdentityStart, attach, detach, mark_of
+from .surgery import RECORD, IdentityStart, Mark, attach, detach, inserted_in
 
 Block = str | Genotype | Callable[..., nn.Module]
 
@@ -32,6 +32,14 @@ _WRAPPERS = {
     'DeepSpeedEngine': 'DeepSpeed has already taken over the parameters; insert before deepspeed.initialize',
     'OptimizedModule': 'it is compiled, and its graph has no place for more; insert before torch.compile',
     'ScriptModule': 'it is a TorchScript module, whose code is fixed; insert before torch.jit.script',
+}
+
+# Optimisers of torch that cannot take the parameters of an attention as further groups, and what to do.
+_OPTIMIZERS = {
+    'LBFGS': 'takes one parameter group: insert first, and make it from model.parameters()',
+    'Muon': 'takes matrices alone: insert without optimizer=, then add those of report.parameters with two dimensions '
+    'to it and give the others to a second optimizer, such as AdamW',
+    'SparseAdam': 'takes sparse gradients alone: insert without optimizer=, and give report.parameters to another one',
 }
 
 
@@ -76,7 +84,8 @@ def insert(
     Raises:
         TypeError: a model, block, ``where`` or optimizer of another type.
         ValueError: a network that cannot be changed (lazy, on the meta device, quantised, compiled, scripted, wrapped
-            in DDP or FSDP), a ``where`` or stage that matches nothing, a place without channels, a block that changes
+            in DDP or FSDP), an optimizer that takes no further groups of such parameters (LBFGS, torch's Muon), a
+            ``where`` or stage that matches nothing, a place without channels, a block that changes
             the shape, a place that holds another inserted block. The model is unchanged.
     """
     check_model(model)
@@ -90,7 +99,8 @@ def insert(
         _check_not_compiled(model, place)
 
     args, given = example_of(model, input_size, example)
-    trace, note = _trace(model, args, given, new)
+    trace, why = try_forward(model, args, given, [place.probe for place in new])
+    note = why and f'feature sizes and MACs are not known: {why}'
     built = [_build(model, place, build, label, trace, note) for place in new]
     if len({id(b.block) for b in built}) < len(built):
         raise ValueError(f'{label} gave the same module twice; it must build a new one at every call')
@@ -102,9 +112,10 @@ def insert(
     before = sum(p.numel() for p in model.parameters())
     old_keys = set(model.state_dict())
     groups = [] if optimizer is None else list(optimizer.param_groups)
+    marks = [Mark(label, start, place.how, place.path) for place in new]
     try:
-        for place, attention in zip(new, attentions, strict=True):
-            attach(place.holder, place.how, attention, place.slot, label, start)
+        for place, attention, mark in zip(new, attentions, marks, strict=True):
+            attach(place.holder, attention, mark, place.slot)
         parameters = {id(p): p for attention in attentions for p in attention.parameters()}
         if optimizer is not None:
             _extend(optimizer, model, set(parameters))
@@ -114,6 +125,8 @@ def insert(
         if optimizer is not None:
             optimizer.param_groups[:] = groups
         raise
+    if marks:
+        model.__dict__[RECORD] = [*model.__dict__.get(RECORD, ()), *marks]
     keys = list(model.state_dict())
     counts = [sum(p.numel() for p in attention.parameters()) for attention in attentions]
     return InsertReport(
@@ -143,12 +156,14 @@ def remove(model: nn.Module) -> list[str]:
     Raises:
         ValueError: the network is wrapped (DDP, FSDP) or compiled.
     """
-    found = [(name, module, mark) for name, module in model.named_modules() if (mark := mark_of(module)) is not None]
+    found = [(name, module, at[0]) for name, module in model.named_modules() if (at := inserted_in(module)) is not None]
     if found:
         _check_unwrapped(model)
     for _, module, _ in found:
         detach(module)
-    return [f'{name}.{mark.child}' if name else mark.child for name, _, mark in found]
+    for module in model.modules():
+        module.__dict__.pop(RECORD, None)
+    return [f'{name}.{child}' if name else child for name, _, child in found]
 
 
 def check_model(model: nn.Module) -> None:
@@ -209,6 +224,9 @@ def _check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) 
         return
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f'optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}')
+    for base in type(optimizer).__mro__:
+        if base.__name__ in _OPTIMIZERS and base.__module__.startswith('torch.optim'):
+            raise ValueError(f'{base.__name__} {_OPTIMIZERS[base.__name__]}')
     own = {id(p) for p in model.parameters()}
     if not any(id(p) in own for group in optimizer.param_groups for p in group['params']):
         raise ValueError(f'the optimizer holds no parameter of this {type(model).__name__}: it is for another network')
@@ -218,7 +236,8 @@ def _sort_out(places: list[Place], label: str, start: str) -> tuple[list[Place],
     """Places to fill, and those that are filled with just this; another block there is an error."""
     new, already = [], []
     for place in places:
-        mark = mark_of(place.holder)
+        found = inserted_in(place.holder)
+        mark = None if found is None else found[1]
         if mark is None:
             new.append(place)
         elif (mark.block, mark.start) == (label, start):
@@ -268,20 +287,20 @@ def example_of(model: nn.Module, input_size: Any, example: Any) -> tuple[tuple[A
     return (x.to(device=tensor.device, dtype=tensor.dtype),), given
 
 
-def _trace(
-    model: nn.Module, args: tuple[Any, ...] | None, given: bool, places: list[Place]
+def try_forward(
+    model: nn.Module, args: tuple[Any, ...] | None, given: bool, probes: list[nn.Module]
 ) -> tuple[Trace | None, str]:
     """One forward, and why there was none. A forward that the caller asked for must succeed."""
     if args is None:
-        return None, 'feature sizes and MACs are not known without a forward: give input_size='
+        return None, 'no forward was run; give input_size='
     try:
-        trace = run(model, args, [place.probe for place in places])
+        trace = run(model, args, probes)
     except Exception as error:
         what = f'{type(error).__name__}: {error}'.splitlines()[0]
         shapes = ', '.join(str(tuple(a.shape)) if isinstance(a, Tensor) else type(a).__name__ for a in args)
         if given:
             raise ValueError(f'the forward of {type(model).__name__} fails for an input of {shapes}: {what}') from error
-        return None, f'feature sizes and MACs are not known: the forward fails for {shapes} ({what}); give input_size='
+        return None, f'the forward fails for {shapes} ({what}); give input_size='
     trace.square = all(a.ndim == 4 and a.shape[2] == a.shape[3] for a in args if isinstance(a, Tensor))
     return trace, ''
 

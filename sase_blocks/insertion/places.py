@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from sase_blocks.convert import INSERTED
 from sase_blocks.models.slots import check_stages
 
 from .families import KNOWN, Family, family_of, numbered_blocks
-from .surgery import AFTER, APPEND, CHILD, SLOT, is_plain_sequential, mark_of, why_not
+from .surgery import AFTER, APPEND, CHILD, SLOT, inserted_in, is_plain_sequential, why_not
 
 Where = str | Callable[[str, nn.Module], Any] | None
 
@@ -107,8 +108,8 @@ def _matches(model: nn.Module, where: Where) -> list[tuple[str, nn.Module]]:
 def _inside_inserted(model: nn.Module, name: str) -> bool:
     parts = name.split('.')
     for depth in range(len(parts)):
-        mark = mark_of(model.get_submodule('.'.join(parts[:depth])))
-        if mark is not None and parts[depth] == mark.child:
+        found = inserted_in(model.get_submodule('.'.join(parts[:depth])))
+        if found is not None and parts[depth] == found[0]:
             return True
     return False
 
@@ -166,22 +167,26 @@ def _place(model: nn.Module, name: str, module: nn.Module) -> Place:
     if how != SLOT:
         holder = module.get_submodule(at)
         if how == AFTER:
-            return _behind(path, holder, module, channels)
+            return _behind(path, holder, holder, channels)
         return _checked(Place(path, holder, how, module, channels))
-    mark, inside = mark_of(module), getattr(module, at)
-    if inside is None or (mark is not None and mark.child == at):
+    inside = getattr(module, at)
+    if inside is None or INSERTED in inside.__dict__:
         return Place(name, module, SLOT, module, channels, slot=at)
     # A slot with another attention, as in an SE-ResNet: ours follows it.
     return _behind(path, inside, module, channels)
 
 
 def _behind(name: str, holder: nn.Module, probe: nn.Module, channels: int | None) -> Place:
+    if is_plain_sequential(holder) and hasattr(holder, 'fuse') and len(holder) > 0:
+        # timm's ConvNorm, whose fuse() takes its two children: what is behind the last one is behind all of it.
+        last = list(holder._modules)[-1]
+        return _behind(f'{name}.{last}', holder.get_submodule(last), holder.get_submodule(last), channels)
     how = APPEND if is_plain_sequential(holder) else AFTER
     return _checked(Place(name, holder, how, probe, channels))
 
 
 def _checked(place: Place) -> Place:
-    if mark_of(place.holder) is None:
+    if inserted_in(place.holder) is None:
         taken = place.how == APPEND and hasattr(place.holder, CHILD)
         reason = f'it has an attribute {CHILD!r} of its own' if taken else None
         reason = why_not(place.holder) if place.how not in (APPEND, SLOT) else reason

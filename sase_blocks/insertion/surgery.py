@@ -1,29 +1,39 @@
 """The surgery itself: how one attention module is put behind (or before) a module, and how it is taken out again.
 
-No existing name changes, in the module tree or in the state dict, whichever of the four ways is used:
+No existing name changes, in the module tree or in the state dict, whichever of the three ways is used:
 
 - a free slot (timm's ``block.se``) is filled;
 - a plain ``nn.Sequential`` gets one more child, at its end;
-- the block of torchvision's ResNets, which has nothing between its last norm and its addition, gets a forward that has;
-- for anything else, the class of the module is swapped for a subclass whose forward calls the attention, too.
+- anything else gets a child, and a forward hook (or a forward pre-hook) that calls it.
 
-A subclass copies, pickles, scripts, traces, compiles and exports like the class it is made from; a forward hook would
-not (TorchScript leaves it out, and a copied hook goes on calling the original's attention).
+A hook runs whatever ``forward`` is: wrapped in checkpointing, exchanged on the object, or in the class. The hooks are
+functions of this file that find the attention in the module that they are called with, so that copies, pickles,
+TorchScript, FX, compilers and exporters take them along. What a hook does not outlive is an exchange of its module: a
+hook on torch's registration of modules hands the attention on, where a norm or a layer follows another one
+(``convert_sync_batchnorm``, frozen batch norms, layers that fuse). What is lost in another way, ``check`` finds.
 """
 
 # No `from __future__ import annotations`: TorchScript compiles the functions of this file.
-from collections.abc import Callable
-from functools import cache, update_wrapper
-from types import FunctionType
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from timm.layers import FrozenBatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.utils.parametrize import is_parametrized
+from torchvision.ops import FrozenBatchNorm2d
 
 from sase_blocks.convert import INSERTED
 
 CHILD = 'inserted_attention'  # the name of the new child; in a slot it is the slot's
-SLOT, APPEND, BEFORE, AFTER, BASIC_BLOCK, BOTTLENECK = 'slot', 'append', 'before', 'after', 'basic_block', 'bottleneck'
+RECORD = '_inserted_attention_record'  # on the network that insert was called with
+SLOT, APPEND, BEFORE, AFTER = 'slot', 'append', 'before', 'after'
+NORMS = (_BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)
+LAYERS = (_ConvNd, nn.Linear)
+FUSED = 'torch.ao.nn.intrinsic'
 
 
 class IdentityStart(nn.Module):
@@ -52,101 +62,63 @@ class IdentityStart(nn.Module):
         return torch.lerp(x, self.block(x).to(x.dtype), self.alpha.to(x.dtype))
 
 
-def _after(self: Any, x: Tensor) -> Tensor:
-    return self.inserted_attention(self._plain_forward(x))
+# TorchScript takes hooks with these arguments and these types.
+def run_after(self: Any, input: tuple[Tensor], result: Tensor) -> Tensor:
+    return self.inserted_attention(result)
 
 
-def _before(self: Any, x: Tensor) -> Tensor:
-    return self._plain_forward(self.inserted_attention(x))
+def run_before(self: Any, input: tuple[Tensor]) -> tuple[Tensor]:
+    return (self.inserted_attention(input[0]), *input[1:])
 
 
-def _basic_block(self: Any, x: Tensor) -> Tensor:
-    out = self.relu(self.bn1(self.conv1(x)))
-    out = self.inserted_attention(self.bn2(self.conv2(out)))
-    return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+@dataclass(eq=False)
+class Mark:
+    """What is known of an inserted attention; the attention has it, and so has the record of the network.
+
+    Args:
+        block, start: what ``insert`` was asked for.
+        how: one of the four ways of this file.
+        path: the name of the attention when it was inserted.
+        removed: whether it was taken out again on purpose.
+    """
+
+    block: str
+    start: str
+    how: str
+    path: str
+    removed: bool = False
 
 
-def _bottleneck(self: Any, x: Tensor) -> Tensor:
-    out = self.relu(self.bn1(self.conv1(x)))
-    out = self.relu(self.bn2(self.conv2(out)))
-    out = self.inserted_attention(self.bn3(self.conv3(out)))
-    return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+def inserted_in(holder: nn.Module) -> tuple[str, Mark] | None:
+    """The name of the child that is an inserted attention, and its mark; None if a module holds none."""
+    for name, child in holder.named_children():
+        if (mark := child.__dict__.get(INSERTED)) is not None:
+            return name, mark
+    return None
 
 
-FORWARDS: dict[str, Callable[..., Tensor]] = {
-    AFTER: _after,
-    BEFORE: _before,
-    BASIC_BLOCK: _basic_block,
-    BOTTLENECK: _bottleneck,
-}
+def has_inserted(model: nn.Module) -> bool:
+    """Whether something was inserted into a network, though it may be lost now."""
+    return any(RECORD in module.__dict__ or INSERTED in module.__dict__ for module in model.modules())
 
 
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module had before an attention was inserted, which is its class if none was."""
-    return getattr(type(module), '_plain_class', type(module))
-
-
-@cache  # one class for each plain class: TorchScript and compilers count classes
-def _class_with_attention(plain: Any, how: str) -> type[nn.Module]:
-    # The module's name stays: FX takes a class for a leaf, or not, by where it says that it comes from.
-    body = {
-        '__module__': plain.__module__,
-        '__doc__': f'{plain.__name__} with an inserted attention.',
-        '_plain_class': plain,
-        '_how': how,
-        '_plain_forward': _renamed(plain.forward, '_plain_forward'),
-        'forward': FORWARDS[how],
-        '__reduce_ex__': _reduce_ex,
-    }
-    return type(f'{plain.__name__}WithAttention', (plain,), body)
-
-
-def _renamed(function: Any, name: str) -> Any:
-    """The same function by another name: TorchScript compiles a method by the name of its function."""
-    if not isinstance(function, FunctionType):
-        return function
-    copy = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return update_wrapper(copy, function, assigned=('__module__', '__doc__', '__annotations__'))
-
-
-def _reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:
-    """For pickle and copy, which would look for the class by its name: the plain class, and what was done to it."""
-    reduced: Any = object.__reduce_ex__(self, max(2, int(protocol)))
-    _, _, *state = reduced
-    return (_rebuild, (type(self)._plain_class, type(self)._how), *state)
-
-
-def _rebuild(plain: Any, how: str) -> nn.Module:
-    cls = _class_with_attention(plain, how)
-    return cls.__new__(cls)
+def is_hooked(holder: nn.Module, how: str) -> bool:
+    """Whether a module has the hook of ``how``, if one belongs to it."""
+    hooks = {AFTER: holder._forward_hooks, BEFORE: holder._forward_pre_hooks}.get(how)
+    return hooks is None or any(hook in (run_after, run_before) for hook in hooks.values())
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Why the class of a module cannot be swapped, or None if it can."""
+    """Why a module cannot hold an attention behind its hooks, or None if it can."""
     cls = type(module)
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return 'it is a container that runs over its children in its own way; name a module inside it'
     own = (cls.__reduce_ex__, cls.__reduce__) != (object.__reduce_ex__, object.__reduce__)
-    if own or hasattr(cls, '__deepcopy__') or cls.__new__ is not object.__new__:
-        return 'it is made and copied in a way of its own (a traced, scripted or parametrised module)'
+    if (own or hasattr(cls, '__deepcopy__')) and not is_parametrized(module):
+        return 'it is made and copied in a way of its own (a traced or scripted module)'
     if hasattr(module, CHILD):
         return f'it has an attribute {CHILD!r} of its own'
     return None
-
-
-class Mark(NamedTuple):
-    """What is written on the module that holds an inserted attention."""
-
-    child: str
-    block: str
-    start: str
-
-
-def mark_of(module: nn.Module) -> Mark | None:
-    """The mark of a module that holds an inserted attention."""
-    mark = module.__dict__.get(INSERTED)
-    return None if mark is None else Mark(*mark)
 
 
 def is_plain_sequential(module: nn.Module) -> bool:
@@ -154,24 +126,80 @@ def is_plain_sequential(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-def attach(holder: nn.Module, how: str, attention: nn.Module, slot: str, block: str, start: str) -> None:
+def attach(holder: nn.Module, attention: nn.Module, mark: Mark, slot: str = '') -> None:
     """Put ``attention`` into ``holder``, in place. ``detach`` undoes it."""
-    child = slot if how == SLOT else CHILD
-    if how in FORWARDS:
-        plain: Any = type(holder)
-        holder.__class__ = _class_with_attention(plain, how)
-    setattr(holder, child, attention)
-    setattr(holder, INSERTED, (child, block, start))
+    attention.__dict__[INSERTED] = mark
+    setattr(holder, slot if mark.how == SLOT else CHILD, attention)
+    _hook(holder, mark.how)
 
 
 def detach(holder: nn.Module) -> None:
     """Take an inserted attention out again; nothing of it stays."""
-    mark = mark_of(holder)
-    if mark is None:
+    found = inserted_in(holder)
+    if found is None:
         return
-    delattr(holder, INSERTED)
-    delattr(holder, mark.child)
-    if plain_class(holder) is not type(holder):
-        holder.__class__ = plain_class(holder)
-    elif mark.child != CHILD:
-        setattr(holder, mark.child, None)
+    child, mark = found
+    mark.removed = True
+    del holder.get_submodule(child).__dict__[INSERTED]
+    delattr(holder, child)
+    if child != CHILD:
+        setattr(holder, child, None)
+    for hooks in (holder._forward_hooks, holder._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (run_after, run_before)]:
+            del hooks[key]
+
+
+def _hook(holder: nn.Module, how: str) -> None:
+    if how in (AFTER, BEFORE) and not is_hooked(holder, how):
+        if how == AFTER:  # before other hooks, which thus see what the network goes on with
+            holder.register_forward_hook(run_after, prepend=True)
+        else:
+            holder.register_forward_pre_hook(run_before)
+
+
+def hand_on(old: nn.Module, new: nn.Module) -> None:
+    """Put what was inserted behind (or before) a module that is to be replaced behind (or before) its successor."""
+    holder = old
+    while CHILD not in holder._modules and is_plain_sequential(holder) and len(holder._modules) > 0:
+        holder = holder.get_submodule(list(holder._modules)[-1])  # behind the last of a sequence is behind the sequence
+    attention: Any = holder._modules.get(CHILD)
+    mark = None if attention is None else attention.__dict__.get(INSERTED)
+    if mark is not None and (holder is old or mark.how != BEFORE) and CHILD not in new._modules:
+        if mark.how == APPEND:
+            mark.how = AFTER
+        attach(new, attention, mark)
+
+
+def _keep(parent: nn.Module, name: str, new: nn.Module | None) -> None:
+    """Called by torch for every ``parent.name = new``, before it happens.
+
+    A copy of a module that took over its children (``convert_sync_batchnorm``) gets the hook, too. A norm that follows
+    a norm, a layer that follows what fused into it, and the identity that follows a folded norm get the attention. Of
+    any other module nobody can tell whether the attention is in it already, as in one that was scripted.
+
+    Raises:
+        RuntimeError: ``torch.ao``'s ``fuse_modules`` is about to fold a norm away whose attention would then run
+            behind the activation, or not at all.
+    """
+    if new is None:
+        return
+    if name == CHILD:
+        mark = new.__dict__.get(INSERTED)
+        if mark is not None and type(parent) is not nn.Module:  # FX makes bare modules, for the names alone
+            _hook(parent, mark.how)
+        return
+    old = parent.__dict__.get('_modules', {}).get(name)
+    if old is None or old is new:
+        return
+    folded = isinstance(new, nn.Identity) and isinstance(old, NORMS)
+    fused = folded and CHILD in old._modules and any(type(m).__module__.startswith(FUSED) for m in parent.children())
+    if fused or (CHILD not in new._modules and (is_hooked(new, AFTER) or is_hooked(new, BEFORE))):
+        raise RuntimeError(
+            f'{name!r} would become a {type(new).__name__} without the attention that was inserted there: fuse_modules '
+            f'takes hooks along and no children. Call remove(model) before it, and insert after it'
+        )
+    if folded or isinstance(new, (*NORMS, *LAYERS)):
+        hand_on(old, new)
+
+
+register_module_module_registration_hook(_keep)

@@ -11,8 +11,8 @@ from .primitive import narrow, widen
 @torch.fx.wrap
 def batch_norm(
     x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     training: bool,
@@ -22,9 +22,15 @@ def batch_norm(
     """``F.batch_norm`` in fp32 (or fp64) whatever the parameters' dtype, the result in the dtype of ``weight``.
 
     A covariance of large activations does not fit fp16, its normalised form does. A single value per channel, which
-    has no variance, is normalised by the running statistics.
+    has no variance, is normalised by the running statistics. A norm that has lost these (test-time adaptation and
+    ``torch.func.replace_all_batch_norm_modules_`` take them away) goes by its batch in both modes, as torch's does; a
+    single value per channel is then its own mean, and becomes the bias.
     """
     x, w, b = widen(x), widen(weight), widen(bias)
+    if running_mean is None or running_var is None:
+        if x.numel() > x.shape[1]:
+            return narrow(F.batch_norm(x, None, None, w, b, True, momentum, eps), weight)
+        return narrow(0 * w.reshape(x.shape) * x + b.reshape(x.shape), weight)
     mean, var = widen(running_mean), widen(running_var)
     if training and x.numel() > x.shape[1]:
         y = F.batch_norm(x, mean, var, w, b, True, momentum, eps)
@@ -46,14 +52,14 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training:
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
             if self.momentum is None:  # a plain mean over all batches, as torch.optim.swa_utils.update_bn asks for
-                momentum = 1.0 / float(self.num_batches_tracked)  # type: ignore[arg-type]
+                momentum = 1.0 / float(self.num_batches_tracked)
         return batch_norm(
             input,
-            self.running_mean,  # type: ignore[arg-type]
-            self.running_var,  # type: ignore[arg-type]
+            self.running_mean,
+            self.running_var,
             self.weight,
             self.bias,
             self.training,

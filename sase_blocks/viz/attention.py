@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sase_blocks.blocks import AttentionBlock, AttentionModule
+from sase_blocks.insertion.checking import check_inserted
 from sase_blocks.insertion.surgery import CHILD, IdentityStart
 
 from .style import CHANNEL_COLOR, GREY, STYLE, load_matplotlib
@@ -54,6 +55,7 @@ def capture_gates(model: nn.Module, images: Tensor) -> dict[str, Gates]:
     Raises:
         TypeError: ``images`` is not a tensor.
         ValueError: ``images`` is not of shape ``(B, C, H, W)``, or ``model`` holds no attention block or ran none.
+        RuntimeError: an inserted attention is lost or does not run (see ``check``).
     """
     return {name: (block.channel, block.spatial) for name, block in _capture(model, images).items()}
 
@@ -69,6 +71,7 @@ def _capture(model: nn.Module, images: Tensor) -> dict[str, _Captured]:
             f'the model ({type(model).__name__}) holds no attention block of sase_blocks; build it with one, for '
             "example timm.create_model('resnet50_sase'), or put blocks into it with sase_blocks.insert"
         )
+    check_inserted(model, images[:1])
     captured: dict[str, _Captured] = {}
     with ExitStack() as stack:
         stack.enter_context(_eval_mode(model))
