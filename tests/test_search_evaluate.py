@@ -557,7 +557,7 @@ def test_random_labels():
         ([1] * 8, [2] * 8, [0, 2], r'decided: 1 of 2 edges \(channel_squeeze\)'),
         ([1] * 3, [2] * 3, None, r'nothing was decided: .* than chance would \(3 are too few to show it .*, 5 can\)'),
         ([1] * 4 + [0] * 4, [0, 1, 2, 0, 1, 2, 0, 1], None, 'nothing was decided: .* than chance would$'),
-        ([1], [2], None, r'nothing was decided: .*\(1 are too few'),
+        ([1], [2], None, r'nothing was decided: .*\(1 is too few'),
     ],
 )
 def test_agreement_that_decides(squeezes, excites, null, verdict):
