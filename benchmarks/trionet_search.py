@@ -199,7 +199,7 @@ def report(
     alone: Mapping[str, Sequence[float]],
 ) -> None:
     """Tables on the terminal, and what is worth keeping."""
-    from scipy.stats import kendalltau  # comes with scikit-learn
+    from scipy.stats import kendalltau  # extra search
 
     names = [name for name in networks if alone[name]]
     ranked = [name for name in names if not name.startswith('found')]

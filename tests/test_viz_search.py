@@ -92,6 +92,19 @@ def test_names_stand_apart_and_inside(scale):
             assert 0 < box.x0 < box.x1 < figure.bbox.width
 
 
+def test_what_was_not_decided_is_not_emphasised():
+    decided = {'channel_squeeze': True, 'channel_excite': False, 'gate_excite': None}
+    figure = plot_logits(history(), EDGES, decided=[decided])
+    squeeze, excite, *others = panels(figure)
+    for axis, emphasised in ((squeeze, True), (excite, False), *((other, True) for other in others)):
+        assert (max(line.get_linewidth() for line in axis.lines) > 2) == emphasised
+        assert any(text.get_fontweight() == 'bold' for text in axis.texts) == emphasised
+        assert any('not decided' in text.get_text() for text in axis.texts) != emphasised
+    assert figure.get_suptitle() == ''
+    nothing = plot_logits(history(sets=2), EDGES, decided=[dict.fromkeys(EDGES, False)] * 2)
+    assert nothing.get_suptitle().startswith('nothing was decided')
+
+
 def test_one_set_without_an_axis_for_it_and_times_of_ones_own():
     figure = plot_logits(history()[:, 0], EDGES, epochs=[0, 0.5, 1, 1.5, 2])
     assert panels(figure)[0].lines[1].get_xdata().tolist() == [0, 0.5, 1, 1.5, 2]
@@ -112,6 +125,7 @@ def test_one_set_without_an_axis_for_it_and_times_of_ones_own():
         (np.zeros((0, 1, TOTAL)), {}, 'must be'),
         (np.full((2, 1, TOTAL), np.nan), {}, 'not finite'),
         (np.zeros((2, 1, TOTAL)), {'epochs': [0, 1, 2]}, 'holds 2 times, and epochs 3'),
+        (np.zeros((2, 1, TOTAL)), {'decided': [{}, {}]}, 'holds 1 sets, and decided 2'),
     ],
 )
 def test_logits_refused(logits, options, says):

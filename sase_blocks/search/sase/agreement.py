@@ -168,7 +168,8 @@ def _verdict(sets: Sequence[Mapping[str, Mapping[str, Any]]], searches: int, nul
     # The edge with the most operations, and all on one of them.
     most = max(len(state['probability']) for state in named.values())
     enough = next(n for n in count(2) if len(named) * chance_of_agreement(n, n, most) <= LEVEL)
-    few = f' ({searches} are too few to show it for one edge alone, {enough} can)' if searches < enough else ''
+    are = 'is' if searches == 1 else 'are'
+    few = f' ({searches} {are} too few to show it for one edge alone, {enough} can)' if searches < enough else ''
     return f'nothing was decided: on no edge do the searches {beyond}{few}'
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from sase_blocks.runs import check_writable, is_main, write_text
 from sase_blocks.search.halves import Arrays
+from sase_blocks.search.significance import load_stats
 from sase_blocks.search.tasks import run_tasks
 from sase_blocks.train import TrainConfig
 
@@ -64,6 +65,8 @@ def campaign(
     seeds = [config.seed] if seeds is None else list(dict.fromkeys(seeds))
     if not seeds:
         raise ValueError('seeds is empty: give at least one')
+    if evaluations:
+        load_stats()  # before the searches
     out = Path(config.out)
     if len(seeds) == 1 and not null:
         searches = {seeds[0]: search(replace(config, seed=seeds[0]), images)}
