@@ -6,6 +6,7 @@ full disk leaves the last good file as it was. Reading allows tensors and plain 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import pickle
@@ -88,8 +89,8 @@ def _fsync_folder(folder: Path) -> None:
 def read_checkpoint(path: str | os.PathLike[str], map_location: torch.device | str = 'cpu') -> dict[str, Any]:
     """Read a file of ``save_checkpoint``, of ``torch.save`` or, if its name ends so, of safetensors.
 
-    Nothing in the file is run: only tensors, plain Python values and numpy numbers (which training scripts tend to
-    store as the best accuracy) are accepted.
+    Nothing in the file is run: only tensors, plain Python values, numpy numbers (which training scripts tend to store
+    as the best accuracy) and ``argparse.Namespace`` (their options, in timm's for example) are accepted.
 
     Args:
         path: the file.
@@ -113,7 +114,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: torch.device | s
     with source.open('rb'):  # a missing permission is told as such, not as a broken file
         pass
     try:
-        with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
+        with torch.serialization.safe_globals([argparse.Namespace, *_numpy_scalars()]), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about pickle protocols, of no use to the reader of the error below
             state = torch.load(source, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:

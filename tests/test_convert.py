@@ -1,5 +1,6 @@
 """Checkpoints from elsewhere: the authors' ResNets and detectors, plain ResNets, damaged and foreign files."""
 
+import argparse
 import json
 import pickle
 import zlib
@@ -9,8 +10,10 @@ import pytest
 import timm
 import torch
 from golden_data import GOLDEN, load, section
+from torch.optim.swa_utils import AveragedModel
 
 from sase_blocks import AttentionBlock, Genotype, convert_paper_state_dict, load_checkpoint
+from sase_blocks.checkpoint import read_checkpoint
 
 
 def fill(key: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -206,3 +209,185 @@ def test_a_round_trip_through_a_file(tmp_path):
     report = load_checkpoint(other, tmp_path / 'w.pt')
     assert len(report.loaded) == len(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def small(**kwargs):
+    return timm.create_model('resnet20_cifar', layers=(1, 1, 1), channels=(4, 4, 4), num_classes=3, **kwargs)
+
+
+def before(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def other(state):
+    return {key: value + 1 for key, value in state.items()}
+
+
+def averaged(model):
+    return AveragedModel(model, use_buffers=True).state_dict()
+
+
+def profiled(state):
+    """As thop leaves it: two buffers in each module and in the network itself."""
+    modules = {key.rpartition('.')[0] for key in state} | {''}
+    names = (f'{m}.{name}'.lstrip('.') for m in modules for name in ('total_ops', 'total_params'))
+    return {**state, **{name: torch.zeros(1, dtype=torch.float64) for name in names}}
+
+
+EXTRA = {'criterion.weight': torch.ones(3), 'neck.conv.weight': torch.ones(2)}
+# What a file holds, for a network and its state dict; entry, prefix and what is left out (None: not asked), arguments.
+TRAINERS = {
+    **{
+        repr(prefix): (lambda m, s, prefix=prefix: before(prefix, s), '', prefix, [], {})
+        for prefix in (
+            'model.', 'module.', '_orig_mod.', 'backbone.', 'encoder.', 'module.model.', 'model.module.',
+            '_orig_mod.module.', 'module._orig_mod.', 'model.encoder.backbone._orig_mod.', 'module.module.',
+        )
+    },
+    'Lightning': (
+        lambda m, s: {'state_dict': {**before('model.', s), **EXTRA}, 'callbacks': {}, 'loops': {}, 'epoch': 3},
+        'state_dict', 'model.', list(EXTRA), {},
+    ),
+    'compiled, in DDP': (lambda m, s: {'model': before('module._orig_mod.', s)}, 'model', 'module._orig_mod.', [], {}),
+    'DeepSpeed': (lambda m, s: {'module': before('model.', s), 'ds_config': {}}, 'module', 'model.', [], {}),
+    'settings beside': (lambda m, s: {'model': {'name': 'x'}, 'state_dict': s}, 'state_dict', '', [], {}),
+    'AveragedModel': (lambda m, s: averaged(m), '', 'module.', ['n_averaged'], {}),
+    'AveragedModel, in a module': (
+        lambda m, s: {'state_dict': before('model.', averaged(m))},
+        'state_dict', 'model.module.', ['model.n_averaged'], {},
+    ),
+    **{
+        f'{name} alone': (lambda m, s, name=name: {name: s, 'epoch': 1}, name, '', [], {})
+        for name in ('state_dict_ema', 'model_ema', 'ema_state_dict', 'ema')
+    },
+    'the weights, not their average': (
+        lambda m, s: {'state_dict': s, 'state_dict_ema': other(s)}, 'state_dict', '', ['state_dict_ema'], {},
+    ),
+    'the average, not the weights': (
+        lambda m, s: {'state_dict': other(s), 'state_dict_ema': s},
+        'state_dict_ema', '', ['state_dict'], {'use_ema': True},
+    ),
+    'torchvision, its average': (
+        lambda m, s: {'model': other(s), 'model_ema': averaged(m), 'args': {}},
+        'model_ema', 'module.', ['model', 'n_averaged'], {'use_ema': True},
+    ),
+    'an average in an entry': (lambda m, s: {'ema': {'module': s}}, 'ema.module', '', [], {'use_ema': True}),
+    'profiled': (lambda m, s: profiled(s), '', '', None, {}),
+    'profiled, in DDP': (lambda m, s: before('module.', profiled(s)), '', 'module.', None, {}),
+    'a prefix of its own': (lambda m, s: before('student.', s), '', 'student.', [], {'prefix': 'student.'}),
+    'without its dot, and others': (
+        lambda m, s: {**before('module.student.model.', s), **before('module.teacher.model.', other(s))},
+        '', 'module.student.model.', None, {'prefix': 'student'},
+    ),
+    'one of two': (
+        lambda m, s: {**before('model.', other(s)), **before('module.', s)}, '', 'module.', None, {'prefix': 'module.'},
+    ),
+    'no prefix of two': (lambda m, s: {**before('model.', other(s)), **s}, '', '', None, {'prefix': ''}),
+    'the whole one of two': (
+        lambda m, s: {**s, **before('model.', {k: v + 1 for k, v in s.items() if 'fc' not in k})}, '', '', None, {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(('wrap', 'entry', 'prefix', 'left_out', 'arguments'), TRAINERS.values(), ids=TRAINERS)
+def test_other_trainers_files(wrap, entry, prefix, left_out, arguments, tmp_path):
+    torch.manual_seed(0)
+    model, loaded = small(), small()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.save(wrap(model, state), tmp_path / 'w.pt')
+    report = load_checkpoint(loaded, tmp_path / 'w.pt', **arguments)
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    assert (report.entry, report.prefix) == (entry, prefix)
+    if left_out is not None:
+        assert report.left_out == left_out
+    if entry:
+        assert f'tensors loaded from {entry!r}' in str(report)
+    if prefix:
+        assert f'{prefix!r} taken off their names' in str(report)
+    if report.left_out:
+        assert f'left out of the file: {len(report.left_out)} entries: {report.left_out[0]}' in str(report)
+
+
+def test_names_of_the_model_itself_are_no_prefixes():
+    for name in ('model', 'encoder', '_orig_mod'):
+        model, loaded = (torch.nn.ModuleDict({name: small()}) for _ in range(2))
+        report = load_checkpoint(loaded, before('module.', model.state_dict()))
+        assert report.prefix == 'module.'
+        assert load_checkpoint(loaded, model.state_dict()).prefix == ''
+        assert torch.equal(loaded[name].conv1.weight, model[name].conv1.weight)
+
+
+REFUSED = {
+    'two that fit': (
+        lambda m, s: {**before('model.', s), **before('module.', s)}, {},
+        r"^state dict: the keys under 'model\.' and under 'module\.' fit the model alike: choose .* prefix='module\.'$",
+    ),
+    'none and another': (lambda m, s: {**s, **before('encoder.', s)}, {}, r"under '' and under 'encoder\.' fit"),
+    'not a prefix of it': (
+        lambda m, s: before('model.', s), {'prefix': 'student'},
+        r"no key of the model is there under prefix='student\.'; first keys: model\.conv1\.weight, ",
+    ),
+    'none, where there is one': (lambda m, s: before('model.', s), {'prefix': ''}, r"prefix=''; first keys: model\."),
+    'one that nobody knows': (lambda m, s: before('student.', s), {}, r"; its keys fit with prefix='student\.'$"),
+    'one within a known one': (
+        lambda m, s: before('module.net.', s), {}, r"keys missing: .*; its keys fit with prefix='module\.net\.'$",
+    ),
+    'no average': (
+        lambda m, s: {'state_dict': s}, {'use_ema': True},
+        r'^state dict: use_ema=True, but there is no average of the weights under state_dict_ema, model_ema, ',
+    ),
+    'a profile alone': (lambda m, s: {'total_ops': torch.zeros(1)}, {}, r'keys missing: conv1\.weight'),
+    'a broken copy': (
+        lambda m, s: {k: v for k, v in before('module.', s).items() if 'bn1' not in k}, {}, r'missing: bn1\.weight',
+    ),
+    'settings alone': (lambda m, s: {'model': {'name': 'x'}}, {}, 'expected a state dict of .* got model: dict'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(('wrap', 'arguments', 'text'), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused(wrap, arguments, text):
+    model = small()
+    state = {key: value + 1 for key, value in model.state_dict().items()}
+    kept = model.conv1.weight.clone()
+    with pytest.raises(ValueError, match=text) as error:
+        load_checkpoint(model, wrap(model, state), **arguments)
+    assert '\n' not in str(error.value)
+    assert torch.equal(model.conv1.weight, kept)
+
+
+def test_the_authors_keys_behind_any_prefix(paper50):
+    expected = {key: value.shape for key, value in convert_paper_state_dict(paper50).items()}
+    state = profiled(before('module.model.', paper50))
+    assert {key: value.shape for key, value in convert_paper_state_dict({'state_dict': state}).items()} == expected
+    data = section('sase_blocks.npz', 'found/')
+    block = AttentionBlock(32, Genotype.from_paper(data['genotype']), feat_size=(7, 6))
+    plain = {k.removeprefix('state/'): v for k, v in data.items() if k.startswith('state/')}
+    assert load_checkpoint(block, before('module.encoder.', plain)).prefix == 'module.encoder.'
+
+
+class Options(argparse.Namespace):
+    pass
+
+
+@pytest.mark.parametrize(
+    ('args', 'text'),
+    [
+        (argparse.Namespace(lr=0.1, model='resnet20_cifar', betas=(0.9, 0.999), opts=[None, True]), None),
+        (argparse.Namespace(inner=argparse.Namespace(a=1)), None),
+        (Options(lr=0.1), r'w\.pth: it holds .*Options'),
+        (argparse.Namespace(lr=Hostile()), r'w\.pth: it holds .*exec'),
+        (argparse.FileType('r'), r'w\.pth: it holds argparse\.FileType'),
+    ],
+    ids=['timm', 'nested', 'a subclass', 'hostile within', 'another class'],
+)
+def test_options_beside_the_weights(args, text, tmp_path):
+    """timm's train.py stores its argparse.Namespace: that one class is plain values, no other is let in."""
+    model, loaded = small(), small()
+    torch.save({'state_dict': model.state_dict(), 'args': args, 'arch': 'resnet20_cifar'}, tmp_path / 'w.pth')
+    if text is None:
+        load_checkpoint(loaded, tmp_path / 'w.pth')
+        assert torch.equal(loaded.conv1.weight, model.conv1.weight)
+        assert vars(read_checkpoint(tmp_path / 'w.pth')['args']) == vars(args)
+    else:
+        with pytest.raises(ValueError, match=text):
+            load_checkpoint(loaded, tmp_path / 'w.pth')

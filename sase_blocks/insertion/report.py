@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from sase_blocks.checkpoint import read_checkpoint
-from sase_blocks.convert import unwrap_state_dict
+from sase_blocks.convert import extract_state_dict
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class InsertReport:
         ``load_checkpoint(model, checkpoint)`` loads it: a file without any attention key is taken as a plain one.
         """
         raw = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
-        given = unwrap_state_dict(raw)
+        given = extract_state_dict(raw, self.model_keys).state
         new = set(self.keys)
         missing = [key for key in self.model_keys if key not in given]
         return CheckpointKeys(
