@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 from timm.data import ImageDataset, create_dataset, create_transform, get_img_extensions, resolve_data_config
 from timm.layers import SpaceToDepth
-from timm.utils.misc import natural_key
+from timm.utils import natural_key
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
@@ -431,9 +431,10 @@ def inspect_images(samples: Samples, *, progress: bool = True) -> tuple[dict[int
     digest = hashlib.sha256(_classes_text(samples))
     data = getattr(samples.source, 'data', None)
     if isinstance(data, np.ndarray | Tensor):
-        indices = np.asarray(samples.indices)
-        digest.update(np.asarray(samples.labels()).tobytes())
-        digest.update(np.ascontiguousarray(np.asarray(data)[indices]).data)
+        indices, targets = np.asarray(samples.indices), getattr(samples.source, 'targets', None)
+        labels = samples.labels() if targets is None else np.asarray(targets)[indices]
+        for array in (np.asarray(data)[indices], np.asarray(labels)):
+            digest.update(np.ascontiguousarray(array).data)
         return {}, digest.hexdigest()[:16]
     state = _state(samples) if isinstance(samples.source, ImageFiles) else None
     if state in _inspected:

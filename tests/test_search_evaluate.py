@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_data import make_images
 
+from sase_blocks import data
 from sase_blocks.blocks import Genotype
 from sase_blocks.checkpoint import read_checkpoint
 from sase_blocks.search.sase import SearchConfig, SearchSpace, campaign
@@ -68,7 +69,12 @@ def trained(monkeypatch):
 # ---- trainings from scratch ----
 
 
-def test_evaluation(budget, tmp_path):
+def test_evaluation(budget, tmp_path, monkeypatch):
+    """On grey images, which the check of all four trainings reads once."""
+    budget = replace(budget, model_args={**budget.model_args, 'in_chans': 1})
+    checked, real = [], data.decode_image
+    monkeypatch.setattr(data, 'decode_image', lambda *args, **how: checked.append(how) or real(*args, **how))
+    monkeypatch.setattr(data, '_inspected', {})
     said = []
     result = evaluate(FOUND, budget, baselines=['none', f'mine={OTHER}'], randoms=1, seeds=[3], say=said.append)
     out = Path(budget.out)
@@ -96,6 +102,7 @@ def test_evaluation(budget, tmp_path):
     assert rows['none']['time_ratio'] == 1
     assert rows['none']['parameters'] < rows['found']['parameters']
     assert rows['none']['macs'] < rows['found']['macs'] < 1.05 * rows['none']['macs']
+    assert checked.count({'smallest': True}) == 14 + 6
     assert len(said) == 8
     assert said[0].startswith('1/8 found, seed 3: accuracy ')
     assert result['budget']['epochs'] == 2
