@@ -171,9 +171,7 @@ def pictures_of(size):
     return F.interpolate(images.float(), size=size).to(torch.uint8), labels, classes
 
 
-@pytest.mark.parametrize(
-    'size', [pytest.param(12, id='in memory'), pytest.param(72, id='by loading processes', marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize('size', [12, 72], ids=['in memory', 'by loading processes'])
 def test_images_from_files(config, tmp_path, size, look_often):
     data = make_images(tmp_path / 'images', train=6, val=1, classes=('cat', 'dog'))
     changes = {'data': str(data), 'img_size': size, 'batch_size': 2, 'hessian_every': 0, 'epochs': 1}
