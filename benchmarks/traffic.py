@@ -1,8 +1,9 @@
 """Count what compiled attention blocks read and write on a GPU, without one.
 
 inductor plans its kernels from shapes alone. This script lets it plan for a Hopper GPU (nothing is generated or run)
-and adds up the bytes that the planned kernels read and write, in traversals: one read or one write of x. It uses
-interfaces of inductor that are not public, so it needs torch 2.11 or newer and may need a change for a newer one.
+and adds up the bytes that the planned kernels read and write, in traversals: one read or one write of x. It needs
+neither a device nor Triton. It uses interfaces of inductor that are not public: they are the same from torch 2.6 to
+2.15, and a newer torch may need a change here.
 
     python benchmarks/traffic.py                        # at the four ResNet-50 shapes, bf16
     python benchmarks/traffic.py sase se --dtype float32 --shapes 256x56x56
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -21,6 +23,10 @@ import torch
 from torch import nn
 
 SHAPES = ('256x56x56', '512x28x28', '1024x14x14', '2048x7x7')
+
+
+class CannotPlan(RuntimeError):
+    """The interfaces of inductor that this script uses are others in the torch that is here."""
 
 
 class _Hopper:
@@ -49,6 +55,9 @@ def _as_if_there_were_a_gpu() -> Iterator[None]:
         'torch.cuda.get_device_properties': lambda *_: _Hopper(),
         'torch.cuda._get_device_properties': lambda *_: _Hopper(),
         'torch._C._cuda_init': lambda: None,
+        'torch._subclasses.fake_tensor.init_gpu_context': lambda *_: None,  # which would allocate on the device
+        # Not a matter of the package alone: has_triton asks for a device, and remembers the answer from before.
+        'torch._inductor.scheduler.has_triton': lambda *_: True,
     }
     with contextlib.ExitStack() as stack:
         for name, fake in replaced.items():
@@ -60,10 +69,10 @@ def _planned_bytes(graph: torch.fx.GraphModule, inputs: list[object]) -> int:
     """Bytes that inductor's kernels for ``graph`` would read and write on the GPU."""
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
+    from torch._inductor.scheduler import Scheduler
     from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    graph = copy.deepcopy(graph)
     with FakeTensorMode() as fake, _as_if_there_were_a_gpu():
 
         def moved(value: object) -> object:
@@ -80,25 +89,24 @@ def _planned_bytes(graph: torch.fx.GraphModule, inputs: list[object]) -> int:
         handlers = V.set_graph_handler(lowering), V.set_fake_mode(fake), V.set_debug_handler(DebugContext())
         with handlers[0], handlers[1], handlers[2]:
             lowering.run(*example)
-            lowering._update_scheduler()
+            lowering.scheduler = Scheduler(lowering.operations)
             return int(lowering.count_bytes()[0])
 
 
 def traversals(block: nn.Module, x: torch.Tensor) -> tuple[float, float, float]:
-    """Of a compiled training step: traversals of x forward, backward, and sizes of x kept between them."""
+    """Of a compiled training step: traversals of x forward, backward, and sizes of x kept between them.
+
+    Raises:
+        CannotPlan: inductor's own interfaces are others in the torch that is here.
+    """
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
     from torch._inductor.decomposition import select_decomp_table
 
-    counted: list[int] = []
-    kept: list[int] = []
+    captured: list[tuple[torch.fx.GraphModule, list[object]]] = []
 
     def compiler(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
-        if counted:  # the backward graph: what it takes from the forward (parameters too), without the gradient of y
-            nodes = [n for n in graph.graph.nodes if n.op == 'placeholder' and not n.name.startswith('tangents')]
-            tensors = [n.meta['val'] for n in nodes if isinstance(n.meta.get('val'), torch.Tensor)]
-            kept.append(sum(t.numel() * t.element_size() for t in tensors))
-        counted.append(_planned_bytes(graph, inputs))
+        captured.append((copy.deepcopy(graph), list(inputs)))
         return make_boxed_func(graph.forward)
 
     backend = aot_autograd(
@@ -110,9 +118,20 @@ def traversals(block: nn.Module, x: torch.Tensor) -> tuple[float, float, float]:
     torch._dynamo.reset()
     y = torch.compile(block.train(), backend=backend, fullgraph=True, dynamic=False)(x)
     y.backward(torch.ones_like(y))
+    # What the backward graph takes from the forward (parameters too), without the gradient of y.
+    nodes = [n for n in captured[1][0].graph.nodes if n.op == 'placeholder' and not n.name.startswith('tangents')]
+    tensors = [n.meta['val'] for n in nodes if isinstance(n.meta.get('val'), torch.Tensor)]
+    kept = sum(t.numel() * t.element_size() for t in tensors)
+    try:
+        forward, backward = (_planned_bytes(graph, inputs) for graph, inputs in captured)
+    except Exception as error:  # of any kind: what is private has no contract
+        text = (str(error).strip().splitlines() or [''])[0]
+        raise CannotPlan(
+            f'torch {torch.__version__} does not plan without a GPU as benchmarks/traffic.py asks it to '
+            f'({type(error).__name__}: {text}); use torch 2.15 or older, or adapt the script'
+        ) from error
     size = x.numel() * x.element_size()
-    forward, backward = counted
-    return forward / size, backward / size, kept[0] / size
+    return forward / size, backward / size, kept / size
 
 
 def builders() -> dict[str, Callable[..., nn.Module]]:
@@ -144,7 +163,10 @@ def main() -> None:
         c, h, w = (int(n) for n in shape.split('x'))
         x = torch.randn(args.batch, c, h, w, dtype=getattr(torch, args.dtype), requires_grad=True)
         for name in args.blocks or known:
-            forward, backward, kept = traversals(known[name](c).to(x.dtype), x)
+            try:
+                forward, backward, kept = traversals(known[name](c).to(x.dtype), x)
+            except CannotPlan as error:
+                sys.exit(f'traffic.py: {error}')
             print(f'{name:<12}{shape:<13}{forward:>9.2f}{backward:>10.2f}{kept:>8.2f}')
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -169,20 +170,42 @@ def test_refusals(bench, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(
-    tuple(int(n) for n in torch.__version__.split('.')[:2]) < (2, 11),
-    reason='benchmarks/traffic.py calls interfaces of inductor that older versions do not have',
-)
-def test_planned_traffic_of_sase():
-    """Three passes over x forward and no copy of it: a wide convolution in the block would make it six traversals."""
+@pytest.fixture
+def traffic():
     spec = importlib.util.spec_from_file_location('benchmark_traffic', SCRIPT.with_name('traffic.py'))
-    traffic = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(traffic)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # inductor's, about a GPU that is not there
+        yield module
+
+
+@pytest.mark.parametrize('without', [(), ('triton',)], ids=['as it is', 'no Triton'])
+def test_planned_traffic_of_sase(traffic, without, monkeypatch):
+    """Three passes over x forward and no copy of it: a wide convolution in the block would make it six traversals."""
+    from torch.utils._triton import has_triton
+
+    has_triton()  # remembered: there is no device
+    for name in without:
+        monkeypatch.setitem(sys.modules, name, None)
+    try:
         forward, backward, kept = traffic.traversals(
             traffic.builders()['sase'](256), torch.randn(2, 256, 28, 28, requires_grad=True)
         )
+    except traffic.CannotPlan as error:
+        if tuple(int(n) for n in torch.__version__.split('.')[:2]) <= (2, 15):
+            raise
+        pytest.skip(str(error))
     assert 4 <= forward < 4.3
     assert backward < 7.6
     assert 1 <= kept < 1.3
+
+
+def test_a_torch_that_plans_otherwise_is_named(traffic, capsys, monkeypatch):
+    monkeypatch.setattr('torch._inductor.scheduler.Scheduler', lambda operations: operations.gone)
+    monkeypatch.setattr(sys, 'argv', ['traffic.py', 'eca', '--shapes', '8x4x4', '--batch', '1'])
+    with pytest.raises(SystemExit) as stop:
+        traffic.main()
+    assert re.fullmatch(
+        r"traffic.py: torch .* does not plan without a GPU .*\(AttributeError: .*'gone'\); use .*", str(stop.value)
+    )

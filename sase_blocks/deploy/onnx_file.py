@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import math
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +111,7 @@ def export_onnx(
     check_inserted(model, image)
     with quietly(model), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of the exporter's own parts
-        program = _onnx_program(model, image, dynamic, opset_version)
-        proto = program.model_proto
+        proto = _onnx_proto(model, image, dynamic, opset_version)
         opset = next(i.version for i in proto.opset_import if i.domain in ('', 'ai.onnx'))
         if opset_version is not None and opset != opset_version:
             raise ValueError(
@@ -159,8 +159,7 @@ def _image(model: nn.Module, input_size: Any, batch: int) -> Tensor:
     return torch.randn(batch, channels, height, width, generator=generator).to(like)
 
 
-def _onnx_program(model: nn.Module, image: Tensor, dynamic: bool | str, opset_version: int | None) -> Any:
-    names = {0: 'batch', 2: 'height', 3: 'width'} if dynamic is True else {0: 'batch'}
+def _onnx_proto(model: nn.Module, image: Tensor, dynamic: bool | str, opset_version: int | None) -> Any:
     try:
         outputs = pytree.tree_leaves(model(image))
     except Exception as error:
@@ -169,21 +168,45 @@ def _onnx_program(model: nn.Module, image: Tensor, dynamic: bool | str, opset_ve
             f'an input_size that it takes'
         ) from error
     try:
-        return torch.onnx.export(
+        proto = torch.onnx.export(
             model,
             (image,),
             dynamo=True,
-            dynamic_shapes=(names,) if dynamic else None,
+            # Named by _name_axes: torch 2.6 takes no names here, and with a Dim for each none that depend on another.
+            dynamic_shapes=(dict.fromkeys(_axes(dynamic), torch.export.Dim.DYNAMIC),) if dynamic else None,
             opset_version=opset_version,
             input_names=['input'],
             output_names=['output'] if len(outputs) == 1 else [f'output{i}' for i in range(len(outputs))],
             verbose=False,
-        )
+        ).model_proto
+        _name_axes(proto.graph, dynamic)
+        return proto
     except Exception as error:
         smaller = {True: "; dynamic='batch' asks for less", 'batch': '; dynamic=False asks for less'}.get(dynamic, '')
         raise RuntimeError(
             f'{type(model).__name__} cannot be exported for an input of {tuple(image.shape)}: {_cause(error)}{smaller}'
         ) from error
+
+
+def _axes(dynamic: bool | str) -> dict[int, str]:
+    """The axes of the input that may change, with their names."""
+    return {0: 'batch', 2: 'height', 3: 'width'} if dynamic is True else {0: 'batch'} if dynamic else {}
+
+
+def _name_axes(graph: Any, dynamic: bool | str) -> None:
+    """Give the axes that may change their names, in all shapes of the graph; a ValueError if the exporter fixed one.
+
+    (Where its own capture fails, torch 2.6 traces the network for one size and says nothing.)
+    """
+    dims = graph.input[0].type.tensor_type.shape.dim
+    fixed = [f'{name} at {dims[axis].dim_value}' for axis, name in _axes(dynamic).items() if not dims[axis].dim_param]
+    if fixed:
+        raise ValueError(f'the exporter fixed {", ".join(fixed)}')
+    names = {dims[axis].dim_param: name for axis, name in _axes(dynamic).items()}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(r'\w+', lambda found: names.get(found[0], found[0]), dim.dim_param)
 
 
 def _tidy(graph: Any) -> None:
