@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import mobilenetv2 as tv_mobilenetv2
 from torchvision.models import resnet as tv_resnet
 
-from sase_blocks import check, fuse, insert, remove
+from sase_blocks import check, create_block, fuse, insert, remove
+from sase_blocks.blocks import BLOCKS
 
 pytestmark = [
     # Each is of a tool that its library has deprecated and people still use.
@@ -391,7 +392,7 @@ def test_no_attention_is_lost(tool, network):
     # The other order. A graph may refuse; what it takes must run.
     changed = use(copy.deepcopy(plain), x)
     refused = REFUSED.get(
-        (tool, BOTH[1], network), 'TorchScript|compiled|known|no module|not run|none of' if graph else ''
+        (tool, BOTH[1], network), 'TorchScript|compiled|GraphModule|known|no module|not run|none of' if graph else ''
     )
     try:
         put_in(changed, network)
@@ -402,3 +403,33 @@ def test_no_attention_is_lost(tool, network):
         assert same(changed(x), expected)
     if reason or (tool, BOTH[1], network) in REFUSED:
         assert refused and re.search(refused, reason), reason  # noqa: PT018
+
+
+def without_statistics(block: nn.Module) -> nn.Module:
+    """As test-time adaptation (TENT) leaves batch norms: what was counted stays, the statistics go."""
+    for norm in every(block, nn.BatchNorm2d):
+        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    return block
+
+
+def all_replaced(block: nn.Module) -> nn.Module:
+    return torch.func.replace_all_batch_norm_modules_(block)
+
+
+@pytest.mark.parametrize('take_away', [without_statistics, all_replaced])
+def test_blocks_run_on_norms_without_statistics(take_away):
+    """They go by the batch in eval mode too: what they give there is what a block gives in train mode."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 32, 6, 5)
+    for name in [*BLOCKS, 'second_order,conv3_x3,mlp,l2_norm,second_order,affine']:
+        block = create_block(name, 32, feat_size=6)
+        if not every(block, nn.BatchNorm2d):
+            continue
+        other = take_away(copy.deepcopy(block))
+        torch.testing.assert_close(other.eval()(x), block.train()(x), msg=name)
+        assert not any('running' in key for key in other.state_dict()), name
+        y = other.train()(x[:1, :, :1, :1].clone().requires_grad_())  # one value a channel
+        y.sum().backward()
+        assert y.isfinite().all(), name
+        fuse(other.eval())
+        torch.testing.assert_close(other(x), block(x), msg=name)
