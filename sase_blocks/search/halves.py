@@ -96,6 +96,7 @@ def open_halves(
     *,
     null: bool = False,
     trains_on_both: bool = True,
+    checked: bool = False,
 ) -> Halves:
     """The halves of a search by its settings: without broken images, on the device, at least one batch to train on.
 
@@ -105,6 +106,7 @@ def open_halves(
         data: the training split, or images, labels and classes, see ``halves_of_images``.
         data_config, null: see ``halves``.
         trains_on_both: whether the held-out half is trained on, too.
+        checked: whether broken images are left out already.
 
     Raises:
         ValueError: a broken image, too few images.
@@ -118,7 +120,8 @@ def open_halves(
         'memory_format': memory_format,
     }
     if isinstance(data, Samples):
-        (data,) = leave_out_broken(config.skip_broken, accelerator, data)
+        if not checked:
+            (data,) = leave_out_broken(config.skip_broken, accelerator, data)
         workers, main = min(config.workers, os.cpu_count() or 1), accelerator.is_main_process
         found = halves(data, data_config, workers=workers, progress=main, **common)
     else:
