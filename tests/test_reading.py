@@ -31,7 +31,7 @@ def test_a_message_shows_a_line():
     assert one_line(EOFError()) == 'EOFError'
     assert one_line(RuntimeError('two\n\tlines ')) == 'two lines'
     assert len(one_line(RuntimeError('x' * 5000))) == 1000
-    caught = 'Caught RuntimeError in a process.\nOriginal Traceback:\nTraceback (most recent call last):\n  File\nRuntimeError: no'
+    caught = 'Caught RuntimeError.\nTraceback (most recent call last):\n  File ...\nRuntimeError: no'
     assert one_line(RuntimeError(caught)) == 'RuntimeError: no'
 
 
@@ -64,8 +64,9 @@ READERS = {
 @pytest.mark.parametrize('reader', READERS)
 @pytest.mark.parametrize(
     'content',
-    ['', ' \n', '{}', '[]', 'null', '5', '"text"', 'true', '{', DEEP, '{"a": ' + DEEP, NESTED, 'x' * 100_000, '{"%s": 1}' % ('x' * 9_999),
-     '{"genotypes": []}', '{"genotypes": [[1]]}', '{"architecture": 5}', '{"architecture": null}', '{"channel_squeeze": 5}',
+    ['', ' \n', '{}', '[]', 'null', '5', '"text"', 'true', '{', DEEP, '{"a": ' + DEEP, NESTED, 'x' * 100_000,
+     '{"' + 'x' * 100_000 + '": 1}', '{"genotypes": []}', '{"genotypes": [[1]]}', '{"architecture": 5}',
+     '{"architecture": null}', '{"channel_squeeze": 5}',
      '{"image_size": 32, "stem": 16, "reduction": 1, "heads": 4, "stages": [{"width": 8, "blocks": 5}]}',
      b'\xff\xfe\x00', 'a folder', 'a pipe', 'nothing'],
     ids=lambda content: repr(content)[:20],
@@ -88,12 +89,12 @@ def test_wrong_files_are_named_in_one_line(tmp_path, reader, content):
 
 @pytest.mark.parametrize(
     'parse',
-    [Genotype.parse, Genotype.from_json, Architecture.parse, SearchSpace.parse, TrioSpace.parse, lambda t: parse_json(t, 'a value')],
-    ids=['genotype', 'genotype in JSON', 'architecture', 'search space', 'space', 'JSON'],
-)  # fmt: skip
+    [Genotype.parse, Genotype.from_json, Architecture.parse, SearchSpace.parse, TrioSpace.parse],
+    ids=['genotype', 'genotype in JSON', 'architecture', 'search space', 'space'],
+)
 @pytest.mark.parametrize('text', ['', '{', DEEP, NESTED, 'x' * 100_000], ids=lambda text: text[:5])
 def test_wrong_texts_are_quoted_shortly(parse, text):
-    with pytest.raises(ValueError, match='.') as caught:
+    with pytest.raises(ValueError, match=r'\w') as caught:
         parse(text)
     assert len(str(caught.value)) < 900
 

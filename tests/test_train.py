@@ -503,7 +503,9 @@ def test_damaged_checkpoint_is_named_with_what_to_do(config):
     harms = {f'no {name}': {key: value for key, value in whole.items() if key != name} for name in needed}
     harms |= {f'{name} is text': {**whole, name: 'text'} for name in needed if name != 'scaler'}
     harms |= {f'epoch is {epoch}': {**whole, 'epoch': epoch} for epoch in (-1, 2, 0.5)}
-    harms |= {f'shapes of {name}': {**whole, name: other_shapes(whole[name])} for name in ('state_dict', 'state_dict_ema')}
+    harms |= {
+        f'shapes of {name}': {**whole, name: other_shapes(whole[name])} for name in ('state_dict', 'state_dict_ema')
+    }
     harms['shapes of the optimizer'] = {**whole, 'optimizer': harmed_optimizer(whole['optimizer'])}
     harms['scores are empty'] = {**whole, 'scores': {}}
     files = {'text': b'broken', 'empty': b'', 'cut': content[: len(content) // 2]}

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from sase_blocks.data import SMALL, Samples, create_transforms, derive_seed, open_training_data
-from sase_blocks.runs import leave_out_broken
+from sase_blocks.runs import leave_out_broken, resuming
 
 from .batches import Batches, LoadedBatches, MemoryBatches
 
@@ -136,12 +137,12 @@ def open_halves(
     return found
 
 
-def check_same_data(out: str, saved: Mapping[str, Any], found: Halves) -> None:
-    """Raise a ValueError unless the halves are of the data whose facts the run in ``out`` has saved."""
+def check_same_data(last: Path, saved: Mapping[str, Any], found: Halves) -> None:
+    """Raise a ValueError unless the halves are of the data whose facts the checkpoint ``last`` holds."""
     if saved != found.facts:
-        raise ValueError(
-            f'{out} holds a search on other data: {describe_facts(saved)}, this is {describe_facts(found.facts)}'
-        )
+        with resuming(last):
+            before = describe_facts(saved)
+        raise ValueError(f'{last.parent} holds a search on other data: {before}, this is {describe_facts(found.facts)}')
 
 
 def halves(

@@ -134,7 +134,7 @@ class _Search:
             checked=images is not None,
         )
         if saved:
-            check_same_data(config.out, saved['data'], self.halves)
+            check_same_data(self.last, saved['data'], self.halves)
         self.steps = len(self.halves.weights) // config.batch_size  # a last partial batch is dropped
         self._prepare(saved)
 

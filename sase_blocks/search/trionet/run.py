@@ -130,7 +130,7 @@ def _search(
     with alone_in(config, accelerator):
         saved = saved_supernet(config)
         if saved:
-            check_same_data(config.out, saved['data'], halves)
+            check_same_data(out / 'supernet.pt', saved['data'], halves)
         training = SupernetTraining(config, accelerator, halves, in_chans, saved)
         weights = sum(p.numel() for p in training.supernet.parameters())
         tell(f'{space.size:.3g} networks of {weights:,} shared weights; {halves}')
