@@ -86,8 +86,9 @@ TRAIN = [
 ]  # fmt: skip
 FILES = {
     'deep.json': DEEP, 'empty.json': '', 'object.json': '{}', 'null.json': 'null', 'binary.json': b'\xff\xfe',
-    'long.json': '{"' + 'x' * 100_000 + '": 1}', 'red\x1b[31m.json': '{}', 'text.pt': 'a text', 'empty.pt': '',
-    'in_the_way': '', 'no_name/config.json': '{}', 'broken/config.json': '{', 'weights/config.json': '{"architecture": "resnet18"}',
+    'long.json': '{"' + 'x' * 100_000 + '": 1}',
+    'red\x1b[31m.json': '{}', 'text.pt': 'a text', 'empty.pt': '', 'in_the_way': '',
+    'no_name/config.json': '{}', 'broken/config.json': '{', 'weights/config.json': '{"architecture": "resnet18"}',
 }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def trained(monkeypatch):
     """In place of ``train`` one that takes no time: accuracies by genotype and seed, a number or an error."""
     accuracies = {}
 
-    def train(config):
+    def train(config, data):
         trained.configs.append(config)
         accuracy = accuracies.get(config.model_args['genotype'], 50.0)
         accuracy = accuracy(config.seed) if callable(accuracy) else accuracy

@@ -366,7 +366,10 @@ def check_damaged(last, resume, weights):
     whole = read_checkpoint(last)
     optimizer = whole['optimizer']
     shapes = {number: other_shapes(state) for number, state in optimizer['state'].items()}
-    harms = {f'no {name}': {key: value for key, value in whole.items() if key != name} for name in whole}
+    harms = {
+        f'no {name}': {key: value for key, value in whole.items() if key != name}
+        for name in ('config', 'step', weights)
+    }
     harms |= {f'{name} is text': {**whole, name: 'text'} for name in ('data', 'sums', 'step')}
     harms['step is too much'] = {**whole, 'step': 10**6}
     harms['shapes of the weights'] = {**whole, weights: other_shapes(whole[weights])}

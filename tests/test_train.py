@@ -183,10 +183,10 @@ def _holding(config, pipe):
     with launched(config, 'a test') as accelerator, alone_in(config, accelerator):
         # Like a process that loads images, and that is not there to see its parent killed.
         if os.fork() == 0:
-            pipe.poll(60)
+            pipe.poll(None)
             os._exit(0)
         pipe.send('held')
-        pipe.poll(60)
+        pipe.poll(None)
 
 
 @pytest.fixture
@@ -195,13 +195,11 @@ def holder(processes, config):
     pipe, its = processes.Pipe()
     process = processes.Process(target=_holding, args=(config, its))
     process.start()
-    assert pipe.poll(60)
+    its.close()  # so that its end is noticed here, and ours there
     assert pipe.recv() == 'held'
     yield process, pipe
-    if process.is_alive():
-        pipe.send('enough')
-    process.join()
     pipe.close()
+    process.join()
 
 
 def test_folder_of_another_run_is_refused(config, holder):

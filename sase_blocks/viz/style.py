@@ -81,7 +81,7 @@ def check_picture(path: str | os.PathLike[str]) -> None:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise OSError(f'the picture {path} cannot be written: {error.strerror or error}') from error
+        raise type(error)(f'the picture {path} cannot be written: {error.strerror or error}') from error
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
