@@ -5,6 +5,7 @@ What is wrong with it is a ValueError of one line, which quotes at most a line o
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -36,6 +37,8 @@ def one_line(error: BaseException, most: int = 1000) -> str:
     lines = str(error).strip().splitlines()
     if 'Traceback (most recent call last):' in lines:  # printed in a loading process, and the error is its last line
         lines = lines[-1:]
+    # torch goes on with the frames of its own code.
+    lines = list(itertools.takewhile(lambda line: not line.startswith('Exception raised from '), lines))
     return shorten(' '.join(' '.join(lines).split()), most) or type(error).__name__
 
 

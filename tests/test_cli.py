@@ -191,6 +191,7 @@ def test_a_missing_library_is_told_first(capsys, tmp_path, monkeypatch, argv):
         (KeyError('mean'), "KeyError: 'mean' (this looks like a fault of sase-blocks"),
         (RecursionError('maximum'), 'RecursionError: maximum (this looks like a fault'),
         (AssertionError(), 'AssertionError: AssertionError (this'),
+        (AssertionError('Unknown AA policy xyz'), 'error: Unknown AA policy xyz\n'),
         (MemoryError(), 'there is not enough memory; lower --img-size (MemoryError)'),
         (
             torch.OutOfMemoryError('CUDA out of memory. Tried'),

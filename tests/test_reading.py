@@ -31,6 +31,10 @@ def test_a_message_shows_a_line():
     assert one_line(EOFError()) == 'EOFError'
     assert one_line(RuntimeError('two\n\tlines ')) == 'two lines'
     assert len(one_line(RuntimeError('x' * 5000))) == 1000
+    torch_error = RuntimeError(
+        'too large\nException raised from f at a.cpp:79 (most recent call first):\nframe #0: g()'
+    )
+    assert one_line(torch_error) == 'too large'
     caught = 'Caught RuntimeError.\nTraceback (most recent call last):\n  File ...\nRuntimeError: no'
     assert one_line(RuntimeError(caught)) == 'RuntimeError: no'
 

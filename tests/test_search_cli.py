@@ -79,6 +79,7 @@ def test_a_campaign(tmp_path, capsys, monkeypatch):
         ([], '--data DIR is missing'),
         (['--data', 'nowhere'], 'there is no data folder nowhere'),
         (['--data', '.', '--seeds', '0,x'], "--seeds takes numbers with commas between them, such as 0,1,2, got '0,x'"),
+        (['--data', '.', '--seeds', ''], 'seeds is empty: give at least one'),
         (['--data', '.', '--evaluate', '-1'], '--evaluate must be at least 0, got -1'),
         (['--data', '.', '--space', 'gate_excite='], 'gate_excite: no operation is left'),
         (['--data', '.', '--order', '2', '--compile'], 'compile must be off for order 2'),

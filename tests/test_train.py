@@ -441,6 +441,7 @@ def test_compile_needs_one_of_our_blocks(config):
         ({'check': False, 'skip_broken': True}, 'skip_broken must be used with the check'),
         ({'batch_size': 100}, '14 training images are fewer than one batch of 100'),
         ({'model': 'resnet50_sasse', 'model_args': {}}, "no model 'resnet50_sasse'; did you mean resnet50_sase"),
+        ({'model_args': {'num_classes': 7}}, r"model_args must be without num_classes, .* got {'num_classes': 7}"),
         ({'model_args': {'gennotype': 'sase'}}, 'resnet20_cifar cannot be built with .*gennotype'),
         ({'model_args': {'genotype': 'avg,mlp,affine,avg,avg'}}, 'a genotype has six choices'),
         ({'data': '/nowhere/at/all'}, 'there is no data folder'),

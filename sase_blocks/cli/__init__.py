@@ -152,7 +152,9 @@ def _explain(error: Exception, args: Mapping[str, Any]) -> str:
         return (
             f'there is not enough memory{"; lower " + " or ".join(smaller) if smaller else ""} ({shorten(text, 200)})'
         )
-    if isinstance(error, EXPECTED) and not isinstance(error, (RecursionError, NotImplementedError)):
+    # Libraries assert what they are given, with a text.
+    expected = isinstance(error, EXPECTED) and not isinstance(error, (RecursionError, NotImplementedError))
+    if expected or (isinstance(error, AssertionError) and str(error)):
         return text
     return (
         f'{type(error).__name__}: {text} (this looks like a fault of {PROG}: --traceback shows where, please report it)'

@@ -97,7 +97,7 @@ def _search_sase(
     config = SearchConfig(data=data, model_args=model_arguments(model_args, None, None), **settings)
     result = campaign(
         config,
-        seeds=_numbers(seeds) if seeds else None,
+        seeds=None if seeds is None else _numbers(seeds),
         null=null,
         budget=evaluation_budget(config, evaluate_epochs, evaluate_lr) if evaluate else None,
         evaluations=evaluate,

@@ -79,6 +79,7 @@ class SearchConfig:
         demand(self, 0 <= self.hflip <= 1, 'hflip', 'a probability')
         demand(self, self.clip_grad is None or self.clip_grad > 0, 'clip_grad', 'above 0')
         demand(self, self.img_size is None or self.img_size >= 1, 'img_size', 'at least 1')
+        demand(self, 'num_classes' not in self.model_args, 'model_args', 'without num_classes, which the data says')
         demand_seed(self)
         demand_choices(self)
         demand(self, not self.compile or self.order == '1', 'compile', 'off for order 2, which differentiates twice')
