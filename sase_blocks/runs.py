@@ -243,8 +243,9 @@ def alone_in(config: Any, accelerator: Any) -> Iterator[None]:
     """Within this context no other run writes into the folder ``config.out``, which is made.
 
     With ``config.resume`` it waits for the run that does, to go on with what that one leaves. The lock is the system's,
-    on the file ``.lock``, so it is gone with its process, however that ends, and no process that loads images has it;
-    other machines see it where a network folder hands locks on. Where there are none a warning says so.
+    on the file ``.lock``, so it is gone with its process, however that ends, and processes that load images, which
+    may outlive it, do not inherit it (filelock closes it in a fork). Other machines see it where a network folder hands
+    locks on. Where there are none a warning says so.
 
     Raises:
         ValueError: another run writes there, and ``config.resume`` is off.
@@ -311,7 +312,8 @@ def rows_until(metrics: Path, epoch: int) -> list[dict[str, Any]]:
     for line in metrics.read_text(encoding='utf-8', errors='replace').splitlines() if metrics.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):  # a line cut short, or damaged
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and row.get('epoch', math.inf) <= epoch]
+    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get('epoch'), int)]
+    return [row for row in rows if row['epoch'] <= epoch]
 
 
 def write_rows(metrics: Path, rows: list[dict[str, Any]]) -> None:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from sase_blocks import runs
 from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
 from sase_blocks.data import TransformedSamples
-from sase_blocks.runs import alone_in, launched
+from sase_blocks.runs import alone_in, launched, rows_until
 from sase_blocks.train import TrainConfig, build_model, evaluate, train
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -174,6 +174,15 @@ def test_killed_run_resumes_to_the_same_weights(processes, config, tmp_path, dis
     assert run(processes, replace(killed, workers=1)) == 0
     assert_same_run(whole, killed)
     assert sorted(os.listdir(killed.out)) == ['best.pt', 'last.pt', 'metrics.jsonl']
+
+
+def test_damaged_lines_of_a_log_are_left_out(tmp_path):
+    log = tmp_path / 'metrics.jsonl'
+    good = [{'epoch': 1, 'loss': 0.5}, {'epoch': 2, 'loss': 0.25}]
+    bad = [b'{"epoch": 1, "lo', b'5', b'{}', b'{"epoch": "two"}', b'null', b'\xff\xfe', b'[' * 100_000, b'']
+    log.write_bytes(b'\n'.join([json.dumps(good[0]).encode(), *bad, json.dumps(good[1]).encode(), b'{"epoch": 3}']))
+    assert rows_until(log, 2) == good
+    assert rows_until(tmp_path / 'nowhere', 2) == []
 
 
 # ---- a folder is one run's ----
