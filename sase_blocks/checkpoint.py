@@ -18,6 +18,8 @@ from typing import IO, Any, cast
 
 import torch
 
+from .reading import one_line
+
 
 def save_checkpoint(state: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Write ``state`` to ``path`` so that the file is at every moment either the old one or the whole new one.
@@ -86,7 +88,9 @@ def _fsync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def read_checkpoint(path: str | os.PathLike[str], map_location: torch.device | str = 'cpu') -> dict[str, Any]:
+def read_checkpoint(
+    path: str | os.PathLike[str], map_location: torch.device | str = 'cpu', *, advice: str = 'copy or download it again'
+) -> dict[str, Any]:
     """Read a file of ``save_checkpoint``, of ``torch.save`` or, if its name ends so, of safetensors.
 
     Nothing in the file is run: only tensors, plain Python values, numpy numbers (which training scripts tend to store
@@ -95,6 +99,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: torch.device | s
     Args:
         path: the file.
         map_location: where the tensors go.
+        advice: what to do about a file that is damaged, for the message.
 
     Returns:
         The dict in the file: a checkpoint or a bare state dict.
@@ -107,10 +112,12 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: torch.device | s
     source = Path(path)
     if not source.exists():
         raise FileNotFoundError(f'there is no checkpoint {source}')
-    if source.is_dir():
-        raise ValueError(f'{source} is a folder, expected a checkpoint file')
+    if not source.is_file():  # a pipe would never end
+        raise ValueError(
+            f'{source} is a {"folder" if source.is_dir() else "device or pipe"}, expected a checkpoint file'
+        )
     if source.suffix == '.safetensors':
-        return _read_safetensors(source, map_location)
+        return _read_safetensors(source, map_location, advice)
     with source.open('rb'):  # a missing permission is told as such, not as a broken file
         pass
     try:
@@ -120,31 +127,33 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: torch.device | s
     except pickle.UnpicklingError as error:
         # torch's text recommends weights_only=False; ours must not.
         named = re.search(r'GLOBAL ([\w.]+)', str(error))
-        found = f'it holds {named.group(1)}' if named else 'it is damaged or holds something else'
+        if named:
+            found, todo = f'it holds {named.group(1)}', 'if you trust its author, ask for the state dict alone'
+        else:
+            found, todo = 'it is damaged or holds something else', advice
         raise ValueError(
             f'refused to load {source}: {found}, and only tensors and plain values are safe to load; nothing in it '
-            f'was run. If you trust its author, ask for the state dict alone.'
+            f'was run; {todo}'
         ) from error
     except Exception as error:  # a damaged file fails as RuntimeError, EOFError, KeyError, UnicodeDecodeError, ...
-        raise ValueError(_damaged(source, error)) from error
+        raise ValueError(_damaged(source, error, advice)) from error
     if not isinstance(state, dict):
         raise ValueError(f'{source} holds a {type(state).__name__}, expected a dict with a state dict')
     return state
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].split('. ')[0] if lines else type(error).__name__
+    return one_line(error, 200).split('. ')[0]
 
 
-def _damaged(path: Path, error: Exception) -> str:
+def _damaged(path: Path, error: Exception, advice: str) -> str:
     return (
         f'{path} is truncated, damaged or no checkpoint ({path.stat().st_size} bytes; {type(error).__name__}: '
-        f'{_first_line(error)}); copy or download it again'
+        f'{_first_line(error)}); {advice}'
     )
 
 
-def _read_safetensors(path: Path, device: torch.device | str) -> dict[str, Any]:
+def _read_safetensors(path: Path, device: torch.device | str, advice: str) -> dict[str, Any]:
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -153,7 +162,7 @@ def _read_safetensors(path: Path, device: torch.device | str) -> dict[str, Any]:
     try:
         tensors: dict[str, Any] = load_file(path, device=str(device))
     except SafetensorError as error:
-        raise ValueError(_damaged(path, error)) from error
+        raise ValueError(_damaged(path, error, advice)) from error
     return tensors
 
 

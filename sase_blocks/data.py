@@ -33,6 +33,8 @@ from torchvision.datasets import DatasetFolder, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
+from .reading import printable
+
 TRAIN_FOLDERS = ('train', 'training')
 VAL_FOLDERS = ('val', 'validation', 'valid', 'test', 'eval')
 LAYOUT = 'expected ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg (or validation/ or test/ in place of val/)'
@@ -157,11 +159,6 @@ class Samples:
         if channels not in MODES:
             raise ValueError(f'the model takes images of {channels} channels; image files have 1 (grey) or 3 (colour)')
         return replace(self, mode=MODES[channels])
-
-
-def printable(text: str) -> str:
-    """A file or class name for messages: bytes that are not UTF-8 and control characters are shown as escapes."""
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 # ---- opening ----
@@ -420,8 +417,7 @@ def inspect_images(samples: Samples, *, progress: bool = True) -> tuple[dict[int
     """Read and decode every image once, at the lowest resolution its format offers.
 
     Costs about 0.2 ms for a CIFAR-sized and 2 ms for an ImageNet-sized JPEG and CPU core. Data sets that hold an array
-    of images are taken as good. Within a process the same unchanged files are read once, however often they are asked
-    about.
+    of images are taken as good.
 
     Returns:
         From the position of each broken image to its name and what is wrong with it; and the fingerprint of the
@@ -436,9 +432,6 @@ def inspect_images(samples: Samples, *, progress: bool = True) -> tuple[dict[int
         for array in (np.asarray(data)[indices], np.asarray(labels)):
             digest.update(np.ascontiguousarray(array).data)
         return {}, digest.hexdigest()[:16]
-    state = _state(samples) if isinstance(samples.source, ImageFiles) else None
-    if state in _inspected:
-        return _inspected[state]
     digests = np.zeros((len(samples), digest.digest_size), dtype=np.uint8)
 
     def check(positions: range) -> tuple[dict[int, str], dict[int, int]]:
@@ -469,28 +462,11 @@ def inspect_images(samples: Samples, *, progress: bool = True) -> tuple[dict[int
                 bar.update(len(positions))
     found.update({position: f'{samples.name(position)}: {text}' for position, text in check_depth(depths).items()})
     digest.update(np.delete(digests, list(found), axis=0).data)
-    result = dict(sorted(found.items())), digest.hexdigest()[:16]
-    if state is not None:
-        _inspected[state] = result
-    return result
-
-
-# What was found in a set of files, by their ``_state``: the trainings of an evaluation read the same ones.
-_inspected: dict[str | None, tuple[dict[int, str], str]] = {}
+    return dict(sorted(found.items())), digest.hexdigest()[:16]
 
 
 def _classes_text(samples: Samples) -> bytes:
     return os.fsencode('\0'.join(samples.classes))
-
-
-def _state(samples: Samples) -> str:
-    """A hash of all that changes when one of the files does."""
-    digest = hashlib.sha256(_classes_text(samples) + samples.mode.encode())
-    for index in samples.indices:
-        path, label = samples.source.samples[index]
-        status = os.stat(path)
-        digest.update(os.fsencode(f'{path}\0{label} {status.st_size} {status.st_mtime_ns} {status.st_ino}\0'))
-    return digest.hexdigest()
 
 
 def listing(samples: Samples) -> str:

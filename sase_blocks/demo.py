@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from . import models  # noqa: F401  # registers resnet20_cifar with timm
 from .insertion.measure import count_macs, milliseconds_per_image
-from .runs import write_text
+from .runs import check_writable, say, write_text
 from .train import hits
 from .viz import plot_attention_maps, plot_learning_curves
 
@@ -83,6 +82,8 @@ def run_demo(out: str | Path = 'demo_out', epochs: int = 2, seed: int = 0, limit
     """
     if epochs < 1:
         raise ValueError(f'epochs must be at least 1, got {epochs}')
+    if not 0 <= seed < 2**64:
+        raise ValueError(f'seed must be at least 0 and below 2**64, got {seed}')
     if limit is not None and limit < 16:
         raise ValueError(f'limit must be at least 16 images, got {limit}')
     try:
@@ -92,12 +93,7 @@ def run_demo(out: str | Path = 'demo_out', epochs: int = 2, seed: int = 0, limit
     except ImportError as error:
         raise ImportError(f'the demo needs {error.name}: pip install "sase-blocks[demo]"') from error
     out = Path(out)
-    try:  # now, not after the training
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise OSError(f'the output folder {out} cannot be written: {error.strerror or error}') from error
+    check_writable(out)
 
     digits = load_digits(limit)
     steps = epochs * -(-len(digits.train_labels) // BATCH_SIZE)
@@ -132,7 +128,7 @@ def run_demo(out: str | Path = 'demo_out', epochs: int = 2, seed: int = 0, limit
     titles = [f'digit {label}' for label in digits.test_labels[shown].tolist()]
     plot_attention_maps(networks['sase'], digits.test_images[shown], titles=titles).savefig(out / 'attention_maps.png')
     print(format_table(results))
-    print(f'\nWritten: {out}/learning_curves.png, {out}/attention_maps.png, {out}/results.json')
+    say(f'\nWritten: {out}/learning_curves.png, {out}/attention_maps.png, {out}/results.json')
     return results
 
 
@@ -176,7 +172,7 @@ def run_search_demo(out: str | Path = 'runs/search', seed: int = 0, epochs: int 
         tensorboard=False,
     )
     result = search(config, (images, labels, classes))
-    print(f'found: {result["genotype"]}\n{result["verdict"]}\nwritten: {out}/genotype.json, genotype.png, logits.png')
+    say(f'found: {result["genotype"]}\n{result["verdict"]}\nwritten: {out}/genotype.json, genotype.png, logits.png')
     return result
 
 
@@ -213,7 +209,7 @@ def run_trionet_demo(
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     test, train = order[:TEST_IMAGES], order[TEST_IMAGES:][:limit]
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
     space = out / 'space.json'
     write_text(space, json.dumps(DEMO_SPACE) + '\n')
     config = TrioConfig(
@@ -240,7 +236,7 @@ def run_trionet_demo(
         tensorboard=False,
     )
     result = search(config, (images[train], labels[train], classes), (images[test], labels[test]))
-    print(f'written: {out}/architecture.json, network.pt, front.png, architecture.png')
+    say(f'written: {out}/architecture.json, network.pt, front.png, architecture.png')
     return result
 
 

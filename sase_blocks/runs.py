@@ -16,7 +16,7 @@ import platform
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ from typing import Any
 import einops
 import timm
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, distributed
 from tqdm import tqdm
 
 from .checkpoint import read_checkpoint
 from .data import Samples, inspect_images
+from .reading import one_line, printable, quoted
 
 LOOK_EVERY = 20  # steps between looks at the loss; a look waits for the GPU
 LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
@@ -50,7 +52,7 @@ def setting(default: Any, help: str, **more: Any) -> Any:
 def demand(config: Any, good: bool, name: str, expected: str) -> None:
     """Raise a ValueError that names the setting and its value unless ``good``."""
     if not good:
-        raise ValueError(f'{name} must be {expected}, got {getattr(config, name)!r}')
+        raise ValueError(f'{name} must be {expected}, got {quoted(getattr(config, name))}')
 
 
 def demand_choices(config: Any) -> None:
@@ -60,31 +62,71 @@ def demand_choices(config: Any) -> None:
         demand(config, not choices or getattr(config, entry.name) in choices, entry.name, f'one of {choices}')
 
 
-def saved_run(config: Any, last: Path, needed: tuple[str, ...], command: str) -> dict[str, Any] | None:
+def demand_seed(config: Any) -> None:
+    """``demand`` for ``config.seed``: what torch's generators take."""
+    demand(config, 0 <= config.seed < 2**64, 'seed', 'at least 0 and below 2**64')
+
+
+def saved_run(config: Any, last: Path, needed: Sequence[str], command: str) -> dict[str, Any] | None:
     """The checkpoint ``last`` to resume from, None for a fresh start.
 
     Raises:
-        ValueError: there is one and ``config.resume`` is off, it lacks a key of ``needed``, or its settings differ.
+        ValueError: there is one and ``config.resume`` is off, it is damaged or lacks a key of ``needed``, or its
+            settings differ.
     """
     if not last.exists():
         return None
     if not config.resume:
         raise ValueError(f'{last.parent} holds a run already: --resume continues it, another --out starts a new one')
-    saved = read_checkpoint(last)
-    if not all(name in saved for name in needed):
-        raise ValueError(f'{last} is not a checkpoint of `{command}`, it cannot be resumed')
+    saved = read_checkpoint(last, advice=_start_over(last))
+    missing = [name for name in needed if name not in saved]
+    if needed[0] in missing or not isinstance(saved[needed[0]], dict):
+        raise ValueError(f'{last} is not a checkpoint of `{command}`, it cannot be resumed; give another --out')
+    if missing:
+        raise ValueError(f'{last} cannot be resumed, it lacks {", ".join(missing)}; {_start_over(last)}')
     differing = []
     for entry in fields(config):
         now = getattr(config, entry.name)
         before = saved['config'].get(entry.name, now)
         if before != now and not entry.metadata.get('free') and not entry.metadata.get('place'):
-            differing.append(f'{entry.name} was {before!r} and is {now!r}')
+            differing.append(f'{entry.name} was {quoted(before)} and is {quoted(now)}')
     if differing:
         raise ValueError(f'{last} was made with other settings: {"; ".join(differing)}; set them back or change --out')
     return saved
 
 
-# ---- the launcher ----
+def _start_over(last: Path) -> str:
+    """What to do about a checkpoint that cannot be resumed."""
+    best = last.with_name('best.pt')
+    return 'delete it to start over' + (f'; {best} has the best weights, copy it first' if best.exists() else '')
+
+
+@contextlib.contextmanager
+def resuming(last: Path) -> Iterator[None]:
+    """Within this context what does not fit is a ValueError of one line that names the checkpoint ``last``."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f'{last} cannot be resumed, what it holds does not fit ({type(error).__name__}: {one_line(error, 300)}); '
+            f'{_start_over(last)}'
+        ) from error
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """``optimizer.load_state_dict``, which by itself takes states of any shape. Raises ValueError for another one."""
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                raise ValueError(f'{name} of the optimizer is {tuple(value.shape)} for {tuple(parameter.shape)}')
+
+
+def whole_number(value: Any, name: str, most: int) -> int:
+    """A count of a checkpoint. Raises ValueError unless it is an int from 0 to ``most``."""
+    if not isinstance(value, int) or not 0 <= value <= most:
+        raise ValueError(f'{name} is {quoted(value)}, expected an int from 0 to {most}')
+    return value
 
 
 @contextlib.contextmanager
@@ -209,11 +251,16 @@ def named_errors(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
 # ---- the folder ----
 
 
-def check_writable(out: Path) -> None:
-    """Make the folder ``out``. Raises OSError if nothing can be written there."""
+def check_writable(out: Path, *, make: bool = True) -> None:
+    """Raise OSError unless files can be written into the folder ``out``, which is made unless ``make`` is off."""
+    place = out
+    while not place.exists() and place != place.parent:
+        place = place.parent
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
+        if make:
+            place = out
+            out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise OSError(f'the output folder {out} cannot be written: {error.strerror or error}') from error
@@ -224,8 +271,9 @@ def alone_in(config: Any, accelerator: Any) -> Iterator[None]:
     """Within this context no other run writes into the folder ``config.out``, which is made.
 
     With ``config.resume`` it waits for the run that does, to go on with what that one leaves. The lock is the system's,
-    on the file ``.lock``, so it is gone with its process, however that ends; other machines see it where a network
-    folder hands locks on. Where there are none a warning says so, and on Windows nothing is guarded.
+    on the file ``.lock``, so it is gone with its process, however that ends, and processes that load images, which
+    may outlive it, do not inherit it (filelock closes it in a fork). Other machines see it where a network folder hands
+    locks on. Where there are none a warning says so.
 
     Raises:
         ValueError: another run writes there, and ``config.resume`` is off.
@@ -237,7 +285,7 @@ def alone_in(config: Any, accelerator: Any) -> Iterator[None]:
     check_writable(out)
     with contextlib.ExitStack() as stack:
         while True:
-            found = [_lock(out / '.lock', stack) if accelerator.is_main_process else None]
+            found = [_lock(out, stack) if accelerator.is_main_process else None]
             broadcast_object_list(found)
             if found[0] is None:
                 break
@@ -247,40 +295,36 @@ def alone_in(config: Any, accelerator: Any) -> Iterator[None]:
                     f'{text}: --resume waits for it and goes on from there, another --out starts a new one'
                 )
             if not waiting and accelerator.is_main_process:
-                print(f'{text}; waiting for it', flush=True)
+                say(f'{text}; waiting for it')
             waiting = True
             time.sleep(ASK_EVERY)
         yield
 
 
-def _lock(path: Path, stack: contextlib.ExitStack) -> str | None:
-    """Lock a file, made for it, until the stack is closed, which removes it. -> who has it, if somebody else has."""
+def _lock(out: Path, stack: contextlib.ExitStack) -> str | None:
+    """Lock a folder until the stack is closed. -> who has it, if somebody else has."""
+    file, owner = out / '.lock', out / '.lock-owner'
     try:
-        # Not flock: processes that load images would inherit it, and keep it when they outlive a killed run.
-        from fcntl import LOCK_EX, LOCK_NB, lockf
-    except ImportError:
-        return None
-    try:
-        with contextlib.ExitStack() as opened:
-            file = opened.enter_context(path.open('ab+', buffering=0))
-            try:
-                lockf(file, LOCK_EX | LOCK_NB)
-                if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    raise FileNotFoundError
-            except (BlockingIOError, PermissionError):
-                file.seek(0)
-                return file.read().decode() or 'which has just begun'
-            except FileNotFoundError:  # removed by its last owner after it was opened here
-                return _lock(path, stack)
-            opened.callback(path.unlink, missing_ok=True)
-            stack.push(opened.pop_all())
+        # Shared by the threads of a process, two runs in which would otherwise both have it; and where the system has
+        # no locks, a file in its place would outlive its process.
+        stack.enter_context(FileLock(file, blocking=False, thread_local=False, fallback_to_soft=False))
+    except Timeout:
+        with contextlib.suppress(OSError):
+            return owner.read_text(encoding='utf-8')
+        return 'which has just begun'
     except OSError as error:
-        print(f'warning: nothing keeps other runs out of {path.parent}: {error.strerror}', flush=True)
+        say(f'warning: nothing keeps other runs out of {out}: {error.strerror}')
         return None
+    for path in (file, owner):
+        stack.callback(_remove, path)  # Windows removes a locked file itself
     with contextlib.suppress(OSError):  # what a full disk spoils is noticed where something is saved
-        file.truncate(0)
-        file.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())
+        owner.write_text(f'process {os.getpid()} on {socket.gethostname()}', encoding='utf-8')
     return None
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -293,9 +337,10 @@ def write_text(path: Path, text: str) -> None:
 def rows_until(metrics: Path, epoch: int) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl up to an epoch; what a killed run wrote after its last checkpoint is left out."""
     rows = []
-    for line in metrics.read_text(encoding='utf-8').splitlines() if metrics.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # a line cut short
+    for line in metrics.read_text(encoding='utf-8', errors='replace').splitlines() if metrics.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):  # a line cut short, or damaged
             rows.append(json.loads(line))
+    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get('epoch'), int)]
     return [row for row in rows if row['epoch'] <= epoch]
 
 
@@ -340,6 +385,11 @@ def environment() -> dict[str, dict[str, Any]]:
 # ---- progress ----
 
 
+def say(text: str) -> None:
+    """Print a line at once, with escapes for control characters, which may be in the name of a file."""
+    print(printable(text, keep='\n\t'), flush=True)
+
+
 class Progress:
     """A bar over all steps with the time left on a terminal, and plain lines now and then elsewhere."""
 
@@ -366,9 +416,9 @@ class Progress:
         if self.enabled:
             self.last_line = time.perf_counter()
             if self.bar.disable:
-                print(text, flush=True)
+                say(text)
             else:
-                self.bar.write(text)
+                self.bar.write(printable(text, keep='\n\t'))
 
     def close(self) -> None:
         self.bar.close()

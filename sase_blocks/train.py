@@ -41,6 +41,7 @@ from .data import (
 )
 from .insertion.checking import check_inserted
 from .ops import no_weight_decay
+from .reading import one_line, quoted, shorten
 from .runs import (
     LOOK_EVERY,
     Progress,
@@ -50,13 +51,17 @@ from .runs import (
     check_finite,
     demand,
     demand_choices,
+    demand_seed,
     launched,
     leave_out_broken,
+    load_optimizer,
     named_errors,
     open_log,
+    resuming,
     rows_until,
     saved_run,
     setting,
+    whole_number,
     write_rows,
 )
 
@@ -118,7 +123,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ('epochs', 'batch_size'):
             demand(self, getattr(self, name) >= 1, name, 'at least 1')
-        for name in ('seed', 'workers', 'weight_decay', 'eval_every'):
+        for name in ('workers', 'weight_decay', 'eval_every'):
             demand(self, getattr(self, name) >= 0, name, 'at least 0')
         for name in ('img_size', 'num_classes'):
             demand(self, getattr(self, name) is None or getattr(self, name) >= 1, name, 'at least 1')
@@ -129,6 +134,8 @@ class TrainConfig:
         demand(self, self.clip_grad is None or self.clip_grad > 0, 'clip_grad', 'above 0')
         demand(self, self.ema_decay is None or 0 < self.ema_decay < 1, 'ema_decay', 'between 0 and 1')
         demand(self, self.check or not self.skip_broken, 'skip_broken', 'used with the check of the images')
+        demand(self, 'num_classes' not in self.model_args, 'model_args', 'without num_classes, which the data says')
+        demand_seed(self)
         demand_choices(self)
 
 
@@ -137,7 +144,7 @@ def check_model_name(name: str) -> None:
     if ':' not in name and not timm.is_model(name):  # 'hf-hub:...' and 'local-dir:...' are for timm to judge
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f'; did you mean {" or ".join(near)}?' if near else ''
-        raise ValueError(f'there is no model {name!r}{hint}')
+        raise ValueError(f'there is no model {quoted(name)}{hint}')
 
 
 def build_model(name: str, num_classes: int | None = None, **model_args: Any) -> nn.Module:
@@ -147,12 +154,21 @@ def build_model(name: str, num_classes: int | None = None, **model_args: Any) ->
         model_args['num_classes'] = num_classes
     try:
         model: nn.Module = timm.create_model(name, **model_args)
-    except (TypeError, AttributeError, AssertionError) as error:
-        raise ValueError(f'{name} cannot be built with {model_args}: {error}') from error
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # a file of weights alone fails as RuntimeError, EOFError, KeyError, UnpicklingError, ...
+        reason = one_line(error)
+        if not isinstance(error, (ValueError, TypeError, OSError)):
+            # Of a file of weights that torch refuses, its text goes on to recommend what runs the file.
+            reason = f'{type(error).__name__}: {shorten(reason.split(". ")[0], 300)}'
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f'{name} cannot be built with {quoted(model_args)}: {reason}') from error
     return model
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, data: tuple[Samples, Samples] | None = None) -> dict[str, Any]:
     """Train a model and keep its checkpoints.
 
     Writes into ``config.out``: ``last.pt`` (everything needed to resume) and ``best.pt`` (weights of the best epoch so
@@ -160,6 +176,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Args:
         config: the settings.
+        data: what ``checked_samples`` returns for them, if that was done already; default: it is done here.
 
     Returns:
         Of the last and the best epoch: 'epochs', 'acc1' (percent), 'loss', 'best_acc1', 'best_epoch'; 'history', the
@@ -176,21 +193,22 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     deterministic = be_deterministic(config.deterministic)
     with launched(config, 'training') as accelerator, alone_in(config, accelerator), deterministic:
-        return _train(config, accelerator)
+        return _train(config, accelerator, data)
 
 
-def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
+def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] | None) -> dict[str, Any]:
     main, device = accelerator.is_main_process, accelerator.device
     out = Path(config.out)
     last, best_path, metrics = out / 'last.pt', out / 'best.pt', out / 'metrics.jsonl'
 
     # What can be wrong is found out first, and what takes long to find out last.
-    saved = saved_run(config, last, ('config', 'optimizer'), 'sase-blocks train')
+    needed = ['config', 'data', 'epoch', 'best', 'scores', 'state_dict', 'optimizer', 'scaler']
+    needed += ['state_dict_ema'] if config.ema_decay else []
+    saved = saved_run(config, last, needed, 'sase-blocks train')
     if config.batch_size % accelerator.num_processes:
         raise ValueError(f'batch_size {config.batch_size} cannot be cut among {accelerator.num_processes} processes')
     check_model_name(config.model)
-    with accelerator.main_process_first():  # it may download
-        train_samples, val_samples = open_samples(config)
+    train_samples, val_samples = data or open_in_turn(config, accelerator)
     classes = train_samples.classes
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(classes), pretrained=config.pretrained, **_model_args(config))
@@ -198,7 +216,7 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
     channels = data_config['input_size'][0]
     train_samples, val_samples = train_samples.in_channels(channels), val_samples.in_channels(channels)
     report = load_checkpoint(model, config.checkpoint, keep_head=True) if config.checkpoint and not saved else None
-    if config.check:
+    if config.check and data is None:
         train_samples, val_samples = leave_out_broken(config.skip_broken, accelerator, train_samples, val_samples)
     steps_per_epoch = len(train_samples) // config.batch_size  # a last partial batch is dropped
     if steps_per_epoch == 0:
@@ -212,7 +230,9 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
         'fingerprint': f'{train_samples.fingerprint}+{val_samples.fingerprint}' if config.check else None,
     }
     if saved and not same_data(saved['data'], facts):
-        raise ValueError(f'{last} was trained on other data: {_describe(saved["data"])}, this is {_describe(facts)}')
+        with resuming(last):
+            before = _describe(saved['data'])
+        raise ValueError(f'{last} was trained on other data: {before}, this is {_describe(facts)}')
 
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=memory_format)
@@ -250,15 +270,21 @@ def _train(config: TrainConfig, accelerator: Any) -> dict[str, Any]:
     )
 
     start, best, scores = 0, {'acc1': -1.0, 'epoch': 0}, {}
-    if saved:
-        start, best, scores = saved['epoch'], saved['best'], saved['scores']
-        model.load_state_dict(saved['state_dict'])
-        optimizer.load_state_dict(saved['optimizer'])
-        if ema:
-            ema.module.load_state_dict(saved['state_dict_ema'])
+    with resuming(last):
+        if saved:
+            start = whole_number(saved['epoch'], 'epoch', config.epochs)
+            best = {'acc1': float(saved['best']['acc1']), 'epoch': saved['best']['epoch']}
+            scores = dict(saved['scores'])
+            if start == config.epochs:  # nothing is left to do but to tell these
+                scores['acc1'], scores['val_loss']
+            model.load_state_dict(saved['state_dict'])
+            load_optimizer(optimizer, saved['optimizer'])
+            if ema:
+                ema.module.load_state_dict(saved['state_dict_ema'])
     parallel, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
-    if saved and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(saved['scaler'])
+    with resuming(last):
+        if saved and accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(saved['scaler'])
 
     history = rows_until(metrics, start)
     writer = None
@@ -423,6 +449,23 @@ def hits(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
     """
     first = logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return (first == labels[:, None]).any(1) & ~logits.isnan().any(1)
+
+
+def checked_samples(config: TrainConfig, accelerator: Any) -> tuple[Samples, Samples]:
+    """Both splits of a training, without broken images if ``config`` says so, for the argument ``data`` of ``train``.
+
+    Raises as ``open_samples``, and ValueError for a broken image.
+    """
+    train_samples, val_samples = open_in_turn(config, accelerator)
+    if config.check:
+        train_samples, val_samples = leave_out_broken(config.skip_broken, accelerator, train_samples, val_samples)
+    return train_samples, val_samples
+
+
+def open_in_turn(config: Any, accelerator: Any) -> tuple[Samples, Samples]:
+    """``open_samples`` in the processes of a launch: the first one may download."""
+    with accelerator.main_process_first():
+        return open_samples(config)
 
 
 def open_samples(config: Any) -> tuple[Samples, Samples]:

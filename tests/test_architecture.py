@@ -201,7 +201,7 @@ def test_files(tmp_path, form, entry):
     [
         (None, 'cannot be read'),
         (b'\xff\xfe\x00', 'cannot be read'),
-        (b'', "'' is not image"),
+        (b'', 'is empty'),
         (b'{"architecture": ', 'Expecting value'),
         (b'{"architecture": 3}', 'not an architecture: 3'),
         (b'{"architecture": "image 32; stem x"}', "'stem x' is not"),

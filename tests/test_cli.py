@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import torch
 from PIL import Image
 from test_data import make_images
 
@@ -69,6 +70,147 @@ def test_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, argv
     assert err.startswith('sase-blocks: error: ')
     assert err.count('\n') == 1
     assert says in err
+
+
+class Hostile:
+    """Unpickled in the ordinary way, it makes a folder of this name in the working directory."""
+
+    def __reduce__(self):
+        return os.mkdir, ('was_run',)
+
+
+DEEP = '[' * 100_000
+TRAIN = [
+    '--model', 'resnet20_cifar', '--img-size', '12', '--epochs', '1', '--batch-size', '4', '--cpu', '--no-tensorboard',
+    '--workers', '0',
+]  # fmt: skip
+FILES = {
+    'deep.json': DEEP, 'empty.json': '', 'object.json': '{}', 'null.json': 'null', 'binary.json': b'\xff\xfe',
+    'long.json': '{"' + 'x' * 100_000 + '": 1}',
+    'red\x1b[31m.json': '{}', 'text.pt': 'a text', 'empty.pt': '', 'in_the_way': '',
+    'no_name/config.json': '{}', 'broken/config.json': '{', 'weights/config.json': '{"architecture": "resnet18"}',
+}  # fmt: skip
+
+
+@pytest.fixture
+def bad_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, content in FILES.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    torch.save({'state_dict': Hostile()}, 'hostile.pt')
+    torch.save({'state_dict': Hostile()}, 'weights/pytorch_model.bin')
+    torch.save([1], 'list.pt')
+    os.mkfifo('pipe.pt')
+    Path('folder.png').mkdir()
+    photos(tmp_path, 'cat.png')
+    make_images(tmp_path / 'data', train=4, val=2, classes=('cat', 'dog'))
+
+
+def bad_commands():
+    """Command lines with what the one line says; whatever they name is among ``bad_files``."""
+    for name in ('deep', 'empty', 'object', 'null', 'binary', 'long', 'nowhere'):
+        file = f'{name}.json'
+        yield ['info', 'resnet20_cifar', '--genotype', file], file
+        yield ['draw', file, '-o', 'x.png'], file
+        yield ['search', 'sase', '--data', 'data', '--space', file], file
+        yield ['search', 'trionet', '--data', 'data', '--space', file], file
+    for space in ('', '{}', '[]', 'null', DEEP):
+        yield ['search', 'sase', '--data', 'data', '--space', space], 'search space'
+    for text in (DEEP, '{"a":' * 400 + '1' + '}' * 400):
+        yield ['info', text], ' characters)'
+        yield ['draw', text, '-o', 'x.png'], 'nested too deeply'
+        yield ['info', 'resnet20_cifar', '--genotype', text], 'nested too deeply'
+        yield ['info', 'resnet20_cifar', '--model-args', f'layers={text}'], 'nested too deeply'
+    yield ['info', 'resnet20_cifar', '--model-args', 'layers=[1,1'], "'[1,1' is no valid JSON"
+    yield ['info', 'resnet20_cifar', '--genotype', 'x' * 100_000], '(100,002 characters)'
+    for file in ('hostile.pt', 'text.pt', 'empty.pt', 'list.pt'):
+        yield ['info', 'resnet18', '--model-args', f'checkpoint_path={file}'], file
+        yield ['train', '--data', 'data', *TRAIN, '--checkpoint', file], file
+        yield ['attend', 'cat.png', '-o', 'maps', '--model', 'resnet20_cifar', '--checkpoint', file], file
+    yield ['attend', 'cat.png', '-o', 'maps', '--model', 'resnet20_cifar', '--checkpoint', 'pipe.pt'], 'device or pipe'
+    for folder in ('no_name', 'broken', 'weights', 'nowhere'):
+        yield ['info', f'local-dir:{folder}', '--model-args', 'pretrained=true'], folder
+    # Where it is to be written comes before what is to be done.
+    yield ['draw', 'nowhere.json', '-o', 'x.xyz'], "got 'x.xyz'"
+    yield ['draw', 'nowhere.json', '-o', 'nowhere/x.png'], 'the picture nowhere/x.png cannot be written: No such file'
+    yield ['draw', 'nowhere.json', '-o', 'folder.png'], 'it is a folder'
+    yield (
+        ['attend', 'nowhere.jpg', '-o', 'in_the_way', '--model', 'resnet20_cifar'],
+        'the output folder in_the_way cannot',
+    )
+    yield ['attend', 'nowhere.jpg', '-o', 'in_the_way/x', '--model', 'resnet20_cifar'], 'in_the_way/x cannot be written'
+    yield (
+        ['train', '--data', 'nowhere', '--out', 'in_the_way', *TRAIN],
+        'the output folder in_the_way cannot be written',
+    )
+    for seed in ('-1', str(2**64)):
+        for command in ('train --data data', 'demo', 'search sase --data data', 'search trionet --data data'):
+            yield [*command.split(), '--seed', seed], f'seed must be at least 0 and below 2**64, got {seed}'
+        yield ['search', 'sase', '--data', 'data', '--seeds', f'0,{seed}'], f'below 2**64, got {seed}'
+    # Control characters are shown as such.
+    yield ['info', 'resnet20_cifar', '--genotype', 'red\x1b[31m.json'], r'red\x1b[31m.json'
+    yield ['attend', '\x1b[31m.jpg', '-o', 'maps', '--model', 'resnet20_cifar'], r'there is no image \x1b[31m.jpg'
+    yield ['train', '--data', 'da\x1b[31m\udcff', *TRAIN], r'there is no data folder da\x1b[31m\udcff'
+    yield ['run', '\x1b[31m.py'], r'there is no script \x1b[31m.py'
+    yield ['train', '--data', 'data', '\x1b[31m'], r'unrecognized arguments: \x1b[31m'
+    yield ['info', 'se', '--channels', '9' * 5000], 'invalid int value'
+
+
+def test_wrong_input_of_every_kind(capsys, bad_files):
+    """One short line, before any work, and no file is run."""
+    for argv, says in bad_commands():
+        code, out, err = run(capsys, *argv)
+        what = f'{[text[:50] for text in argv]}: {err[:1000]}'
+        assert (code, out) == (2, ''), what
+        *usage, line = err.splitlines()
+        assert not usage or usage[0].startswith('usage: '), what
+        assert says in line, what
+        assert len(line) < 800, what
+        assert all(c.isprintable() or c == '\n' for c in err), what
+        assert 'this looks like a fault' not in line, what
+        assert 'weights_only=False' not in line, what
+        assert not {'was_run', 'maps', 'x.png'} & set(os.listdir()), what
+        assert not list(Path('runs').rglob('*.pt')), what
+
+
+@pytest.mark.parametrize('argv', [['draw', 'nowhere.json', '-o', 'x.png'], ['attend', 'nowhere.jpg', '-o', 'maps']])
+def test_a_missing_library_is_told_first(capsys, tmp_path, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    code, _, err = run(capsys, *argv)
+    assert (code, err) == (2, 'sase-blocks: error: drawing needs matplotlib: pip install "sase-blocks[viz]"\n')
+
+
+@pytest.mark.parametrize(
+    ('error', 'says'),
+    [
+        (RuntimeError('all 6 tasks failed;\n the first one: no'), 'all 6 tasks failed; the first one: no'),
+        (RuntimeError('x' * 100_000), 'xxx'),
+        (EOFError(), 'EOFError: EOFError (this looks like a fault of sase-blocks: --traceback shows where'),
+        (KeyError('mean'), "KeyError: 'mean' (this looks like a fault of sase-blocks"),
+        (RecursionError('maximum'), 'RecursionError: maximum (this looks like a fault'),
+        (AssertionError(), 'AssertionError: AssertionError (this'),
+        (AssertionError('Unknown AA policy xyz'), 'error: Unknown AA policy xyz\n'),
+        (MemoryError(), 'there is not enough memory; lower --img-size (MemoryError)'),
+        (
+            torch.OutOfMemoryError('CUDA out of memory. Tried'),
+            'not enough memory; lower --img-size (CUDA out of memory.',
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), 'there is not enough memory'),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_no_error_is_a_traceback(capsys, monkeypatch, error, says):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr(cli, '_info', fail)
+    code, _, err = run(capsys, 'info', 'se')
+    assert (code, err.count('\n'), len(err) < 1200) == (2, 1, True)
+    assert says in err
+    with pytest.raises(type(error)):
+        cli.main(['info', 'se', '--traceback'])
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,6 @@ from sase_blocks.data import (
     listing,
     open_data,
     open_training_data,
-    printable,
     same_data,
     seeded,
 )
@@ -272,7 +271,6 @@ def test_names_that_are_not_utf8(tmp_path):
         assert shown.isprintable()
         shown.encode()
     assert r'dog/\udcff\n.png' in text
-    assert printable('Käse 10 °C/\x1b[2J\u202e') == r'Käse 10 °C/\x1b[2J\u202e'
 
 
 @pytest.mark.parametrize('suffix', ['jpg', 'png'])
@@ -300,19 +298,6 @@ def test_broken_image_met_in_training_is_an_error_with_its_name(tmp_path):
     train, _ = open_data(root)
     with pytest.raises(ValueError, match=r'broken image .*dog.1\.png'):
         train.load(5)
-
-
-def test_images_of_one_set_are_read_once(tmp_path, monkeypatch):
-    root = make_images(tmp_path)
-    read, real = [], Samples.read
-    monkeypatch.setattr(Samples, 'read', lambda self, position: read.append(position) or real(self, position))
-    first = inspect_images(open_training_data(root), progress=False)
-    assert sorted(read) == list(range(12))
-    assert inspect_images(open_training_data(root), progress=False) == first
-    assert len(read) == 12
-    truncate(root / 'train/dog/1.png')
-    assert len(find_broken(open_training_data(root), progress=False)) == 1
-    assert len(read) == 24
 
 
 # ---- pixels ----

@@ -13,13 +13,13 @@ PACKAGE = Path(__file__).parent.parent / 'sase_blocks'
 # From the ground up: a room imports only rooms that come before it here. A room is a file or a folder of the package,
 # and `__init__` is what `import sase_blocks` runs.
 ROOMS = (
-    'checkpoint', 'ops', 'blocks', 'selfattention', 'convert', 'models', 'insertion', 'deploy', '__init__',
+    'reading', 'checkpoint', 'ops', 'blocks', 'selfattention', 'convert', 'models', 'insertion', 'deploy', '__init__',
     'data', 'runs', 'viz', 'train', 'search', 'demo', 'cli', '__main__',
 )  # fmt: skip
 
 # What every installation has, by the name it is imported by: the three dependencies and what these bring along (tqdm
-# with huggingface_hub, which timm requires).
-REQUIRED = {'torch', 'einops', 'timm', 'torchvision', 'numpy', 'PIL', 'safetensors', 'tqdm', 'sase_blocks'}
+# with huggingface_hub, which timm requires, and filelock with torch).
+REQUIRED = {'torch', 'einops', 'timm', 'torchvision', 'numpy', 'PIL', 'safetensors', 'tqdm', 'filelock', 'sase_blocks'}
 
 # Triton's decorator takes the functions of a module, so a file of kernels imports it at its top. Such a file is itself
 # imported where it is needed, like an optional library.

@@ -2,15 +2,23 @@
 
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import timm
-from test_data import make_images
+from test_data import make_images, truncate
 from test_search_run import SPACE
 
+from sase_blocks import runs
+from sase_blocks.blocks import SASE_GENOTYPE
 from sase_blocks.cli import main
 from sase_blocks.demo import run_search_demo
+from sase_blocks.search.sase import campaign as function
+from sase_blocks.search.sase import evaluate
+
+campaign = sys.modules[function.__module__]  # which the function hides
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -42,12 +50,15 @@ def test_demo_as_a_user_runs_it(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_campaign(tmp_path, capsys):
-    """Two seeds, random labels, from scratch; run again it does nothing twice."""
+def test_a_campaign(tmp_path, capsys, monkeypatch):
+    """Two seeds, random labels, from scratch; run again it does nothing twice. Every image is checked once."""
+    checked, real = [], runs.inspect_images
+    monkeypatch.setattr(runs, 'inspect_images', lambda samples: checked.append(samples.split) or real(samples))
     data, out = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog')), tmp_path / 'run'
     command = ['search', 'sase', '--data', str(data), '--out', str(out), *SMALL, '--seeds', '0,1', '--null']
     command += ['--evaluate', '1', '--baselines', 'none,se', '--random', '1', '--resume']
     assert main(command) == 0
+    assert checked == ['train', 'val']
     said = capsys.readouterr().out
     assert {p.name for p in out.iterdir()} >= {
         'seed-0', 'seed-1', 'null-0', 'null-1', 'agreement.json', 'genotype.json', 'evaluation', 'evaluation.png',
@@ -69,6 +80,7 @@ def test_a_campaign(tmp_path, capsys):
         ([], '--data DIR is missing'),
         (['--data', 'nowhere'], 'there is no data folder nowhere'),
         (['--data', '.', '--seeds', '0,x'], "--seeds takes numbers with commas between them, such as 0,1,2, got '0,x'"),
+        (['--data', '.', '--seeds', ''], 'seeds is empty: give at least one'),
         (['--data', '.', '--evaluate', '-1'], '--evaluate must be at least 0, got -1'),
         (['--data', '.', '--space', 'gate_excite='], 'gate_excite: no operation is left'),
         (['--data', '.', '--order', '2', '--compile'], 'compile must be off for order 2'),
@@ -83,6 +95,80 @@ def test_mistakes_are_one_line(arguments, says, tmp_path, capsys, monkeypatch):
     assert says in error
     assert error.count('\n') == 1
     assert not list(Path(tmp_path).rglob('last.pt'))
+
+
+def in_the_way(path):
+    path.parent.mkdir()
+    path.touch()
+
+
+@pytest.mark.parametrize(
+    ('harm', 'arguments', 'says'),
+    [
+        (None, ['--baselines', 'se', 'sasse'], "sasse of the evaluation: .*Did you mean 'sase'"),
+        (None, ['--baselines', 'nowhere.json'], r'nowhere\.json of the evaluation: .*cannot be read'),
+        (None, ['--baselines', 'se', 'se'], "two blocks of the evaluation have the name 'se'"),
+        (None, ['--seeds', '0,1', '--baselines', f'seed-0={SASE_GENOTYPE}'], "have the name 'seed-0'"),
+        (None, ['--random', '64'], 'the space holds 63 genotypes besides the found one, 64 random ones were asked for'),
+        (None, ['--random', str(64**3), '--per-stage'], 'the space holds 262143 genotypes'),
+        (None, ['--model', 'resnet18', '--model-args', 'layers=[1,1,1,1]'], 'resnet18 takes no genotype='),
+        (None, ['--evaluate-lr', '-1'], 'lr must be above 0'),
+        (None, ['--evaluate-epochs', '0'], 'epochs must be at least 1'),
+        (None, ['--storage', 'nowhere://x'], "a storage is a SQLite file, .* got 'nowhere://x'"),
+        (lambda root: shutil.rmtree(root / 'val'), [], 'has no folder val'),
+        (lambda root: shutil.rmtree(root / 'val' / 'dog'), [], 'the classes of train and val differ'),
+        (lambda root: truncate(root / 'val' / 'dog' / '1.png'), [], r'broken image .*val.dog.1\.png'),
+        (lambda root: in_the_way(root.parent / 'run' / 'evaluation'), [], 'cannot be written'),
+        (lambda root: in_the_way(root.parent / 'run' / 'last.pt'), [], 'holds a run already'),
+    ],
+)  # fmt: skip
+def test_an_evaluation_is_checked_before_the_search(tmp_path, capsys, monkeypatch, harm, arguments, says):
+    data = make_images(tmp_path / 'images', train=6, val=2, classes=('cat', 'dog'))
+    if harm:
+        harm(data)
+    monkeypatch.setattr(campaign, 'search', lambda *_: pytest.fail('the search began'))
+    command = [
+        'search',
+        'sase',
+        '--data',
+        str(data),
+        '--out',
+        str(tmp_path / 'run'),
+        *SMALL,
+        '--evaluate',
+        '1',
+        *arguments,
+    ]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert re.search(says, error), error
+    assert [line[:19] for line in error.splitlines() if not line.startswith('checking')] == ['sase-blocks: error:']
+    assert not list(tmp_path.rglob('genotype.json'))
+
+
+def test_all_trainings_failed(tmp_path, capsys, monkeypatch):
+    def fail(config, data):
+        raise RuntimeError('no\nkernel')
+
+    monkeypatch.setattr(evaluate, 'train', fail)
+    data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
+    found = {'genotype': str(SASE_GENOTYPE)}
+    monkeypatch.setattr(campaign, 'search', lambda *_: found)
+    monkeypatch.setattr(evaluate, '_measure_one', lambda *_: {'parameters': 1, 'time_ratio': 1.0})
+    command = ['search', 'sase', '--data', str(data), '--out', str(tmp_path / 'run'), *SMALL, '--evaluate', '1']
+    assert main([*command, '--baselines', 'none']) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == 'sase-blocks: error: all 2 trainings failed; the first one, found, seed 0: RuntimeError: no kernel'
+
+
+@pytest.mark.parametrize('missing', ['optuna', 'accelerate'])
+def test_missing_library_of_an_evaluation_is_told_first(tmp_path, capsys, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
+    monkeypatch.setattr(campaign, 'search', lambda *_: pytest.fail('the search began'))
+    command = ['search', 'sase', '--data', str(data), '--out', str(tmp_path / 'run'), *SMALL, '--evaluate', '1']
+    assert main(command) == 2
+    assert 'pip install "sase-blocks[search]"' in capsys.readouterr().err
 
 
 def test_help_shows_the_defaults(capsys):

@@ -51,7 +51,7 @@ def trained(monkeypatch):
     """In place of ``train`` one that takes no time: accuracies by genotype and seed, a number or an error."""
     accuracies = {}
 
-    def train(config):
+    def train(config, data):
         trained.configs.append(config)
         accuracy = accuracies.get(config.model_args['genotype'], 50.0)
         accuracy = accuracy(config.seed) if callable(accuracy) else accuracy
@@ -74,7 +74,6 @@ def test_evaluation(budget, tmp_path, monkeypatch):
     budget = replace(budget, model_args={**budget.model_args, 'in_chans': 1})
     checked, real = [], data.decode_image
     monkeypatch.setattr(data, 'decode_image', lambda *args, **how: checked.append(how) or real(*args, **how))
-    monkeypatch.setattr(data, '_inspected', {})
     said = []
     result = evaluate(FOUND, budget, baselines=['none', f'mine={OTHER}'], randoms=1, seeds=[3], say=said.append)
     out = Path(budget.out)

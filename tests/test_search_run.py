@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from test_data import disguise, make_images, swap, truncate
 
 from sase_blocks.blocks import Genotype
-from sase_blocks.checkpoint import read_checkpoint
+from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
 from sase_blocks.search.halves import halves_of_images, relabelled, split_classes
 from sase_blocks.search.sase import bilevel, run
 from sase_blocks.search.sase.bilevel import VirtualStep, logits_gradient
@@ -315,7 +316,11 @@ def test_full_disk_keeps_the_last_checkpoint(config, look_often, monkeypatch):
         ({'space': 'channel_squeeze=avg,avg'}, 'avg is in it twice'),
         ({'space': 'chanel=avg'}, "no edge 'chanel'"),
         ({'space': 'gate_excite=avg'}, "gate_excite: 'avg' is not a channel excite"),
-        ({'space': 'nowhere.json'}, 'there is no search space file nowhere.json'),
+        ({'space': 'nowhere.json'}, 'the search space file nowhere.json cannot be read: No such file'),
+        ({'space': '{}'}, "a search space is 'paper'"),
+        ({'space': ''}, "a search space is 'paper'"),
+        ({'seed': -1}, r'seed must be at least 0 and below 2\*\*64, got -1'),
+        ({'seed': 2**64}, r'seed must be at least 0 and below 2\*\*64'),
         ({'space': '{"a"'}, 'no valid JSON'),
         ({'space': 'all'}, "a search space is 'paper'"),
     ],
@@ -376,9 +381,38 @@ def test_a_folder_of_another_run(config, look_often):
     images, labels, classes = pictures()
     with pytest.raises(ValueError, match='holds a search on other data'):
         search(replace(config, resume=True), (images + 1, labels, classes))
-    (Path(config.out) / 'last.pt').write_bytes(b'nothing')
-    with pytest.raises(ValueError, match=r'last\.pt'):
-        search(replace(config, resume=True), pictures())
+    check_damaged(Path(config.out) / 'last.pt', lambda: search(replace(config, resume=True), pictures()), 'network')
+
+
+def check_damaged(last, resume, weights):
+    """Whatever is missing in a checkpoint, or has another form: one line with what to do. The file is left alone."""
+
+    def other_shapes(state):
+        return {name: value.new_zeros(2, 3) if value.dim() else value for name, value in state.items()}
+
+    whole = read_checkpoint(last)
+    optimizer = whole['optimizer']
+    shapes = {number: other_shapes(state) for number, state in optimizer['state'].items()}
+    harms = {
+        f'no {name}': {key: value for key, value in whole.items() if key != name}
+        for name in ('config', 'step', weights)
+    }
+    harms |= {f'{name} is text': {**whole, name: 'text'} for name in ('data', 'sums', 'step')}
+    harms['step is too much'] = {**whole, 'step': 10**6}
+    harms['shapes of the weights'] = {**whole, weights: other_shapes(whole[weights])}
+    harms['shapes of the optimizer'] = {**whole, 'optimizer': {**optimizer, 'state': shapes}}
+    for what, harmed in [*harms.items(), ('nothing', None)]:
+        if harmed is None:
+            last.write_bytes(b'nothing')
+        else:
+            save_checkpoint(harmed, last)
+        before = last.read_bytes()
+        with pytest.raises(ValueError, match=re.escape(str(last))) as caught:
+            resume()
+        said = str(caught.value)
+        assert len(said.replace(str(last.parent), '')) < 600, what
+        assert said.endswith('give another --out' if 'config' in what else 'delete it to start over'), what
+        assert last.read_bytes() == before
 
 
 # ---- the data ----

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader
 from sase_blocks import demo, runs
 from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
 from sase_blocks.data import TransformedSamples
-from sase_blocks.runs import alone_in, launched
+from sase_blocks.runs import alone_in, launched, rows_until
 from sase_blocks.search.trionet import score
 from sase_blocks.train import TrainConfig, build_model, evaluate, hits, train
 
@@ -186,11 +187,24 @@ def test_killed_run_resumes_to_the_same_weights(processes, config, tmp_path, dis
     assert sorted(os.listdir(killed.out)) == ['best.pt', 'last.pt', 'metrics.jsonl']
 
 
+def test_damaged_lines_of_a_log_are_left_out(tmp_path):
+    log = tmp_path / 'metrics.jsonl'
+    good = [{'epoch': 1, 'loss': 0.5}, {'epoch': 2, 'loss': 0.25}]
+    bad = [b'{"epoch": 1, "lo', b'5', b'{}', b'{"epoch": "two"}', b'null', b'\xff\xfe', b'[' * 100_000, b'']
+    log.write_bytes(b'\n'.join([json.dumps(good[0]).encode(), *bad, json.dumps(good[1]).encode(), b'{"epoch": 3}']))
+    assert rows_until(log, 2) == good
+    assert rows_until(tmp_path / 'nowhere', 2) == []
+
+
 # ---- a folder is one run's ----
 
 
 def _holding(config, pipe):
     with launched(config, 'a test') as accelerator, alone_in(config, accelerator):
+        # Like a process that loads images, and that is not there to see its parent killed.
+        if os.fork() == 0:
+            pipe.poll(None)
+            os._exit(0)
         pipe.send('held')
         pipe.poll(None)
 
@@ -204,8 +218,7 @@ def holder(processes, config):
     its.close()  # so that recv() fails, should the process end
     assert pipe.recv() == 'held'
     yield process, pipe
-    if process.is_alive():
-        pipe.send('enough')
+    pipe.close()
     process.join()
 
 
@@ -214,6 +227,19 @@ def test_folder_of_another_run_is_refused(config, holder):
     for _ in range(2):  # and being refused leaves the other one's lock as it is
         with pytest.raises(ValueError, match=says):
             train(config)
+
+
+def test_two_runs_of_one_process_are_told_apart(config):
+    says = rf'run is being written by another run, process {os.getpid()} on '
+    with launched(config, 'a test') as accelerator, alone_in(config, accelerator):
+        with pytest.raises(ValueError, match=says), alone_in(config, accelerator):
+            pass
+        with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match=says):
+            pool.submit(alone_in(config, accelerator).__enter__).result()
+        assert {'.lock', '.lock-owner'} <= set(os.listdir(config.out))
+    with alone_in(config, accelerator):
+        pass
+    assert os.listdir(config.out) == []
 
 
 def test_resume_waits_for_another_run(config, holder, monkeypatch, capsys):
@@ -234,43 +260,48 @@ def test_resume_waits_for_another_run(config, holder, monkeypatch, capsys):
 
 
 def test_killed_run_holds_no_folder(config, holder):
+    """Nor do the processes that it forked and that live on."""
     process, _ = holder
     process.kill()
     process.join()
     assert Path(config.out, '.lock').exists()
     train(replace(config, epochs=1))
-    assert not Path(config.out, '.lock').exists()
+    assert not list(Path(config.out).glob('.lock*'))
 
 
 def test_lock_that_was_removed_meanwhile_is_none(config, monkeypatch):
     """Between opening and locking it, its owner ended: what was opened is the lock of no folder any more."""
     import fcntl
 
-    real, calls = fcntl.lockf, []
+    real, removed = fcntl.flock, []
 
-    def lockf(file, how):
-        calls.append(how)
-        if len(calls) == 1:
+    def flock(file, how):
+        if how & fcntl.LOCK_EX and not removed:
             Path(config.out, '.lock').unlink()
+            removed.append(file)
         real(file, how)
 
-    monkeypatch.setattr(fcntl, 'lockf', lockf)
-    with launched(config, 'a test') as accelerator, alone_in(config, accelerator):
-        assert len(calls) == 2
-        assert Path(config.out, '.lock').read_text().startswith(f'process {os.getpid()} on ')
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    with launched(replace(config, resume=True), 'a test') as accelerator:
+        monkeypatch.setattr(runs, 'ASK_EVERY', 0.0)
+        with alone_in(replace(config, resume=True), accelerator):
+            assert removed
+            with pytest.raises(ValueError, match='another run'), alone_in(config, accelerator):
+                pass
 
 
-@pytest.mark.parametrize(
-    'error', [OSError(errno.ENOLCK, 'No locks available'), OSError(errno.EOPNOTSUPP, 'Operation not supported')]
-)
-def test_folder_without_locks_is_not_guarded(config, monkeypatch, capsys, error):
+@pytest.mark.parametrize('code', ['ENOLCK', 'EOPNOTSUPP', 'ENOSYS'])
+def test_folder_without_locks_is_not_guarded(config, monkeypatch, capsys, code):
     import fcntl
 
-    def lockf(file, how):
+    error = OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    def flock(file, how):
         raise error
 
-    monkeypatch.setattr(fcntl, 'lockf', lockf)
-    assert train(replace(config, epochs=1))['epochs'] == 1
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    with launched(config, 'a test') as accelerator, alone_in(config, accelerator):
+        pass
     assert f'nothing keeps other runs out of {config.out}: {error.strerror}' in capsys.readouterr().out
 
 
@@ -505,6 +536,7 @@ def test_compile_needs_one_of_our_blocks(config):
         ({'warmup': 1.0}, 'warmup must be at least 0 and below 1'),
         ({'workers': -1}, 'workers must be at least 0'),
         ({'seed': -1}, 'seed must be at least 0'),
+        ({'seed': 2**64}, r'seed must be at least 0 and below 2\*\*64, got 18446744073709551616'),
         ({'img_size': 0}, 'img_size must be at least 1'),
         ({'hflip': 2.0}, 'hflip must be a probability'),
         ({'clip_grad': 0.0}, 'clip_grad must be above 0'),
@@ -514,6 +546,7 @@ def test_compile_needs_one_of_our_blocks(config):
         ({'check': False, 'skip_broken': True}, 'skip_broken must be used with the check'),
         ({'batch_size': 100}, '14 training images are fewer than one batch of 100'),
         ({'model': 'resnet50_sasse', 'model_args': {}}, "no model 'resnet50_sasse'; did you mean resnet50_sase"),
+        ({'model_args': {'num_classes': 7}}, r"model_args must be without num_classes, .* got {'num_classes': 7}"),
         ({'model_args': {'gennotype': 'sase'}}, 'resnet20_cifar cannot be built with .*gennotype'),
         ({'model_args': {'genotype': 'avg,mlp,affine,avg,avg'}}, 'a genotype has six choices'),
         ({'data': '/nowhere/at/all'}, 'there is no data folder'),
@@ -555,9 +588,59 @@ def test_run_on_other_data_or_of_something_else_is_not_resumed(config, tmp_path)
     save_checkpoint({'state_dict': {}}, Path(config.out, 'last.pt'))
     with pytest.raises(ValueError, match='is not a checkpoint of'):
         train(replace(first, resume=True))
-    Path(config.out, 'last.pt').write_bytes(b'broken')
-    with pytest.raises(ValueError, match='truncated, damaged or no checkpoint'):
-        train(replace(first, resume=True))
+
+
+def other_shapes(state):
+    return {name: value.new_zeros(2, 3) if value.dim() else value for name, value in state.items()}
+
+
+def harmed_optimizer(state):
+    return {**state, 'state': {number: other_shapes(one) for number, one in state['state'].items()}}
+
+
+def test_damaged_checkpoint_is_named_with_what_to_do(config):
+    """Whatever is missing or has another form: one line, and the file stays as it was."""
+    small = {'genotype': 'none', 'layers': [1, 1, 1], 'channels': [4, 4, 4]}
+    config = replace(config, epochs=1, opt='adamw', ema_decay=0.9, model_args=small)
+    train(config)
+    last = Path(config.out, 'last.pt')
+    whole, content = read_checkpoint(last), last.read_bytes()
+    needed = [name for name in whole if name != 'arch']
+    harms = {f'no {name}': {key: value for key, value in whole.items() if key != name} for name in needed}
+    harms |= {f'{name} is text': {**whole, name: 'text'} for name in needed if name != 'scaler'}
+    harms |= {f'epoch is {epoch}': {**whole, 'epoch': epoch} for epoch in (-1, 2, 0.5)}
+    harms |= {
+        f'shapes of {name}': {**whole, name: other_shapes(whole[name])} for name in ('state_dict', 'state_dict_ema')
+    }
+    harms['shapes of the optimizer'] = {**whole, 'optimizer': harmed_optimizer(whole['optimizer'])}
+    harms['scores are empty'] = {**whole, 'scores': {}}
+    files = {'text': b'broken', 'empty': b'', 'cut': content[: len(content) // 2]}
+    for what in [*harms, *files]:
+        if what in harms:
+            save_checkpoint(harms[what], last)
+        else:
+            last.write_bytes(files[what])
+        before = last.read_bytes()
+        with pytest.raises(ValueError, match=r'last\.pt') as caught:
+            train(replace(config, resume=True))
+        said = str(caught.value)
+        assert len(said.replace(config.out, '')) < 600, what
+        assert ('config' in what) == ('give another --out' in said), what
+        if 'config' not in what:
+            advice = f'delete it to start over; {config.out}/best.pt has the best weights, copy it first'
+            assert said.endswith(advice), what
+        assert last.read_bytes() == before
+
+
+def test_splits_that_were_checked_are_not_checked_again(config, monkeypatch):
+    from sase_blocks.train import checked_samples
+
+    seen = []
+    monkeypatch.setattr(runs, 'inspect_images', lambda samples: seen.append(samples.split) or ({}, ''))
+    with launched(config, 'a test') as accelerator:
+        data = checked_samples(config, accelerator)
+    train(replace(config, epochs=1), data)
+    assert seen == ['train', 'val']
 
 
 def test_run_on_exchanged_images_is_not_resumed(config, tmp_path):

@@ -21,6 +21,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from test_data import disguise, make_images, swap, truncate
+from test_search_run import check_damaged
 from torch import nn
 
 from sase_blocks.checkpoint import read_checkpoint
@@ -577,11 +578,13 @@ def test_not_a_number_stops(config, look_often, monkeypatch):
         ({'sampling': 'fair'}, "sampling must be one of .*got 'fair'"),
         ({'sharing': 'all'}, "sharing must be one of .*got 'all'"),
         ({'algorithm': 'bo'}, "algorithm must be one of .*got 'bo'"),
+        ({'seed': -1}, r'seed must be at least 0 and below 2\*\*64, got -1'),
+        ({'seed': 2**64}, r'seed must be at least 0 and below 2\*\*64'),
         ({'max_macs': 'many'}, "max_macs: a count is a number such as 300M.*got 'many'"),
         ({'max_params': '-1M'}, 'max_params: a count is a number'),
         ({'max_ms': 0.0}, 'max_ms must be above 0'),
         ({'space': 'coco'}, "there is no space 'coco': give imagenet, cifar or a .json file"),
-        ({'space': 'nowhere.json'}, 'the space nowhere.json cannot be read'),
+        ({'space': 'nowhere.json'}, 'the space file nowhere.json cannot be read'),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -639,6 +642,9 @@ def test_a_folder_of_another_run(config, tmp_path):
         search(again, (images + 1, labels, classes))
     with pytest.raises(ValueError, match='made with other settings: calibration was 24 and is 12'):
         search(replace(again, calibration=12), pictures())
+    whole = (Path(config.out) / 'supernet.pt').read_bytes()
+    check_damaged(Path(config.out) / 'supernet.pt', lambda: search(again, pictures()), 'supernet')
+    (Path(config.out) / 'supernet.pt').write_bytes(whole)
     (tmp_path / 'space.json').write_text(json.dumps({**SPACE, 'windows': [3, 5]}))
     with pytest.raises(ValueError, match=r'supernet of another space: windows was \[3\] and is \[3, 5\]'):
         search(again, pictures())

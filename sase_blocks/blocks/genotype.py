@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from sase_blocks.ops import EXTENDED_SETS, SETS, primitive_name
+from sase_blocks.reading import parse_json, quoted, read_text
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Genotype:
         """From six names (or paper keys) in edge order. Raises ValueError for another number of them."""
         if isinstance(names, str) or len(names) != len(cls.SET_OF):
             count = 1 if isinstance(names, str) else len(names)
-            raise ValueError(f'a genotype has six choices ({", ".join(cls.SET_OF)}), got {count}: {names!r}')
+            raise ValueError(f'a genotype has six choices ({", ".join(cls.SET_OF)}), got {count}: {quoted(names)}')
         return cls(*names)
 
     @classmethod
@@ -100,14 +101,15 @@ class Genotype:
     @classmethod
     def from_json(cls, text: str) -> Genotype:
         """From ``to_json``'s text, or from a JSON list of six names. Raises ValueError for anything else."""
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f'not a genotype: {text!r} is no valid JSON ({error})') from None
+        return cls._of_json(parse_json(text, 'a genotype'))
+
+    @classmethod
+    def _of_json(cls, value: object) -> Genotype:
         if isinstance(value, list):
             return cls.of(value)
         if not isinstance(value, dict) or set(value) != set(cls.SET_OF):
-            raise ValueError(f'a genotype in JSON is an object with the keys {", ".join(cls.SET_OF)}, got {text}')
+            keys = ', '.join(cls.SET_OF)
+            raise ValueError(f'a genotype in JSON is an object with the keys {keys}, got {quoted(value)}')
         return cls(**value)
 
     @classmethod
@@ -117,15 +119,12 @@ class Genotype:
         Raises:
             ValueError: no such file, or nothing of this kind in it; the text names the file.
         """
+        text = read_text(path, 'genotype')
         try:
-            text = Path(path).read_text(encoding='utf-8')
-        except OSError as error:
-            raise ValueError(f'the genotype file {path} cannot be read: {error.strerror or error}') from None
-        try:
-            value = json.loads(text)
+            value = parse_json(text, 'a genotype')
             if isinstance(value, dict) and isinstance(value.get('genotypes'), list) and value['genotypes']:
                 return tuple(cls.parse(str(entry)) for entry in value['genotypes'])
-            return (cls.from_json(text),)
+            return (cls._of_json(value),)
         except ValueError as error:
             raise ValueError(f'{path}: {error}') from None
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from sase_blocks.reading import quoted
+
 from .attention import SASE, AttentionBlock
 from .base import AttentionModule
 from .compose import ChannelAttention, ParallelAttention, SpatialAttention
@@ -193,12 +195,12 @@ def resolve_block(block: str | Genotype) -> Callable[..., nn.Module]:
             near = difflib.get_close_matches(block, BLOCKS, n=1, cutoff=0.4)
             hint = f" Did you mean '{near[0]}'?" if near else ''
             raise ValueError(
-                f'unknown attention block {block!r}.{hint} Blocks: {", ".join(BLOCKS)}; or give a genotype, '
+                f'unknown attention block {quoted(block)}.{hint} Blocks: {", ".join(BLOCKS)}; or give a genotype, '
                 f"six names with commas between such as '{SASE_GENOTYPE}'"
             )
         block = Genotype.parse(block)
     if not isinstance(block, Genotype):
-        raise TypeError(f'expected a block name, a Genotype or its text, got {block!r}')
+        raise TypeError(f'expected a block name, a Genotype or its text, got {quoted(block)}')
     return partial(AttentionBlock, genotype=block)
 
 

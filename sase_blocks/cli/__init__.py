@@ -1,7 +1,7 @@
 """The command line, ``sase-blocks`` or ``python -m sase_blocks``: list, info, draw, attend, demo, train, search, run.
 
-A user's mistake ends with exit code 2 and one line on stderr, an interruption with 130; ``--traceback`` shows where an
-error came from.
+An error ends with exit code 2 and one line on stderr, an interruption with 130; ``--traceback`` shows where an error
+came from. What looks like a fault of this package says so.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import timm
+import torch
 
 from sase_blocks import __version__
 from sase_blocks.blocks import BLOCKS
 from sase_blocks.ops import EXTENDED_SETS
+from sase_blocks.reading import one_line, printable, quoted, shorten
+from sase_blocks.runs import is_main, say
 
 from .model_args import is_ours, model_arguments
 from .options import add_model_options, add_settings
@@ -110,7 +113,7 @@ sase_blocks are in timm's registry.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run the command line. Returns the exit code: 0, 2 for an error, 130 for Ctrl-C."""
     try:
         # argparse itself exits with 2 for unknown options.
         args = vars(_parser().parse_args(argv))
@@ -126,21 +129,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `sase-blocks list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+    except Exception as error:
         if show:
             raise
         # Under torchrun every process gets here, and the first to leave ends the others: each must tell.
         rank = os.environ.get('RANK', '0')
         who = PROG if rank == '0' else f'{PROG} (rank {rank})'
-        print(f'{who}: error: {" ".join(str(error).split())}', file=sys.stderr)
+        print(printable(f'{who}: error: {_explain(error, args)}'), file=sys.stderr)
         return 2
     return 0
+
+
+# What a wrong argument, file, machine or network can lead to. RuntimeError is torch's for everything.
+EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError)
+
+
+def _explain(error: Exception, args: Mapping[str, Any]) -> str:
+    """An error in one line."""
+    text = one_line(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        smaller = [f'--{name.replace("_", "-")}' for name in ('batch_size', 'img_size') if name in args]
+        return (
+            f'there is not enough memory{"; lower " + " or ".join(smaller) if smaller else ""} ({shorten(text, 200)})'
+        )
+    # Libraries assert what they are given, with a text.
+    expected = isinstance(error, EXPECTED) and not isinstance(error, (RecursionError, NotImplementedError))
+    if expected or (isinstance(error, AssertionError) and str(error)):
+        return text
+    return (
+        f'{type(error).__name__}: {text} (this looks like a fault of {PROG}: --traceback shows where, please report it)'
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, whose errors show names of files as all others do."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(shorten(message, 300)))
 
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--traceback', action='store_true', help='show the traceback of an error')
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=PROG,
         description='Squeeze and excitation blocks for timm: look at them, try them, train with them.',
         epilog=EXAMPLES['main'],
@@ -234,7 +265,7 @@ def _list(filter: str) -> None:
         title = 'models of timm' if filter else 'models (and every other one of timm)'
         shown.append(f'{title}\n' + '\n'.join(f'  {name}' for name in models))
     if not shown:
-        raise ValueError(f'no block, primitive or model has {filter!r} in its name')
+        raise ValueError(f'no block, primitive or model has {quoted(filter)} in its name')
     print('\n\n'.join(shown))
 
 
@@ -246,11 +277,12 @@ def _info(**options: Any) -> None:
 
 def _draw(name: str, out: str, sets: bool) -> None:
     from sase_blocks.models.trio_network import read_architecture
-    from sase_blocks.viz import draw_architecture, draw_block, save_figure
+    from sase_blocks.viz import check_picture, draw_architecture, draw_block, save_figure
 
+    check_picture(out)
     network = name.endswith('.json') or name.lstrip().startswith(('image ', 'stem ', 'heads '))
     figure = draw_architecture(read_architecture(name)) if network else draw_block(name, sets=sets)
-    print(f'written: {save_figure(figure, out)}')
+    say(f'written: {save_figure(figure, out)}')
 
 
 def _attend(**options: Any) -> None:
@@ -269,8 +301,8 @@ def _train(model_args: Sequence[str], genotype: str | None, attn_stages: Sequenc
     from sase_blocks.train import TrainConfig, train
 
     result = train(TrainConfig(model_args=model_arguments(model_args, genotype, attn_stages), **settings))
-    if os.environ.get('RANK', '0') == '0':
-        print(
+    if is_main():
+        say(
             f'finished: accuracy {result["acc1"]:.2f} % after epoch {result["epochs"]}, '
             f'best {result["best_acc1"]:.2f} % after epoch {result["best_epoch"]}; '
             f'weights in {result["checkpoint"]} and best.pt beside it'

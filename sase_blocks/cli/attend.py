@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from sase_blocks.checkpoint import read_checkpoint
 from sase_blocks.convert import load_checkpoint
-from sase_blocks.data import printable
 from sase_blocks.insertion import insert as insert_block
+from sase_blocks.reading import printable
+from sase_blocks.runs import check_writable, say
 from sase_blocks.train import build_model
-from sase_blocks.viz import plot_attention, read_images, save_figure
+from sase_blocks.viz import missing_matplotlib, plot_attention, read_images, save_figure
 
 from .model_args import is_ours, model_arguments
 
@@ -35,6 +36,9 @@ def attend(
 ) -> None:
     if img_size is not None and img_size < 1:
         raise ValueError(f'--img-size must be at least 1, got {img_size}')
+    if (missing := missing_matplotlib()) is not None:
+        raise ImportError(missing)
+    check_writable(Path(out), make=False)
     args = model_arguments(model_args, genotype, attn_stages)
     saved = _training_run(read_checkpoint(checkpoint)) if checkpoint else None
     classes: list[str] = []
@@ -51,13 +55,13 @@ def attend(
         insert_block(network, insert, start=start)
     report = load_checkpoint(network, checkpoint) if checkpoint else None
     batch, pictures = read_images(images, network, img_size)  # all of them, before anything is written
-    print(report or 'note: without --checkpoint the weights are those the model starts with')
+    say(str(report or 'note: without --checkpoint the weights are those the model starts with'))
     for i, (image, path) in enumerate(zip(images, _names_for(images, Path(out)), strict=True)):
         found = _prediction(network, batch[i : i + 1], classes)
         title = printable(Path(image).name) + (f'\n{found}' if found else '')
         figure = plot_attention(network, batch[i : i + 1], titles=[title], pictures=pictures[i : i + 1])
         path.parent.mkdir(parents=True, exist_ok=True)
-        print(printable(f'{image}: {found + ", " if found else ""}written: {save_figure(figure, path)}'))
+        say(f'{image}: {found + ", " if found else ""}written: {save_figure(figure, path)}')
 
 
 def _training_run(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]] | None:

@@ -20,6 +20,7 @@ from sase_blocks.blocks import (
     create_block,
     list_blocks,
 )
+from sase_blocks.reading import one_line, printable, quoted
 from sase_blocks.train import build_model
 
 from .model_args import model_arguments
@@ -42,7 +43,7 @@ def show_info(
     if not is_block and ':' not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name, [*list_blocks(), *timm.list_models()], n=3)
         raise ValueError(
-            f'there is no model or block {name!r}{"; did you mean " + " or ".join(near) + "?" if near else ""} '
+            f'there is no model or block {quoted(name)}{"; did you mean " + " or ".join(near) + "?" if near else ""} '
             f'(`sase-blocks list TEXT` searches)'
         )
     # On the meta device nothing is computed or stored, only shapes.
@@ -60,7 +61,7 @@ def show_info(
     parameters = sum(p.numel() for p in module.parameters())
     attention = {id(p) for m in module.modules() if isinstance(m, AttentionModule) for p in m.parameters()}
     inside = sum(p.numel() for p in module.parameters() if id(p) in attention)
-    print(f'{name}')
+    print(printable(name))
     print(f'  parameters  {parameters:,}' + (f' ({inside:,} in attention blocks)' if inside and not is_block else ''))
     print(f'  MACs        {macs:,} for one input of {_by(shape[1:])}')
     width = max(len(child) for child in shapes)
@@ -110,7 +111,9 @@ def _measure(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, dict[str, 
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             module.eval()(torch.empty(shape, device='meta'))
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'{type(module).__name__} does not take an input of {_by(shape[1:])}: {error}') from error
+        raise ValueError(
+            f'{type(module).__name__} does not take an input of {_by(shape[1:])}: {one_line(error, 300)}'
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()

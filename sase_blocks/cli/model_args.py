@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import timm
+
+from sase_blocks.reading import parse_json, quoted
 
 __all__ = ['is_ours', 'model_arguments']
 
@@ -17,10 +18,13 @@ def model_arguments(pairs: Sequence[str], genotype: str | None, attn_stages: Seq
     for pair in pairs:
         key, equals, value = pair.partition('=')
         if not equals or not key.isidentifier():
-            raise ValueError(f'--model-args takes KEY=VALUE, got {pair!r}')
+            raise ValueError(f'--model-args takes KEY=VALUE, got {quoted(pair)}')
         try:
-            args[key] = json.loads(value)
-        except json.JSONDecodeError:  # plain text, such as avg
+            args[key] = parse_json(value, 'a value of --model-args')
+        except ValueError:
+            if value.lstrip().startswith(('[', '{')):
+                raise
+            # Plain text, such as avg.
             args[key] = {'True': True, 'False': False, 'None': None}.get(value, value)
     if genotype is not None:
         args['genotype'] = genotype

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sase_blocks.blocks import BLOCKS
+from sase_blocks.reading import quoted
+from sase_blocks.runs import is_main, say
 
 from .model_args import model_arguments
 from .options import add_model_options, add_settings
@@ -96,7 +97,7 @@ def _search_sase(
     config = SearchConfig(data=data, model_args=model_arguments(model_args, None, None), **settings)
     result = campaign(
         config,
-        seeds=_numbers(seeds) if seeds else None,
+        seeds=None if seeds is None else _numbers(seeds),
         null=null,
         budget=evaluation_budget(config, evaluate_epochs, evaluate_lr) if evaluate else None,
         evaluations=evaluate,
@@ -104,15 +105,15 @@ def _search_sase(
         randoms=random,
         storage=storage,
     )
-    if os.environ.get('RANK', '0') == '0':
-        print(f'found: {result["genotype"]}\n{result["verdict"]}\nwritten: {config.out}/genotype.json')
+    if is_main():
+        say(f'found: {result["genotype"]}\n{result["verdict"]}\nwritten: {config.out}/genotype.json')
 
 
 def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(',') if part.strip()]
     except ValueError:
-        raise ValueError(f'--seeds takes numbers with commas between them, such as 0,1,2, got {text!r}') from None
+        raise ValueError(f'--seeds takes numbers with commas between them, such as 0,1,2, got {quoted(text)}') from None
 
 
 def _blocks(items: Sequence[str]) -> list[str]:

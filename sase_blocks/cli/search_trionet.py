@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from typing import Any
+
+from sase_blocks.runs import is_main, say
 
 from .options import add_settings
 
@@ -54,5 +55,5 @@ def _search_trionet(demo: bool, data: str | None, storage: str | None, **setting
 
     config = TrioConfig(data=data, **settings)
     search(config, storage=storage)
-    if os.environ.get('RANK', '0') == '0':
-        print(f'written: {config.out}/architecture.json and network.pt')
+    if is_main():
+        say(f'written: {config.out}/architecture.json and network.pt')

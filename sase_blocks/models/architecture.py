@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sase_blocks.reading import one_line, parse_json, quoted, read_text
 from sase_blocks.selfattention import OPERATORS
 
 __all__ = ['Architecture', 'Block', 'Stage']
@@ -35,7 +36,7 @@ _BLOCK = re.compile(r'(?P<operator>[a-z]+)(?P<size>\d+)?/(?P<width>\d+)(?:\*(?P<
 
 def _whole(owner: str, name: str, value: Any, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f'{owner}: {name} must be an int of at least {least}, got {value!r}')
+        raise ValueError(f'{owner}: {name} must be an int of at least {least}, got {quoted(value)}')
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Block:
 
     def __post_init__(self) -> None:
         if self.operator not in OPERATORS:
-            raise ValueError(f'there is no operator {self.operator!r}; there are {", ".join(OPERATORS)}')
+            raise ValueError(f'there is no operator {quoted(self.operator)}; there are {", ".join(OPERATORS)}')
         _whole(str(self.operator), 'width', self.width)
         if self.operator == 'axial':
             if self.kernel_size is not None:
@@ -167,7 +168,9 @@ class Architecture:
             )
             return cls(**{**value, 'stages': stages})
         except (TypeError, KeyError) as error:
-            raise ValueError(f'not an architecture: {value!r} ({type(error).__name__}: {error})') from None
+            raise ValueError(
+                f'not an architecture: {quoted(value)} ({type(error).__name__}: {one_line(error)})'
+            ) from None
 
     @classmethod
     def parse(cls, text: str) -> Architecture:
@@ -179,17 +182,14 @@ class Architecture:
         if not isinstance(text, str):
             raise TypeError(f'an architecture is a text such as "{EXAMPLE}", got {text!r}')
         if text.lstrip().startswith('{'):
-            try:
-                return cls.from_dict(json.loads(text))
-            except json.JSONDecodeError as error:
-                raise ValueError(f'not an architecture: {text!r} is no valid JSON ({error})') from None
+            return cls.from_dict(parse_json(text, 'an architecture'))
         head: dict[str, int] = {'reduction': 1}
         stages: list[Stage] = []
         for at, entry in _split(text, 0, ';'):
             if (match := _HEAD.fullmatch(entry)) and not stages:
                 name = match['name']
                 if name in head or (match['reduction'] and name != 'stem'):
-                    raise _fail(text, at, f'{entry!r} is given twice or has a number too many')
+                    raise _fail(text, at, f'{quoted(entry)} is given twice or has a number too many')
                 head[name] = int(match['number'])
                 head['reduction'] = int(match['reduction'] or head['reduction'])
             elif match := _STAGE.fullmatch(entry):
@@ -200,12 +200,12 @@ class Architecture:
                 expected = (
                     'a stage, WIDTH: BLOCK + BLOCK' if stages else 'image, stem or heads with a number, or a stage'
                 )
-                raise _fail(text, at, f'{entry!r} is not {expected}')
+                raise _fail(text, at, f'{quoted(entry)} is not {expected}')
         missing = [name for name in ('image', 'stem', 'heads') if name not in head]
         if missing or not stages:
             raise ValueError(
                 f'an architecture has image, stem, heads and stages, as in "{EXAMPLE}"; '
-                f'{", ".join(missing) or "stages"} missing in {text!r}'
+                f'{", ".join(missing) or "stages"} missing in {quoted(text)}'
             )
         return cls(head['image'], head['stem'], head['reduction'], head['heads'], tuple(stages))
 
@@ -216,13 +216,10 @@ class Architecture:
         Raises:
             ValueError: no such file, or nothing of this kind in it; the text names the file.
         """
-        try:
-            text = Path(path).read_text(encoding='utf-8').strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f'the architecture file {path} cannot be read: {error}') from None
+        text = read_text(path, 'architecture')
         try:
             if text.startswith('{'):
-                value = json.loads(text)
+                value = parse_json(text, 'an architecture')
                 found = value.get('architecture', value)
                 return cls.parse(found) if isinstance(found, str) else cls.from_dict(found)
             return cls.parse(text)
@@ -243,15 +240,15 @@ def _split(text: str, at: int, by: str) -> Iterator[tuple[int, str]]:
 def _blocks(text: str, at: int, term: str) -> list[Block]:
     match = _BLOCK.fullmatch(term)
     if match is None:
-        raise _fail(text, at, f'{term!r} is no block, OPERATOR[SIZE]/WIDTH[*COUNT], such as local5/32*2')
+        raise _fail(text, at, f'{quoted(term)} is no block, OPERATOR[SIZE]/WIDTH[*COUNT], such as local5/32*2')
     count = int(match['count'] or 1)
     try:
         if not 1 <= count <= 1000:
             raise ValueError('a count is from 1 to 1000')
         return [Block(match['operator'], int(match['size']) if match['size'] else None, int(match['width']))] * count
     except ValueError as error:
-        raise _fail(text, at, f'{term!r}: {error}') from None
+        raise _fail(text, at, f'{quoted(term)}: {error}') from None
 
 
 def _fail(text: str, at: int, what: str) -> ValueError:
-    return ValueError(f'architecture: {what}, at character {at + 1} of {text!r}')
+    return ValueError(f'architecture: {what}, at character {at + 1} of {quoted(text)}')

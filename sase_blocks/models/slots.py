@@ -10,6 +10,7 @@ from torch import nn
 
 from sase_blocks.blocks import Genotype, resolve_block
 from sase_blocks.ops.primitive import check_feat_size
+from sase_blocks.reading import quoted
 
 BlockBuilder = Callable[..., nn.Module]
 
@@ -35,7 +36,7 @@ def block_builder(genotype: Genotypes) -> BlockBuilder | tuple[BlockBuilder, ...
     if isinstance(genotype, (str, Genotype)):
         return resolve_block(genotype)
     if not isinstance(genotype, Sequence) or not genotype:
-        raise TypeError(f'genotype takes a block name, a genotype or a sequence of them, got {genotype!r}')
+        raise TypeError(f'genotype takes a block name, a genotype or a sequence of them, got {quoted(genotype)}')
     builders = tuple(resolve_block(one) for one in genotype)
     return builders[0] if len(builders) == 1 else builders
 

@@ -14,6 +14,8 @@ The operations and their order are those of SASE (arXiv 2411.08333); ``cls.paper
 import difflib
 from collections.abc import Mapping
 
+from sase_blocks.reading import quoted
+
 from .channel_excite import (
     ChannelAffine,
     ChannelConv,
@@ -219,7 +221,7 @@ def primitive_name(set_name: str, name: object) -> str:
     near = difflib.get_close_matches(str(name), keys, n=1, cutoff=0.4)
     hint = f"; did you mean '{near[0]}'?" if near else '.'
     raise ValueError(
-        f'{name!r} is not a {set_name.replace("_", " ")}{hint} Valid names: {", ".join(table)} '
+        f'{quoted(name)} is not a {set_name.replace("_", " ")}{hint} Valid names: {", ".join(table)} '
         f'(or the keys of the paper: {", ".join(str(c.paper_key) for c in table.values() if c.paper_key)})'
     )
 

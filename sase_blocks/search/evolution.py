@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from sase_blocks.runs import say as print_line
 from sase_blocks.search.problem import Candidate, Genome, Problem, best, front
 from sase_blocks.search.study import State, Study, beating, describe_owner
 
@@ -103,7 +104,7 @@ def evolve(
         )
     if mutation is not None and not 0 <= mutation <= 1:
         raise ValueError(f'mutation: expected a probability, got {mutation}')
-    say = say or (lambda text: print(text, flush=True))
+    say = say or print_line
     planned = [problem.check_genome(genome, 'a seed') for genome in seeds]
     ours: dict[str, Any] = {
         'algorithm': algorithm,

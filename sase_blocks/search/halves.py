@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from sase_blocks.data import (
     open_training_data,
     same_data,
 )
-from sase_blocks.runs import leave_out_broken
+from sase_blocks.runs import leave_out_broken, resuming
 
 from .batches import Batches, LoadedBatches, MemoryBatches
 
@@ -100,6 +101,7 @@ def open_halves(
     *,
     null: bool = False,
     trains_on_both: bool = True,
+    checked: bool = False,
 ) -> Halves:
     """The halves of a search by its settings: without broken images, on the device, at least one batch to train on.
 
@@ -109,6 +111,7 @@ def open_halves(
         data: the training split, or images, labels and classes, see ``halves_of_images``.
         data_config, null: see ``halves``.
         trains_on_both: whether the held-out half is trained on, too.
+        checked: whether broken images are left out already.
 
     Raises:
         ValueError: a broken image, too few images.
@@ -122,7 +125,8 @@ def open_halves(
         'memory_format': memory_format,
     }
     if isinstance(data, Samples):
-        (data,) = leave_out_broken(config.skip_broken, accelerator, data)
+        if not checked:
+            (data,) = leave_out_broken(config.skip_broken, accelerator, data)
         workers, main = min(config.workers, os.cpu_count() or 1), accelerator.is_main_process
         found = halves(data, data_config, workers=workers, progress=main, **common)
     else:
@@ -137,12 +141,12 @@ def open_halves(
     return found
 
 
-def check_same_data(out: str, saved: Mapping[str, Any], found: Halves) -> None:
-    """Raise a ValueError unless the halves are of the data whose facts the run in ``out`` has saved."""
+def check_same_data(last: Path, saved: Mapping[str, Any], found: Halves) -> None:
+    """Raise a ValueError unless the halves are of the data whose facts the checkpoint ``last`` holds."""
     if not same_data(saved, found.facts):
-        raise ValueError(
-            f'{out} holds a search on other data: {describe_facts(saved)}, this is {describe_facts(found.facts)}'
-        )
+        with resuming(last):
+            before = describe_facts(saved)
+        raise ValueError(f'{last.parent} holds a search on other data: {before}, this is {describe_facts(found.facts)}')
 
 
 def halves(

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from sase_blocks.runs import keep_process_group
+from sase_blocks.runs import say as print_line
 from sase_blocks.search.study import State, Study, beating, describe_owner
 
-__all__ = ['Outcome', 'run_tasks']
+__all__ = ['Outcome', 'check_queue', 'run_tasks']
 
 Task = dict[str, Any]
 Result = dict[str, Any]
@@ -83,7 +84,7 @@ def run_tasks(
     """
     listed = _check_tasks(tasks)
     main, broadcast = _processes(cpu)
-    say = say or (lambda text: print(text, flush=True))
+    say = say or print_line
     # What the first process decides is sent to the others as (what, more): 'task', 'wait', 'end' or 'raise'.
     turns: Iterator[tuple[str, Any]] | None = None
     if main:
@@ -104,6 +105,11 @@ def run_tasks(
         if what == 'task' and not main:
             with contextlib.suppress(Exception):  # the first process reports it
                 work(more)
+
+
+def check_queue(storage: str | Path, study_name: str, settings: Mapping[str, Any]) -> None:
+    """Raise now what ``run_tasks`` would raise about Optuna, the storage, or a study made with other settings."""
+    Study(storage, study_name, mark='key').open(settings)
 
 
 def _check_tasks(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Task]:

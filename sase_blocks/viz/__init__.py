@@ -9,13 +9,15 @@ from .curves import plot_learning_curves
 from .drawing import draw_block
 from .images import read_images
 from .search import plot_evaluation, plot_logits
-from .style import network_color, save_figure
+from .style import check_picture, missing_matplotlib, network_color, save_figure
 from .trionet import draw_architecture, plot_front
 
 __all__ = [
     'capture_gates',
+    'check_picture',
     'draw_architecture',
     'draw_block',
+    'missing_matplotlib',
     'network_color',
     'plot_attention',
     'plot_attention_maps',

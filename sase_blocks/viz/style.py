@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sase_blocks.reading import quoted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +31,10 @@ STYLE: dict[str, Any] = {
     'legend.frameon': False,
     'figure.dpi': 160,
 }
+
+
+# The formats of pictures, with the date that each would else hold.
+DATES: dict[str, dict[str, None]] = {'.png': {}, '.svg': {'Date': None}, '.pdf': {'CreationDate': None}}
 
 
 def network_color(name: str, index: int = 0) -> str:
@@ -53,6 +60,30 @@ def load_matplotlib() -> tuple[type[Figure], Any]:
     return Figure, rc_context
 
 
+def missing_matplotlib() -> str | None:
+    """What ``load_matplotlib`` would raise, as text; None where it is there."""
+    try:
+        load_matplotlib()
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Raise now what ``save_figure`` would raise about a path and matplotlib."""
+    path = Path(path)
+    if path.suffix.lower() not in DATES:
+        raise ValueError(f'a picture is written as .png, .svg or .pdf, got {quoted(str(path))}')
+    load_matplotlib()
+    if path.is_dir():
+        raise IsADirectoryError(f'the picture {path} cannot be written: it is a folder')
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise type(error)(f'the picture {path} cannot be written: {error.strerror or error}') from error
+
+
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Write a figure as PNG, SVG or PDF, by the suffix of ``path``; the same figure gives the same file.
 
@@ -61,14 +92,12 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
         OSError: the file cannot be written; what stood there is still there.
     """
     path = Path(path)
-    dates = {'.png': {}, '.svg': {'Date': None}, '.pdf': {'CreationDate': None}}
+    check_picture(path)
     suffix = path.suffix.lower()
-    if suffix not in dates:
-        raise ValueError(f'a picture is written as .png, .svg or .pdf, got {str(path)!r}')
     _, style = load_matplotlib()
     buffer = io.BytesIO()
     with style({'svg.hashsalt': 'sase_blocks'}):
-        figure.savefig(buffer, format=suffix[1:], metadata=dates[suffix])
+        figure.savefig(buffer, format=suffix[1:], metadata=DATES[suffix])
     temporary = path.with_name(path.name + '.tmp')
     try:
         temporary.write_bytes(buffer.getvalue())

@@ -11,17 +11,21 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sase_blocks.runs import check_writable, is_main, write_text
-from sase_blocks.search.halves import Arrays
+import torch
+
+from sase_blocks.data import Samples
+from sase_blocks.runs import check_writable, is_main, launched, leave_out_broken, say, write_text
+from sase_blocks.search.halves import Arrays, find_samples
 from sase_blocks.search.significance import load_stats
 from sase_blocks.search.tasks import run_tasks
-from sase_blocks.train import TrainConfig
+from sase_blocks.train import TrainConfig, build_model
+from sase_blocks.viz import missing_matplotlib, plot_evaluation, save_figure
 
 from .agreement import compare_searches, format_agreement
 from .config import SearchConfig
-from .evaluate import BASELINES, evaluate, format_table
+from .evaluate import BASELINES, check_evaluation, evaluate, format_table
 from .result import read_result, write_result
-from .run import search
+from .run import saved_search, search
 from .space import SearchSpace
 
 __all__ = ['campaign', 'evaluation_budget']
@@ -65,38 +69,56 @@ def campaign(
     seeds = [config.seed] if seeds is None else list(dict.fromkeys(seeds))
     if not seeds:
         raise ValueError('seeds is empty: give at least one')
+    configs = {seed: replace(config, seed=seed) for seed in seeds}  # which checks each seed
+    out, single = Path(config.out), len(seeds) == 1 and not null
+    if is_main():
+        check_writable(out)
+    if single:
+        saved_search(configs[seeds[0]])
+    data = None
     if evaluations:
         load_stats()  # before the searches
-    out = Path(config.out)
-    if len(seeds) == 1 and not null:
-        searches = {seeds[0]: search(replace(config, seed=seeds[0]), images)}
+        budget = budget or evaluation_budget(config)
+        space = SearchSpace.parse(config.space)
+        # The first block of the space stands in for what the searches are to find.
+        found = _stand_in(config, space)
+        candidates = [*baselines, *(_named(dict.fromkeys(seeds, found)) if len(seeds) > 1 else [])]
+        data = check_evaluation(found, budget, baselines=candidates, randoms=randoms, space=space, storage=storage)
+    given: Arrays | Samples | None = images
+    if images is None and (data or not single):
+        given = data[0] if data else _checked(config)
+    if single:
+        searches = {seeds[0]: search(configs[seeds[0]], given)}
         nulls: dict[int, dict[str, Any]] = {}
         agreement = None
         genotype, verdict = (searches[seeds[0]][name] for name in ('genotype', 'verdict'))
     else:
-        searches, nulls = _searches(config, seeds, null, storage, images)
+        searches, nulls = _searches(config, seeds, null, storage, given)
         agreement = compare_searches(list(searches.values()), list(nulls.values()) or None)
         genotype, verdict = agreement['genotype'], agreement['verdict']
         if is_main():
             write_text(out / 'agreement.json', json.dumps(agreement, indent=2) + '\n')
-            found = {'genotype': genotype, 'genotypes': genotype.split('; '), 'verdict': verdict}
-            write_result({**_common(searches), **found}, out)
-            print(format_agreement(agreement), flush=True)
+            chosen = {'genotype': genotype, 'genotypes': genotype.split('; '), 'verdict': verdict}
+            write_result({**_common(searches), **chosen}, out)
+            say(format_agreement(agreement))
     evaluation = None
     if evaluations:
-        by_seed = {f'seed-{seed}={result["genotype"]}' for seed, result in searches.items()}
+        assert budget is not None
+        each = {seed: result['genotype'] for seed, result in searches.items()}
         evaluation = evaluate(
             genotype,
-            budget or evaluation_budget(config),
-            baselines=[*baselines, *(sorted(by_seed) if len(searches) > 1 else [])],
+            budget,
+            baselines=[*baselines, *(_named(each) if len(searches) > 1 else [])],
             randoms=randoms,
             space=SearchSpace.parse(config.space),
             seeds=range(evaluations),
             storage=storage,
+            data=data,
         )
         if is_main():
-            print(format_table(evaluation), flush=True)
-            _draw_evaluation(evaluation, out)
+            say(format_table(evaluation))
+            if missing_matplotlib() is None:  # which the searches have said
+                save_figure(plot_evaluation(evaluation), out / 'evaluation.png')
     return {
         'genotype': genotype,
         'verdict': verdict,
@@ -125,11 +147,9 @@ def evaluation_budget(config: SearchConfig, epochs: int | None = None, lr: float
 
 
 def _searches(
-    config: SearchConfig, seeds: Sequence[int], null: bool, storage: str | None, images: Arrays | None
+    config: SearchConfig, seeds: Sequence[int], null: bool, storage: str | None, images: Arrays | Samples | None
 ) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
     out = Path(config.out)
-    if is_main():
-        check_writable(out)
     tasks: list[dict[str, Any]] = [
         {'key': f'{"null" if random else "seed"}-{seed}', 'seed': seed, 'null': random}
         for random in ([False, True] if null else [False])
@@ -175,10 +195,22 @@ def _common(results: dict[int, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _draw_evaluation(evaluation: dict[str, Any], out: Path) -> None:
-    try:
-        from sase_blocks.viz import plot_evaluation, save_figure
+def _named(genotypes: dict[int, str]) -> list[str]:
+    """What the search of each seed found, as baselines of the evaluation."""
+    return sorted({f'seed-{seed}={genotype}' for seed, genotype in genotypes.items()})
 
-        save_figure(plot_evaluation(evaluation), out / 'evaluation.png')
-    except ImportError as error:
-        print(f'no picture of the evaluation was drawn: {error}', flush=True)
+
+def _stand_in(config: SearchConfig, space: SearchSpace) -> str:
+    """A result that a search might have, in its form: one genotype, or one for each stage."""
+    genotype = str(space.genotype(torch.zeros(sum(space.sizes))))
+    if not config.per_stage:
+        return genotype
+    with torch.device('meta'):
+        info: Any = build_model(config.model, None, **config.model_args).feature_info
+    return '; '.join([genotype] * (len(info) - 1))
+
+
+def _checked(config: SearchConfig) -> Samples:
+    """The training split without broken images, decoded once for all searches of this process."""
+    with launched(config, 'a search', 'search') as accelerator:
+        return leave_out_broken(config.skip_broken, accelerator, find_samples(config, accelerator))[0]

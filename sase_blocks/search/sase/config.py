@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sase_blocks.runs import demand, demand_choices, setting
+from sase_blocks.runs import demand, demand_choices, demand_seed, setting
 
 from .bilevel import ORDERS
 from .mixed import FORMS
@@ -69,7 +69,7 @@ class SearchConfig:
     def __post_init__(self) -> None:
         for name in ('epochs', 'batch_size', 'arch_every'):
             demand(self, getattr(self, name) >= 1, name, 'at least 1')
-        for name in ('seed', 'workers', 'weight_decay', 'arch_weight_decay', 'min_lr', 'hessian_every'):
+        for name in ('workers', 'weight_decay', 'arch_weight_decay', 'min_lr', 'hessian_every'):
             demand(self, getattr(self, name) >= 0, name, 'at least 0')
         for name in ('lr', 'arch_lr', 'save_minutes'):
             demand(self, getattr(self, name) > 0, name, 'above 0')
@@ -79,6 +79,8 @@ class SearchConfig:
         demand(self, 0 <= self.hflip <= 1, 'hflip', 'a probability')
         demand(self, self.clip_grad is None or self.clip_grad > 0, 'clip_grad', 'above 0')
         demand(self, self.img_size is None or self.img_size >= 1, 'img_size', 'at least 1')
+        demand(self, 'num_classes' not in self.model_args, 'model_args', 'without num_classes, which the data says')
+        demand_seed(self)
         demand_choices(self)
         demand(self, not self.compile or self.order == '1', 'compile', 'off for order 2, which differentiates twice')
         SearchSpace.parse(self.space)

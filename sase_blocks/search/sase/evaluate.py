@@ -24,16 +24,17 @@ import torch
 
 from sase_blocks import models  # noqa: F401  # registers our models with timm
 from sase_blocks.blocks import Genotype
-from sase_blocks.data import derive_seed, image_config
+from sase_blocks.data import Samples, derive_seed, image_config
 from sase_blocks.insertion.measure import count_macs, milliseconds_per_image
-from sase_blocks.runs import check_writable, environment, is_main, write_text
+from sase_blocks.reading import quoted, shorten
+from sase_blocks.runs import check_writable, environment, is_main, launched, write_text
 from sase_blocks.search.significance import LEVEL, holm, load_stats, paired_test, shown_from
-from sase_blocks.search.tasks import run_tasks
-from sase_blocks.train import TrainConfig, build_model, check_model_name, open_samples, train
+from sase_blocks.search.tasks import check_queue, run_tasks
+from sase_blocks.train import TrainConfig, build_model, check_model_name, checked_samples, open_samples, train
 
 from .space import SearchSpace
 
-__all__ = ['BASELINES', 'evaluate', 'format_table', 'random_genotypes']
+__all__ = ['BASELINES', 'check_evaluation', 'evaluate', 'format_table', 'random_genotypes']
 
 BASELINES = ('none', 'se', 'eca', 'cbam', 'sase')
 RANDOM = 103  # the stream of random numbers (data.derive_seed) for random genotypes
@@ -54,6 +55,7 @@ def evaluate(
     seeds: Sequence[int] = (0, 1, 2),
     random_seed: int = 0,
     storage: str | Path | None = None,
+    data: tuple[Samples, Samples] | None = None,
     **queue: Any,
 ) -> dict[str, Any]:
     """Train the found block, the baselines and random genotypes from scratch, and compare them.
@@ -74,6 +76,7 @@ def evaluate(
         random_seed: of the draw of the random genotypes; more of them begin with the same ones.
         storage: see ``run_tasks``; by default tasks.db in ``budget.out``. The study is called 'evaluation', in a
             database 'evaluation in OUT'.
+        data: what ``check_evaluation`` returned; by default it is called here.
         **queue: more arguments of ``run_tasks``.
 
     Returns:
@@ -96,12 +99,10 @@ def evaluate(
     seeds = list(dict.fromkeys(seeds))
     if not seeds:
         raise ValueError('seeds is empty: an evaluation needs at least one seed')
-    if budget.pretrained or budget.checkpoint:
-        raise ValueError('an evaluation trains from scratch: leave pretrained and checkpoint out of the budget')
     out = Path(budget.out)
-    if is_main():
-        check_writable(out)
-        open_samples(budget)
+    samples = data or check_evaluation(
+        found, budget, baselines=baselines, randoms=randoms, space=space, random_seed=random_seed, storage=storage
+    )
     trainings: list[dict[str, Any]] = [
         {'key': f'{c["name"]}, seed {seed}', 'name': c['name'], 'genotype': c['genotype'], 'seed': seed}
         for seed in seeds  # so that a stopped evaluation has compared all of them on some seeds
@@ -110,7 +111,7 @@ def evaluate(
     costs = [{'key': f'cost of {c["name"]}', 'name': c['name'], 'genotype': c['genotype']} for c in candidates]
 
     def work(task: dict[str, Any]) -> dict[str, Any]:
-        return _train_one(budget, task) if 'seed' in task else _measure_one(budget, task)
+        return _train_one(budget, task, samples) if 'seed' in task else _measure_one(budget, task, samples)
 
     def describe(task: dict[str, Any], result: dict[str, Any]) -> str:
         if 'seed' in task:
@@ -120,9 +121,7 @@ def evaluate(
     outcome = run_tasks(
         [*trainings, *costs],
         work,
-        out / 'tasks.db' if storage is None else storage,
-        # A database may hold the studies of many folders.
-        f'evaluation in {budget.out}' if '://' in str(storage) else 'evaluation',
+        *_queue_of(budget, storage),
         settings=_settings(budget),
         describe=describe,
         cpu=budget.cpu,
@@ -157,6 +156,37 @@ def evaluate(
     if is_main():
         write_text(out / 'evaluation.json', json.dumps(result, indent=2) + '\n')
     return result
+
+
+def check_evaluation(
+    found: str,
+    budget: TrainConfig,
+    *,
+    baselines: Sequence[str] = BASELINES,
+    randoms: int = 0,
+    space: SearchSpace | None = None,
+    random_seed: int = 0,
+    storage: str | Path | None = None,
+) -> tuple[Samples, Samples]:
+    """Raise now what ``evaluate`` would raise before its first training, a broken image included.
+
+    Args:
+        found, budget, baselines, randoms, space, random_seed, storage: see ``evaluate``. Any genotype of the space
+            stands in for one that is yet to be found.
+
+    Returns:
+        The two splits without broken images, for the argument ``data`` of ``evaluate``: they are decoded once and not
+        again for each training.
+    """
+    _candidates(found, budget, baselines, randoms, space, random_seed)
+    if budget.pretrained or budget.checkpoint:
+        raise ValueError('an evaluation trains from scratch: leave pretrained and checkpoint out of the budget')
+    if is_main():
+        open_samples(budget)
+        check_writable(Path(budget.out))
+        check_queue(*_queue_of(budget, storage), _settings(budget))
+    with launched(budget, 'an evaluation', 'search') as accelerator:
+        return checked_samples(budget, accelerator)
 
 
 def random_genotypes(
@@ -254,6 +284,12 @@ def format_table(result: Mapping[str, Any]) -> str:
     return '\n'.join(lines)
 
 
+def _queue_of(budget: TrainConfig, storage: str | Path | None) -> tuple[str | Path, str]:
+    """The storage and the name of the study; a database may hold the studies of many folders."""
+    name = f'evaluation in {budget.out}' if '://' in str(storage) else 'evaluation'
+    return Path(budget.out) / 'tasks.db' if storage is None else storage, name
+
+
 # ---- candidates ----
 
 
@@ -286,12 +322,15 @@ def _candidates(
     names = [candidate['name'] for candidate in listed]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f'two blocks of the evaluation have the name {name!r}; LABEL=GENOTYPE gives another one')
+            raise ValueError(
+                f'two blocks of the evaluation have the name {quoted(name)}; LABEL=GENOTYPE gives another one'
+            )
     for candidate in listed:
         try:
-            build_model(budget.model, None, **_model_args(budget, candidate['genotype']))
+            with torch.device('meta'):  # nothing is computed
+                build_model(budget.model, None, **_model_args(budget, candidate['genotype']))
         except ValueError as error:
-            raise ValueError(f'{candidate["name"]} of the evaluation: {error}') from error
+            raise ValueError(f'{shorten(candidate["name"])} of the evaluation: {error}') from error
     return listed
 
 
@@ -316,7 +355,7 @@ def _settings(budget: TrainConfig) -> dict[str, Any]:
 # ---- tasks ----
 
 
-def _train_one(budget: TrainConfig, task: Mapping[str, Any]) -> dict[str, Any]:
+def _train_one(budget: TrainConfig, task: Mapping[str, Any], samples: tuple[Samples, Samples]) -> dict[str, Any]:
     folder = Path(budget.out) / re.sub(r'[^\w.-]+', '_', task['key'])
     config = replace(
         budget,
@@ -328,20 +367,20 @@ def _train_one(budget: TrainConfig, task: Mapping[str, Any]) -> dict[str, Any]:
     # Its lines would drown those of the queue.
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / 'log.txt').open('a', encoding='utf-8') as log, contextlib.redirect_stdout(log):
-        result = train(config)
+        result = train(config, samples)
     return {
         'accuracy': result['acc1'],
         'loss': result['loss'],
         'epochs': result['epochs'],
-        'images': len(open_samples(replace(budget, download=False))[1]),
+        'images': len(samples[1]),
     }
 
 
-def _measure_one(budget: TrainConfig, task: Mapping[str, Any]) -> dict[str, Any]:
+def _measure_one(budget: TrainConfig, task: Mapping[str, Any], samples: tuple[Samples, Samples]) -> dict[str, Any]:
     """Costs of one candidate, its time in turns with the network without attention."""
     if not is_main():
         return {}
-    classes = len(open_samples(budget)[0].classes)
+    classes = len(samples[0].classes)
     device = torch.device('cuda' if torch.cuda.is_available() and not budget.cpu else 'cpu')
     networks = {
         genotype: build_model(budget.model, classes, **_model_args(budget, genotype)).to(device).eval()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sase_blocks.blocks import Genotype
+from sase_blocks.reading import one_line, parse_json, read_text
 from sase_blocks.runs import environment, write_text
 
 from .space import SearchSpace
@@ -82,13 +83,13 @@ def read_result(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     path = path / 'genotype.json' if path.is_dir() else path
     try:
-        result = json.loads(path.read_text(encoding='utf-8'))
+        result = parse_json(read_text(path, 'result'), 'a result')
         for text in result['genotypes']:
             Genotype.parse(text)
         SearchSpace.of(result['space'])
         return dict(result)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} is not the result of a search: {error}') from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path} is not the result of a search: {one_line(error, 300)}') from None
 
 
 def write_logits(history: list[Tensor], space: SearchSpace, out: Path) -> Path:

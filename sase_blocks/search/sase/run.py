@@ -30,14 +30,18 @@ from sase_blocks.runs import (
     be_deterministic,
     check_finite,
     launched,
+    load_optimizer,
     open_log,
+    resuming,
     rows_until,
     saved_run,
+    whole_number,
     write_rows,
 )
 from sase_blocks.search.halves import Arrays, check_same_data, find_samples, open_halves
 from sase_blocks.search.synchronize import synchronize_norms
 from sase_blocks.train import build_model, check_model_name, hits
+from sase_blocks.viz import missing_matplotlib
 
 from .bilevel import VirtualStep, logits_gradient
 from .compiling import compile_mixed_blocks, without_compilation
@@ -47,13 +51,19 @@ from .result import describe_result, draw_result, write_logits, write_result
 from .space import SearchSpace
 from .watch import dead_operations, describe_edges, hessian_eigenvalue, noise_leads, warnings_of
 
-__all__ = ['search']
+__all__ = ['saved_search', 'search']
 
 ADVICE = 'Try a lower --lr or --clip-grad.'
 HESSIAN_IMAGES = 32  # of a held-out batch, for the look at the Hessian
 
 
-def search(config: SearchConfig, images: Arrays | None = None) -> dict[str, Any]:
+def saved_search(config: SearchConfig) -> dict[str, Any] | None:
+    """The checkpoint in ``config.out`` to resume from, None for a fresh start; raises as ``runs.saved_run``."""
+    needed = ['config', 'data', 'step', 'network', 'optimizer', 'arch', 'sums', 'logits_history']
+    return saved_run(config, Path(config.out) / 'last.pt', needed, 'sase-blocks search sase')
+
+
+def search(config: SearchConfig, images: Arrays | Samples | None = None) -> dict[str, Any]:
     """Search an attention block.
 
     Writes into ``config.out``: after each epoch, and every ``save_minutes``, ``last.pt``, which is all that resuming
@@ -62,7 +72,8 @@ def search(config: SearchConfig, images: Arrays | None = None) -> dict[str, Any]
 
     Args:
         config: the settings.
-        images: in place of ``config.data``: uint8 images (N, C, H, W), labels (N,) and the names of the classes.
+        images: in place of ``config.data``: uint8 images (N, C, H, W), labels (N,) and the names of the classes; or its
+            training split, opened and checked for broken images already.
 
     Returns:
         What genotype.json holds, see ``describe_result``.
@@ -81,7 +92,7 @@ def search(config: SearchConfig, images: Arrays | None = None) -> dict[str, Any]
 
 
 class _Search:
-    def __init__(self, config: SearchConfig, accelerator: Any, images: Arrays | None) -> None:
+    def __init__(self, config: SearchConfig, accelerator: Any, images: Arrays | Samples | None) -> None:
         self.config, self.accelerator = config, accelerator
         self.device = accelerator.device
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
@@ -89,7 +100,7 @@ class _Search:
         self.last, self.metrics = self.out / 'last.pt', self.out / 'metrics.jsonl'
 
         # What can be wrong is found out first, and what takes long to find out last.
-        saved = saved_run(config, self.last, ('config', 'logits_history'), 'sase-blocks search sase')
+        saved = saved_search(config)
         if config.batch_size % self.world:
             raise ValueError(f'batch_size {config.batch_size} cannot be cut among {self.world} processes')
         check_model_name(config.model)
@@ -121,9 +132,10 @@ class _Search:
             data_config,
             self.memory_format,
             null=config.null,
+            checked=images is not None,
         )
         if saved:
-            check_same_data(config.out, saved['data'], self.halves)
+            check_same_data(self.last, saved['data'], self.halves)
         self.steps = len(self.halves.weights) // config.batch_size  # a last partial batch is dropped
         self._prepare(saved)
 
@@ -149,10 +161,13 @@ class _Search:
         self.history: list[Tensor] = [network.logits.detach().cpu().clone()]
         self.rows: list[dict[str, Any]] = []
         if saved:
-            network.load_state_dict(saved['network'])
-            self.optimizer.load_state_dict(saved['optimizer'])
-            self.arch.load_state_dict(saved['arch'])
-            self.step, self.sums, self.history = saved['step'], saved['sums'], list(saved['logits_history'])
+            with resuming(self.last):
+                network.load_state_dict(saved['network'])
+                load_optimizer(self.optimizer, saved['optimizer'])
+                load_optimizer(self.arch, saved['arch'])
+                self.step = whole_number(saved['step'], 'step', config.epochs * self.steps)
+                self.sums = saved['sums'].reshape(self.sums.shape)
+                self.history = [logits.reshape(network.logits.shape) for logits in saved['logits_history']]
             self.rows = rows_until(self.metrics, self.step // self.steps)
         self.resumed = saved is not None
         if config.compile:
@@ -238,10 +253,8 @@ class _Search:
             if writer:
                 writer.close()
             write_result(result, self.out)
-            try:
+            if missing_matplotlib() is None:
                 draw_result(self.history, self.space, result['edges'], self.out)
-            except ImportError as error:
-                print(f'no pictures were drawn: {error}', flush=True)
         self.accelerator.wait_for_everyone()
         return result
 
@@ -372,6 +385,8 @@ class _Search:
             shape = next(self.halves.weights.epoch(0, self.world, 0, 1, self.rank, self.world))[0].shape
             size = second_order_bytes(self.network, self._loss, tuple(shape[1:]), config.batch_size // self.world)
             say(f'the exact second order keeps about {size / 2**20:,.0f} MiB for its gradients on each process')
+        if (missing := missing_matplotlib()) is not None:
+            say(f'no pictures will be drawn: {missing}')
         if self.resumed:
             say(f'resuming at step {self.step} of {config.epochs * self.steps}')
 

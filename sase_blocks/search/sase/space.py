@@ -6,17 +6,17 @@ extended sets, a different list for each edge.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sase_blocks.blocks import Genotype
 from sase_blocks.ops import EXTENDED_SETS, SETS, primitive_name
+from sase_blocks.reading import parse_json, quoted, read_text
 
 __all__ = ['EDGES', 'SearchSpace']
 
@@ -55,7 +55,7 @@ class SearchSpace:
         for edge, set_name in Genotype.SET_OF.items():
             given = getattr(self, edge)
             if isinstance(given, str) or not isinstance(given, Sequence):
-                raise ValueError(f'search space, {edge}: expected a list of names, got {given!r}')
+                raise ValueError(f'search space, {edge}: expected a list of names, got {quoted(given)}')
             try:
                 names = tuple(primitive_name(set_name, name) for name in given)
             except ValueError as error:
@@ -72,7 +72,7 @@ class SearchSpace:
         """From lists of names by edge; an edge that is not named has the paper's seven operations."""
         unknown = sorted(set(edges) - set(EDGES))
         if unknown:
-            raise ValueError(f'a search space has no edge {unknown[0]!r}; edges: {", ".join(EDGES)}')
+            raise ValueError(f'a search space has no edge {quoted(unknown[0])}; edges: {", ".join(EDGES)}')
         paper: dict[str, Sequence[str]] = {edge: tuple(SETS[set_name]) for edge, set_name in Genotype.SET_OF.items()}
         return cls(**{**paper, **edges})  # type: ignore[arg-type]
 
@@ -89,21 +89,27 @@ class SearchSpace:
         if text == 'extended':
             return cls.of({edge: tuple(EXTENDED_SETS[set_name]) for edge, set_name in Genotype.SET_OF.items()})
         if text.endswith('.json'):
-            if not Path(text).is_file():
-                raise ValueError(f'there is no search space file {text}')
-            text = Path(text).read_text(encoding='utf-8').strip()
-        if text.startswith('{'):
+            content = read_text(text, 'search space')
             try:
-                edges = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f'not a search space: {text!r} is no valid JSON ({error})') from None
-            return cls.of(edges)
-        edges = {}
-        for part in filter(None, (part.strip() for part in text.split(';'))):
-            edge, equals, names = part.partition('=')
-            if not equals:
-                raise ValueError(f"a search space is 'paper', 'extended' or 'EDGE=NAME,NAME; ...', got {text!r}")
-            edges[edge.strip()] = [name.strip() for name in names.split(',') if name.strip()]
+                return cls._of_text(content)
+            except ValueError as error:
+                raise ValueError(f'{text}: {error}') from None
+        return cls._of_text(text)
+
+    @classmethod
+    def _of_text(cls, text: str) -> SearchSpace:
+        edges: Any = {}
+        if text.startswith(('{', '[')):
+            edges = parse_json(text, 'a search space')
+        else:
+            for part in filter(None, (part.strip() for part in text.split(';'))):
+                edge, equals, names = part.partition('=')
+                edges[edge.strip()] = [name.strip() for name in names.split(',') if name.strip()] if equals else None
+        if not isinstance(edges, dict) or not edges or None in edges.values():
+            raise ValueError(
+                f"a search space is 'paper', 'extended', 'EDGE=NAME,NAME; ...' or a JSON object of lists by edge, got "
+                f'{quoted(text)}'
+            )
         return cls.of(edges)
 
     def to_dict(self) -> dict[str, list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
-from sase_blocks.runs import demand, demand_choices, setting
+from sase_blocks.runs import demand, demand_choices, demand_seed, setting
 
 from .cost import Limits, count_number
 from .sampling import LAWS, Law, hierarchical
@@ -82,7 +82,7 @@ class TrioConfig:
         for name in ('epochs', 'batch_size', 'evaluations', 'calibration'):
             demand(self, getattr(self, name) >= 1, name, 'at least 1')
         demand(self, self.population >= 2, 'population', 'at least 2')
-        for name in ('seed', 'workers', 'weight_decay', 'networks', 'finetune'):
+        for name in ('workers', 'weight_decay', 'networks', 'finetune'):
             demand(self, getattr(self, name) >= 0, name, 'at least 0')
         for name in ('lr', 'finetune_lr', 'save_minutes', 'concentration'):
             demand(self, getattr(self, name) > 0, name, 'above 0')
@@ -93,6 +93,7 @@ class TrioConfig:
         demand(self, self.clip_grad is None or self.clip_grad > 0, 'clip_grad', 'above 0')
         demand(self, self.ema_decay is None or 0 < self.ema_decay < 1, 'ema_decay', 'between 0 and 1')
         demand(self, self.max_ms is None or self.max_ms > 0, 'max_ms', 'above 0')
+        demand_seed(self)
         demand_choices(self)
         for name in ('max_macs', 'max_params'):
             try:

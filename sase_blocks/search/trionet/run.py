@@ -21,12 +21,13 @@ from torch import Tensor
 from sase_blocks.data import Samples, config_for, create_transforms, derive_seed
 from sase_blocks.models import Architecture
 from sase_blocks.models.trio_network import default_cfgs
-from sase_blocks.runs import alone_in, be_deterministic, check_writable, launched, leave_out_broken
+from sase_blocks.runs import alone_in, be_deterministic, check_writable, launched, leave_out_broken, say
 from sase_blocks.search.batches import Batches, LoadedBatches, MemoryBatches
 from sase_blocks.search.evolution import Problem, check_storage, evolve
 from sase_blocks.search.halves import Arrays, check_images, check_same_data, find_samples, open_halves
 from sase_blocks.search.significance import load_stats
 from sase_blocks.train import TrainConfig, open_samples, train
+from sase_blocks.viz import missing_matplotlib
 
 from .config import TrioConfig
 from .cost import Latency, Limits, bound, macs, parameters
@@ -86,10 +87,8 @@ def search(
         result['finetuned'] = trained['acc1']
     if main:
         write_result(result, Path(config.out))
-        try:
+        if missing_matplotlib() is None:
             draw_result(result, Path(config.out))
-        except ImportError as error:
-            print(f'no pictures were drawn: {error}', flush=True)
     return result
 
 
@@ -97,7 +96,7 @@ def _search(
     config: TrioConfig, accelerator: Any, images: Arrays | None, test: Any, storage: str | None
 ) -> dict[str, Any]:
     out, main = Path(config.out), accelerator.is_main_process
-    say = partial(print, flush=True) if main else (lambda text: None)
+    tell = say if main else (lambda text: None)
 
     # What can be wrong is found out first, and what takes long to find out last.
     load_stats()
@@ -107,6 +106,8 @@ def _search(
         raise ValueError(f'batch_size {config.batch_size} cannot be cut among {accelerator.num_processes} processes')
     if config.algorithm == 'nsga2' and config.population >= config.evaluations:
         raise ValueError(f'population {config.population} must be below evaluations, got {config.evaluations}')
+    if config.finetune:
+        _finetuning(config, '')  # whose settings are checked
     space = TrioSpace.parse(config.space)
     data = find_samples(config, accelerator) if images is None else images
     classes = list(data[2]) if isinstance(data, tuple) else data.classes
@@ -128,15 +129,17 @@ def _search(
     data_config = _data_config(size, in_chans)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     halves = open_halves(config, accelerator, data, data_config, memory_format, trains_on_both=False)
+    if (missing := missing_matplotlib()) is not None:
+        tell(f'no pictures will be drawn: {missing}')
     # Any number of runs share the evolution, but one at a time has the supernet; the others find it trained.
     with alone_in(config, accelerator):
         saved = saved_supernet(config)
         if saved:
-            check_same_data(config.out, saved['data'], halves)
+            check_same_data(out / 'supernet.pt', saved['data'], halves)
         training = SupernetTraining(config, accelerator, halves, in_chans, saved)
         weights = sum(p.numel() for p in training.supernet.parameters())
-        say(f'{space.size:.3g} networks of {weights:,} shared weights; {halves}')
-        say(
+        tell(f'{space.size:.3g} networks of {weights:,} shared weights; {halves}')
+        tell(
             f'supernet: {config.epochs} epochs of {training.steps} steps of {config.batch_size}, {config.networks + 2} '
             f'networks each, {config.sampling} sampling, {config.sharing} sharing; {accelerator.num_processes} '
             f'process(es) on {accelerator.device.type}; writing to {out}'
@@ -162,7 +165,7 @@ def _search(
         settings=_settings(config, space, training, costs.limits),
         seed=config.seed,
         worker=accelerator.process_index,
-        say=say,
+        say=tell,
     )
     result = describe_result(
         space,
@@ -174,7 +177,7 @@ def _search(
         facts=halves.facts,
         in_chans=in_chans,
     )
-    say(format_result(result))
+    tell(format_result(result))
     if main:
         found = training.calibrated(Architecture.parse(result['architecture']))
         write_network(found.extract(), result['architecture'], out)
@@ -184,7 +187,7 @@ def _search(
             part = _test_part(config, found.architecture, tests, training)
             batches = training.resized(part, found.architecture)
             result['test_accuracy'] = accuracy(found, batches, training.autocast())
-            say(
+            tell(
                 f'test accuracy with the weights of the supernet: {result["test_accuracy"]:.2f} % of {len(part)} images'
             )
         write_result(result, out)
@@ -326,7 +329,7 @@ def _find_test(config: TrioConfig, accelerator: Any, test: Any) -> Samples | Non
         if config.finetune:
             raise
         if accelerator.is_main_process:
-            print(f'there will be no test: {error}', flush=True)
+            say(f'there will be no test: {error}')
         return None
 
 

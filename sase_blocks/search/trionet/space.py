@@ -13,11 +13,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from sase_blocks.models import Architecture
 from sase_blocks.models.architecture import REDUCTIONS, Block, Stage
+from sase_blocks.reading import parse_json, quoted, read_text, shorten
 from sase_blocks.selfattention import OPERATORS
 
 __all__ = ['SPACES', 'Genome', 'TrioSpace']
@@ -101,7 +101,7 @@ class TrioSpace:
 
     def _demand(self, name: str, good: bool, expected: str) -> None:
         if not good:
-            raise ValueError(f'{name} of the space must be {expected}, got {getattr(self, name)!r}')
+            raise ValueError(f'{name} of the space must be {expected}, got {quoted(getattr(self, name))}')
 
     # ---- choices ----
 
@@ -200,10 +200,14 @@ class TrioSpace:
     def from_dict(cls, value: Mapping[str, Any]) -> TrioSpace:
         """From what ``to_dict`` gives. Raises ValueError for anything else."""
         if not isinstance(value, Mapping):
-            raise ValueError(f'a space is a JSON object of {", ".join(f.name for f in fields(cls))}, got {value!r}')
+            raise ValueError(
+                f'a space is a JSON object of {", ".join(f.name for f in fields(cls))}, got {quoted(value)}'
+            )
         unknown = sorted(set(value) - {f.name for f in fields(cls)})
         if unknown:
-            raise ValueError(f'a space has no {", ".join(unknown)}; it has {", ".join(f.name for f in fields(cls))}')
+            raise ValueError(
+                f'a space has no {shorten(", ".join(unknown))}; it has {", ".join(f.name for f in fields(cls))}'
+            )
         try:
             return cls(**value)
         except TypeError as error:
@@ -219,11 +223,10 @@ class TrioSpace:
         if text in SPACES:
             return SPACES[text]
         if not text.endswith('.json'):
-            raise ValueError(f'there is no space {text!r}: give {", ".join(SPACES)} or a .json file')
+            raise ValueError(f'there is no space {quoted(text)}: give {", ".join(SPACES)} or a .json file')
+        content = read_text(text, 'space')
         try:
-            return cls.from_dict(json.loads(Path(text).read_text(encoding='utf-8')))
-        except OSError as error:
-            raise ValueError(f'the space {text} cannot be read: {error.strerror or error}') from None
+            return cls.from_dict(parse_json(content, 'a space'))
         except ValueError as error:
             raise ValueError(f'{text}: {error}') from None
 

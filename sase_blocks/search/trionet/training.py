@@ -28,9 +28,12 @@ from sase_blocks.runs import (
     Progress,
     append_row,
     check_finite,
+    load_optimizer,
     open_log,
+    resuming,
     rows_until,
     saved_run,
+    whole_number,
     write_rows,
 )
 from sase_blocks.search.batches import Batches
@@ -57,9 +60,12 @@ def saved_supernet(config: TrioConfig) -> dict[str, Any] | None:
         ValueError: one that is not to be resumed, of other settings, or of another space, whose fields are named.
     """
     last = Path(config.out) / 'supernet.pt'
-    saved = saved_run(config, last, ('config', 'supernet', 'space'), 'sase-blocks search trionet')
+    needed = ['config', 'supernet', 'space', 'data', 'in_chans', 'step', 'average', 'optimizer', 'sums']
+    saved = saved_run(config, last, needed, 'sase-blocks search trionet')
     if saved is not None:
-        before, now = saved['space'], TrioSpace.parse(config.space).to_dict()
+        now = TrioSpace.parse(config.space).to_dict()
+        with resuming(last):
+            before = dict(saved['space'])
         differing = [
             f'{name} was {before.get(name)} and is {value}' for name, value in now.items() if before.get(name) != value
         ]
@@ -81,7 +87,7 @@ def load_supernet(path: str | Path, *, average: bool = True) -> SuperNet:
     path = Path(path)
     path = path / 'supernet.pt' if path.is_dir() else path
     saved = read_checkpoint(path)
-    if 'supernet' not in saved or 'space' not in saved:
+    if not {'supernet', 'average', 'space', 'config', 'data', 'in_chans'} <= set(saved):
         raise ValueError(f'{path} is not the checkpoint of a supernet')
     config = saved['config']
     supernet = SuperNet(
@@ -131,11 +137,13 @@ class SupernetTraining:
         self.rows: list[dict[str, Any]] = []
         self.resumed = saved is not None
         if saved:
-            self.supernet.load_state_dict(saved['supernet'])
-            self.optimizer.load_state_dict(saved['optimizer'])
-            if self.average:
-                self.average.module.load_state_dict(saved['average'])
-            self.step, self.sums = saved['step'], saved['sums']
+            with resuming(self.last):
+                self.supernet.load_state_dict(saved['supernet'])
+                load_optimizer(self.optimizer, saved['optimizer'])
+                if self.average:
+                    self.average.module.load_state_dict(saved['average'])
+                self.step = whole_number(saved['step'], 'step', total)
+                self.sums = saved['sums'].reshape(self.sums.shape)
             self.rows = rows_until(self.metrics, self.step // self.steps)
 
     @property

@@ -1,0 +1,94 @@
+"""Text that users give, on the command line and in files: how it is read, and how a message shows it.
+
+What is wrong with it is a ValueError of one line, which quotes at most a line of the text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+QUOTED = 100  # characters of a value that a message shows
+DEPTH = 20  # levels of nested JSON; nothing in this package needs more than five
+
+
+def shorten(text: str, most: int = QUOTED) -> str:
+    """A text, cut in the middle to at most ``most`` characters."""
+    if len(text) <= most:
+        return text
+    more = f' ... ({len(text):,} characters) ... '
+    kept = most - len(more)
+    return text[: kept - kept // 3] + more + text[len(text) - kept // 3 :]
+
+
+def quoted(value: Any) -> str:
+    """``repr(value)`` for a message, at most ``QUOTED`` characters of it."""
+    try:
+        return shorten(repr(value))
+    except RecursionError:
+        return f'a deeply nested {type(value).__name__}'
+
+
+def one_line(error: BaseException, most: int = 1000) -> str:
+    """What an exception says, in one line of at most ``most`` characters; its class if it says nothing."""
+    lines = str(error).strip().splitlines()
+    if 'Traceback (most recent call last):' in lines:  # printed in a loading process, and the error is its last line
+        lines = lines[-1:]
+    # torch goes on with the frames of its own code.
+    lines = list(itertools.takewhile(lambda line: not line.startswith('Exception raised from '), lines))
+    return shorten(' '.join(' '.join(lines).split()), most) or type(error).__name__
+
+
+def printable(text: str, keep: str = '') -> str:
+    """A text for a terminal: control characters but those in ``keep``, and bytes that are not UTF-8, become escapes.
+
+    Both may be in the name of a file.
+    """
+    return ''.join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def read_text(path: str | os.PathLike[str], what: str) -> str:
+    """The text of a UTF-8 file without the blanks around it; ``what`` names its kind.
+
+    Raises:
+        ValueError: no such file, no regular file, not UTF-8, or empty; the message names the file.
+    """
+    path, reason = Path(path), ''
+    try:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            reason = 'it is no regular file'
+        else:
+            text = path.read_text(encoding='utf-8').strip()
+    except UnicodeDecodeError:
+        reason = 'it is no UTF-8 text'
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise ValueError(f'the {what} file {path} cannot be read: {reason}')
+    if not text:
+        raise ValueError(f'the {what} file {path} is empty')
+    return text
+
+
+def parse_json(text: str, what: str) -> Any:
+    """The value of a JSON text; ``what``, with its article, names what it should be.
+
+    Raises:
+        ValueError: no valid JSON, or nested deeper than ``DEPTH`` levels.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f'not {what}: {quoted(text)} is nested too deeply') from None
+    except ValueError as error:
+        raise ValueError(f'not {what}: {quoted(text)} is no valid JSON ({one_line(error, QUOTED)})') from None
+    level: list[Any] = [value]
+    for _ in range(DEPTH):
+        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = [one for values in inner for one in values]
+    if level:
+        raise ValueError(f'not {what}: {quoted(text)} is nested too deeply')
+    return value
