@@ -140,7 +140,7 @@ def test_json(tmp_path, space):
     [
         ('imagnet', None, "there is no space 'imagnet': give imagenet, cifar or a .json file"),
         ('missing.json', None, r'the space .*missing\.json cannot be read: No such file'),
-        ('a.json', '{"stem": ', r'a\.json: Expecting value'),
+        ('a.json', '{"stem": ', r'a\.json: not a space: .* is no valid JSON \(Expecting value'),
         ('a.json', '[1]', r'a\.json: a space is a JSON object of image_sizes, .*, got \[1\]'),
         ('a.json', '{"stem": 3, "hats": 1, "caps": 2}', r'a\.json: a space has no caps, hats; it has image_sizes, '),
         ('a.json', '{"stem": 3}', r"a\.json: not a space: missing .* 'image_sizes'"),
