@@ -227,7 +227,7 @@ def leave_out_broken(skip: bool, accelerator: Any, *splits: Samples) -> list[Sam
         raise ValueError(f'broken image {broken[0]}{more}; replace or remove it, or leave it out with --skip-broken')
     if broken and accelerator.is_main_process:
         shown = '\n'.join(f'  {text}' for text in broken[:10]) + ('\n  ...' if len(broken) > 10 else '')
-        print(f'warning: {len(broken)} broken image{"s"[: len(broken) > 1]} left out:\n{shown}', flush=True)
+        say(f'warning: {len(broken)} broken image{"s"[: len(broken) > 1]} left out:\n{shown}')
     kept = [
         replace(samples.without(positions), fingerprint=fingerprint)
         for samples, (positions, fingerprint) in zip(splits, found, strict=True)
@@ -329,7 +329,7 @@ def _remove(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is at every moment either the old one or the whole new one."""
-    temporary = path.with_name(path.name + '.tmp')
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')  # workers of one search write the same results
     temporary.write_text(text, encoding='utf-8')
     temporary.replace(path)
 

@@ -98,7 +98,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     buffer = io.BytesIO()
     with style({'svg.hashsalt': 'sase_blocks'}):
         figure.savefig(buffer, format=suffix[1:], metadata=DATES[suffix])
-    temporary = path.with_name(path.name + '.tmp')
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')  # workers of one search draw the same pictures
     try:
         temporary.write_bytes(buffer.getvalue())
         temporary.replace(path)

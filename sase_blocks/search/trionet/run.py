@@ -79,11 +79,11 @@ def search(
     if config.finetune and images is not None:
         raise ValueError('finetune reads class folders or a data set of timm; for images in memory write a loop')
     with launched(config, 'a search', 'search') as accelerator, be_deterministic(config.deterministic):
-        result = _search(config, accelerator, images, test, storage)
+        result, splits = _search(config, accelerator, images, test, storage)
         main = accelerator.is_main_process
         accelerator.wait_for_everyone()
     if config.finetune:
-        trained = train(_finetuning(config, result['architecture']))
+        trained = train(_finetuning(config, result['architecture']), splits)
         result['finetuned'] = trained['acc1']
     if main:
         write_result(result, Path(config.out))
@@ -94,7 +94,8 @@ def search(
 
 def _search(
     config: TrioConfig, accelerator: Any, images: Arrays | None, test: Any, storage: str | None
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], tuple[Samples, Samples] | None]:
+    """The result, and the training and the test split, checked, where the images are files."""
     out, main = Path(config.out), accelerator.is_main_process
     tell = say if main else (lambda text: None)
 
@@ -113,7 +114,8 @@ def _search(
     classes = list(data[2]) if isinstance(data, tuple) else data.classes
     tests = _find_test(config, accelerator, test) if images is None else test
     if isinstance(data, Samples):
-        in_chans, data = config.in_chans, data.in_channels(config.in_chans)
+        in_chans = config.in_chans
+        (data,) = leave_out_broken(config.skip_broken, accelerator, data.in_channels(in_chans))
     else:
         in_chans = data[0].shape[1]
     if images is not None and test is not None:
@@ -128,7 +130,7 @@ def _search(
     size = space.image_sizes[-1]
     data_config = _data_config(size, in_chans)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    halves = open_halves(config, accelerator, data, data_config, memory_format, trains_on_both=False)
+    halves = open_halves(config, accelerator, data, data_config, memory_format, trains_on_both=False, checked=True)
     if (missing := missing_matplotlib()) is not None:
         tell(f'no pictures will be drawn: {missing}')
     # Any number of runs share the evolution, but one at a time has the supernet; the others find it trained.
@@ -191,7 +193,8 @@ def _search(
                 f'test accuracy with the weights of the supernet: {result["test_accuracy"]:.2f} % of {len(part)} images'
             )
         write_result(result, out)
-    return result
+    splits = (data, tests) if isinstance(data, Samples) and isinstance(tests, Samples) else None
+    return result, splits
 
 
 class _Costs:
