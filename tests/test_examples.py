@@ -2,6 +2,8 @@
 
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,11 +22,13 @@ ROOT = Path(__file__).parent.parent
         ),
     ],
 )
-def test_example_runs(name, expected, monkeypatch, capsys):
-    monkeypatch.setattr('sys.argv', [name])
-    runpy.run_path(str(ROOT / 'examples' / name), run_name='__main__')
-    printed = capsys.readouterr().out
-    assert [text for text in expected if text not in printed] == []
+def test_example_runs(name, expected):
+    code = f"import runpy; runpy.run_path('examples/{name}', run_name='__main__')"
+    run = subprocess.run(
+        [sys.executable, '-W', 'error', '-c', code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert [text for text in expected if text not in run.stdout] == []
 
 
 @pytest.mark.parametrize(
