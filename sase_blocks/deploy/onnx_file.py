@@ -165,7 +165,7 @@ def _onnx_proto(model: nn.Module, image: Tensor, dynamic: bool | str, opset_vers
             f'an input_size that it takes'
         ) from error
     try:
-        proto = torch.onnx.export(
+        program: Any = torch.onnx.export(
             model,
             (image,),
             dynamo=True,
@@ -175,7 +175,8 @@ def _onnx_proto(model: nn.Module, image: Tensor, dynamic: bool | str, opset_vers
             input_names=['input'],
             output_names=['output'] if len(outputs) == 1 else [f'output{i}' for i in range(len(outputs))],
             verbose=False,
-        ).model_proto
+        )
+        proto = program.model_proto
         _name_axes(proto.graph, dynamic)
         return proto
     except Exception as error:
