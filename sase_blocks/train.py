@@ -229,9 +229,10 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
         'listing': f'{listing(train_samples)}+{listing(val_samples)}',
         'fingerprint': f'{train_samples.fingerprint}+{val_samples.fingerprint}' if config.check else None,
     }
-    if saved and not same_data(saved['data'], facts):
+    if saved:
         with resuming(last):
-            before = _describe(saved['data'])
+            same, before = same_data(saved['data'], facts), _describe(saved['data'])
+    if saved and not same:
         raise ValueError(f'{last} was trained on other data: {before}, this is {_describe(facts)}')
 
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format

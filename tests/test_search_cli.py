@@ -152,7 +152,7 @@ def test_all_trainings_failed(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(evaluate, 'train', fail)
     data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
-    found = {'genotype': str(SASE_GENOTYPE)}
+    found = {'genotype': str(SASE_GENOTYPE), 'verdict': 'decided'}
     monkeypatch.setattr(campaign, 'search', lambda *_: found)
     monkeypatch.setattr(evaluate, '_measure_one', lambda *_: {'parameters': 1, 'time_ratio': 1.0})
     command = ['search', 'sase', '--data', str(data), '--out', str(tmp_path / 'run'), *SMALL, '--evaluate', '1']

@@ -61,7 +61,8 @@ def attend(
         title = printable(Path(image).name) + (f'\n{found}' if found else '')
         figure = plot_attention(network, batch[i : i + 1], titles=[title], pictures=pictures[i : i + 1])
         path.parent.mkdir(parents=True, exist_ok=True)
-        say(f'{image}: {found + ", " if found else ""}written: {save_figure(figure, path)}')
+        written = printable(str(save_figure(figure, path)))
+        say(f'{printable(image)}: {found + ", " if found else ""}written: {written}')
 
 
 def _training_run(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]] | None:

@@ -168,12 +168,16 @@ def _onnx_proto(model: nn.Module, image: Tensor, dynamic: bool | str, opset_vers
             f'an input_size that it takes'
         ) from error
     try:
+        # Captured here: torch 2.6, given the network, falls back to a trace of one size and one branch, in silence. The
+        # axes are named by _name_axes, for it takes no names either.
+        shapes = (dict.fromkeys(_axes(dynamic), torch.export.Dim.DYNAMIC),) if dynamic else None
+        # Twice as wide as high, since torch 2.6 takes equal sizes for one and the same.
+        example = torch.cat([image, image], 3) if dynamic is True else image
+        captured = torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
         program: Any = torch.onnx.export(
-            model,
-            (image,),
+            captured,
+            (example,),
             dynamo=True,
-            # Named by _name_axes: torch 2.6 takes no names here, and with a Dim for each none that depend on another.
-            dynamic_shapes=(dict.fromkeys(_axes(dynamic), torch.export.Dim.DYNAMIC),) if dynamic else None,
             opset_version=opset_version,
             input_names=['input'],
             output_names=['output'] if len(outputs) == 1 else [f'output{i}' for i in range(len(outputs))],
@@ -195,10 +199,7 @@ def _axes(dynamic: bool | str) -> dict[int, str]:
 
 
 def _name_axes(graph: Any, dynamic: bool | str) -> None:
-    """Give the axes that may change their names, in all shapes of the graph; a ValueError if the exporter fixed one.
-
-    (Where its own capture fails, torch 2.6 traces the network for one size and says nothing.)
-    """
+    """Give the axes that may change their names, in all shapes of the graph; a ValueError if the exporter fixed one."""
     dims = graph.input[0].type.tensor_type.shape.dim
     fixed = [f'{name} at {dims[axis].dim_value}' for axis, name in _axes(dynamic).items() if not dims[axis].dim_param]
     if fixed:

@@ -143,9 +143,9 @@ def open_halves(
 
 def check_same_data(last: Path, saved: Mapping[str, Any], found: Halves) -> None:
     """Raise a ValueError unless the halves are of the data whose facts the checkpoint ``last`` holds."""
-    if not same_data(saved, found.facts):
-        with resuming(last):
-            before = describe_facts(saved)
+    with resuming(last):
+        same, before = same_data(saved, found.facts), describe_facts(saved)
+    if not same:
         raise ValueError(f'{last.parent} holds a search on other data: {before}, this is {describe_facts(found.facts)}')
 
 
