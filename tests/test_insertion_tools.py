@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import mobilenetv2 as tv_mobilenetv2
 from torchvision.models import resnet as tv_resnet
 
-from sase_blocks import check, create_block, fuse, insert, remove
+from sase_blocks import check, create_block, export_onnx, fuse, insert, remove
 from sase_blocks.blocks import BLOCKS
 
 pytestmark = [
@@ -135,8 +135,8 @@ NETWORKS = {
     'levit': Network(levit_small, 'stem.conv?', 64, not_for=('fuse_modules',)),
     'repvit': Network(
         lambda: repvit.RepVit(embed_dim=(16, 24), depth=(2, 2), mlp_ratio=2, num_classes=5, distillation=False),
-        lambda name, m: type(m).__name__ == 'RepVggDw' or name.endswith('mixer.conv2'),
-        not_for=('fuse_modules',),
+        lambda name, m: name.endswith(('token_mixer', 'mixer.conv2')),
+        not_for=('fuse_modules', 'script'),
     ),
     'inside a branch': Network(repvgg, 'stages.*.conv_1x1', not_for=('SyncBatchNorm', 'fuse_modules')),
     'repvgg': Network(
@@ -403,6 +403,92 @@ def test_no_attention_is_lost(tool, network):
         assert same(changed(x), expected)
     if reason or (tool, BOTH[1], network) in REFUSED:
         assert refused and re.search(refused, reason), reason  # noqa: PT018
+
+
+# ---- check itself ----
+
+
+def lose_hook(model: nn.Module) -> None:
+    model.layer2[0].bn2._forward_hooks.clear()
+
+
+def go_around(model: nn.Module) -> None:
+    model.layer2[0].forward = lambda x: model.layer2[0].downsample(x)
+
+
+def replace_holder(model: nn.Module) -> None:
+    model.layer2[0].bn2 = nn.GroupNorm(4, 128)
+
+
+def delete_stage(model: nn.Module) -> None:
+    model.layer4 = nn.AdaptiveAvgPool2d(1)
+    model.fc = nn.Flatten()
+
+
+LOSSES = {
+    'a hook that is gone': (lose_hook, "layer2.0.bn2.inserted_attention' .the BatchNorm2d that holds it has lost"),
+    'a forward that goes around it': (go_around, "layer2.0.bn2.inserted_attention' .the forward did not run it"),
+    'another module in its place': (replace_holder, "it is gone: 'layer2.0.bn2' is a GroupNorm now"),
+    'a part that is gone': (delete_stage, "it is gone, together with 'layer4.0.bn2'"),
+}
+
+
+@pytest.mark.parametrize(('lose', 'reason'), LOSSES.values(), ids=LOSSES)
+def test_check_names_what_does_not_run(lose, reason, tmp_path):
+    model = copy.deepcopy(_built('behind a norm')[1])
+    assert check(model, 32).calls == dict.fromkeys((f'layer{i}.0.bn2.inserted_attention' for i in (1, 2, 3, 4)), 1)
+    lose(model)
+    around = nn.Sequential(pickle.loads(pickle.dumps(model)) if lose is not go_around else model)
+    for lost in (model, around):  # a copy knows it too, and a module around it
+        with pytest.raises(RuntimeError, match=f'^1 of 4 inserted places of .* do not run: .*{reason}.*remove.model'):
+            check(lost, images(32))
+    # What goes around a place is only seen by a forward, for which fuse has no image of a network that is not timm's.
+    for use in (None if lose is go_around else fuse, lambda model: export_onnx(model, tmp_path / 'x.onnx', 32)):
+        if use is not None:
+            with pytest.raises(RuntimeError, match=f'do not run: .*{reason}'):
+                use(model)
+    assert not list(tmp_path.iterdir())
+    remove(model)
+    with pytest.raises(ValueError, match='holds no inserted attention'):
+        check(model, 32)
+
+
+def test_check_leaves_no_trace():
+    model = copy.deepcopy(_built('behind a norm')[1]).train()
+    model.layer1.eval()
+    state, modes, random = (
+        copy.deepcopy(model.state_dict()),
+        [m.training for m in model.modules()],
+        torch.get_rng_state(),
+    )
+    report = check(model, 32)
+    assert str(report) == 'ResNet: all 4 inserted places run'
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert 'is not known: no forward was run; give x' in str(check(model))
+    remove(model.layer1)  # on purpose, of a part: no loss
+    assert len(check(model, (32, 48)).calls) == 3
+
+
+CHECK_REFUSES = {
+    'no module': (dict, 8, TypeError, 'model must be an nn.Module, got dict'),
+    'nothing inserted': (lambda: nn.ReLU(), 8, ValueError, r'this ReLU holds no inserted attention: insert\(model'),
+    'a graph': (lambda: torch.fx.symbolic_trace(nn.ReLU()), 8, ValueError, 'is a graph of FX'),
+    'an input that it does not take': (
+        lambda: copy.deepcopy(_built('behind a norm')[1]), torch.zeros(1, 2, 8, 8), ValueError, 'of ResNet fails',
+    ),
+    'a size': (lambda: copy.deepcopy(_built('behind a norm')[1]), (3, 0, 8), ValueError, 'input_size must be an int'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(('build', 'x', 'error', 'text'), CHECK_REFUSES.values(), ids=CHECK_REFUSES)
+def test_what_check_refuses(build, x, error, text):
+    with pytest.raises(error, match=text):
+        check(build(), x)
+
+
+# ---- what tools do to the blocks ----
 
 
 def without_statistics(block: nn.Module) -> nn.Module:

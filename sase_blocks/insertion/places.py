@@ -177,7 +177,7 @@ def _place(model: nn.Module, name: str, module: nn.Module) -> Place:
 
 
 def _behind(name: str, holder: nn.Module, probe: nn.Module, channels: int | None) -> Place:
-    if is_plain_sequential(holder) and hasattr(holder, 'fuse') and len(holder) > 0:
+    if is_plain_sequential(holder) and hasattr(holder, 'fuse') and len(holder._modules) > 0:
         # timm's ConvNorm, whose fuse() takes its two children: what is behind the last one is behind all of it.
         last = list(holder._modules)[-1]
         return _behind(f'{name}.{last}', holder.get_submodule(last), holder.get_submodule(last), channels)
