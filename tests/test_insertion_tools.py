@@ -25,6 +25,7 @@ from torchvision.models import resnet as tv_resnet
 
 from sase_blocks import check, create_block, export_onnx, fuse, insert, remove
 from sase_blocks.blocks import BLOCKS
+from sase_blocks.viz import capture_gates
 
 pytestmark = [
     # Each is of a tool that its library has deprecated and people still use.
@@ -443,10 +444,10 @@ def test_check_names_what_does_not_run(lose, reason, tmp_path):
         with pytest.raises(RuntimeError, match=f'^1 of 4 inserted places of .* do not run: .*{reason}.*remove.model'):
             check(lost, images(32))
     # What goes around a place is only seen by a forward, for which fuse has no image of a network that is not timm's.
-    for use in (None if lose is go_around else fuse, lambda model: export_onnx(model, tmp_path / 'x.onnx', 32)):
-        if use is not None:
-            with pytest.raises(RuntimeError, match=f'do not run: .*{reason}'):
-                use(model)
+    uses = [lambda model: capture_gates(model, images(32)), lambda model: export_onnx(model, tmp_path / 'x.onnx', 32)]
+    for use in uses if lose is go_around else [*uses, fuse]:
+        with pytest.raises(RuntimeError, match=f'do not run: .*{reason}'):
+            use(model)
     assert not list(tmp_path.iterdir())
     remove(model)
     with pytest.raises(ValueError, match='holds no inserted attention'):
