@@ -590,7 +590,6 @@ REFUSED = {
     'no channels': (Net, {'where': 'head'}, ValueError, r"'head' \(Linear\) does not say how many channels"),
     'no channels, no size': (Net, {'where': 'act'}, ValueError, 'give input_size'),
     'no map': (Net, {'where': 'head', 'input_size': 8}, ValueError, r'gives \(1, 3\): attention needs a feature map'),
-    'channels last': (Net, {'where': 'last', 'input_size': 8}, ValueError, 'looks like channels last'),
     'not run': (Net, {'where': 'unused', 'input_size': 8}, ValueError, 'was not run'),
     'a container': (own_sequential, {'where': '0', 'input_size': 8}, ValueError, 'runs over its children'),
     'copied in its own way': (traced, {'where': 'part', 'input_size': 8}, ValueError, 'copied in a way of its own'),

@@ -17,12 +17,16 @@ Shape = tuple[int, ...]
 
 
 class Trace:
-    """What a forward showed: the shapes that each probed module gave, one a call, and the MACs of all of it."""
+    """What a forward showed: the shapes that each probed module took and gave, one a call, and the MACs of all of it.
+
+    Of several tensors, in a tuple or a list, it is the first; ``others`` has the shapes of the rest.
+    """
 
     def __init__(self) -> None:
         self.shapes: dict[int, list[Shape | str]] = {}
+        self.inputs: dict[int, list[Shape | str]] = {}
+        self.others: dict[int, list[Shape]] = {}
         self.macs = 0
-        self.square = False  # were the images as high as wide?
 
     def of(self, module: nn.Module) -> list[Shape | str]:
         """The shapes that ``module`` gave (a text where that is no tensor), without repetition."""
@@ -36,11 +40,14 @@ def run(model: nn.Module, args: tuple[Any, ...], probes: Iterable[nn.Module]) ->
     """
     found = Trace()
 
-    def record(module: nn.Module, inputs: Any, output: Any) -> None:
-        shape = tuple(output.shape) if isinstance(output, Tensor) else f'a {type(output).__name__}'
-        found.shapes.setdefault(id(module), []).append(shape)
+    def record(module: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
+        given, *others = output if type(output) in (tuple, list) and len(output) > 0 else (output,)
+        taken = next((x[0] if type(x) is list and x else x for x in (*inputs, *named.values())), None)
+        found.inputs.setdefault(id(module), []).append(_shape(taken))
+        found.shapes.setdefault(id(module), []).append(_shape(given) if given is not None else _shape(output))
+        found.others.setdefault(id(module), []).extend(tuple(x.shape) for x in others if isinstance(x, Tensor))
 
-    handles = [probe.register_forward_hook(record) for probe in dict.fromkeys(probes)]
+    handles = [probe.register_forward_hook(record, with_kwargs=True) for probe in dict.fromkeys(probes)]
     try:
         with quietly(model), _counting() as counter:
             functional_call(model, {name: b.clone() for name, b in model.named_buffers()}, args)
@@ -49,6 +56,10 @@ def run(model: nn.Module, args: tuple[Any, ...], probes: Iterable[nn.Module]) ->
         for handle in handles:
             handle.remove()
     return found
+
+
+def _shape(x: Any) -> Shape | str:
+    return tuple(x.shape) if isinstance(x, Tensor) else f'a {type(x).__name__}'
 
 
 def run_block(block: nn.Module, channels: int, size: tuple[int, int]) -> tuple[Tensor, Any, int]:
