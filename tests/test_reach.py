@@ -76,7 +76,7 @@ class Last(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, 16, 4, 4)
-        self.layers = nn.Sequential(Mix(16), Mix(16), Mix(16))
+        self.layers = nn.Sequential(nn.Sequential(Mix(16), Mix(16)), nn.Sequential(Mix(16), Mix(16)))
         self.head = nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,13 +86,13 @@ class Last(nn.Module):
 class Tokens(nn.Module):
     """A transformer's form: ``prefix`` tokens in front; with ``fixed``, images of one size only."""
 
-    def __init__(self, prefix: int = 0, fixed: int = 0, from_first: bool = False, **mix: bool) -> None:
+    def __init__(self, prefix: int = 0, fixed: int = 0, **mix: bool) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, 12, 8, 8)
         self.front = nn.Parameter(torch.randn(1, prefix, 12))
         self.blocks = nn.ModuleList(Mix(12, **mix) for _ in range(3))
         self.head = nn.Linear(12, 3)
-        self.fixed, self.from_first = fixed, from_first
+        self.fixed = fixed
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fixed and x.shape[2:] != (self.fixed, self.fixed):
@@ -102,7 +102,7 @@ class Tokens(nn.Module):
         for block in self.blocks:
             x = block(x)
             x = x[0] if isinstance(x, tuple | list) else x
-        return self.head(x[:, 0] if self.from_first else x.mean(1))
+        return self.head(x.mean(1))
 
 
 class Windows(Tokens):
@@ -148,6 +148,42 @@ class Wide(nn.Module):
         return self.head(self.block1b(self.block1a(x)).mean((2, 3)))
 
 
+class Read(Tokens):
+    """A transformer that goes on with its first token: what the last block makes of the others, nothing reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.front.expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            x = block(x + x.mean(1, keepdim=True))
+        return self.head(x[:, 0])
+
+
+class Excited(nn.Module):
+    """A block that changes the shape, with a part that keeps it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv, self.part = nn.Conv2d(channels // 2, channels, 3, 2, 1), Conv(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(self.conv(x))
+
+
+class Keeping(nn.Module):
+    """Keeps the width of the narrowest image that it has seen, as transformers' Swin its windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Conv(3), Conv(3))
+        self.head = nn.Linear(3, 3)
+        self.width = 1000
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.width = min(self.width, x.shape[3])
+        return self.head(self.blocks(x).mean((2, 3)) * self.width)
+
+
 IN = 'inserted_attention'
 # What builds a network, the size of its image, the places, their layout, the size of the map at the first.
 REACHED = {
@@ -158,13 +194,28 @@ REACHED = {
         'NCHW',
         (16, 16),
     ),
-    'channels last': (Last, 64, [f'layers.{i}.{IN}' for i in range(3)], 'NHWC', (16, 16)),
-    'channels last, not square': (Last, (64, 96), [f'layers.{i}.{IN}' for i in range(3)], 'NHWC', (16, 24)),
+    'channels last': (Last, 64, [f'layers.{i}.{IN}' for i in ('0.0', '0.1', '1.0', '1.1')], 'NHWC', (16, 16)),
+    'channels last, not square': (
+        Last,
+        (64, 96),
+        [f'layers.{i}.{IN}' for i in ('0.0', '0.1', '1.0', '1.1')],
+        'NHWC',
+        (16, 24),
+    ),
     'tokens': (Tokens, 64, [f'blocks.{i}.{IN}' for i in range(3)], 'tokens', (8, 8)),
     'tokens, not square': (Tokens, (64, 96), [f'blocks.{i}.{IN}' for i in range(3)], 'tokens', (8, 12)),
     'a class token': (lambda: Tokens(1), 64, [f'blocks.{i}.{IN}' for i in range(3)], 'tokens+1', (8, 8)),
     'registers too': (lambda: Tokens(5), (32, 64), [f'blocks.{i}.{IN}' for i in range(3)], 'tokens+5', (4, 8)),
     'one size': (lambda: Tokens(1, fixed=64), 64, [f'blocks.{i}.{IN}' for i in range(3)], 'tokens+1', (8, 8)),
+    'the last map is not read': (lambda: Read(1), 64, [f'blocks.{i}.{IN}' for i in range(2)], 'tokens+1', (8, 8)),
+    'a part that keeps the shape': (
+        lambda: nn.Sequential(Excited(6), Excited(12), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        32,
+        [f'{i}.{IN}' for i in range(2)],
+        'NCHW',
+        (16, 16),
+    ),
+    'a network that keeps what it saw': (Keeping, 64, [f'blocks.{i}.{IN}' for i in range(2)], 'NCHW', (64, 64)),
     'tuples': (lambda: Tokens(several=True), 64, [f'blocks.{i}.{IN}' for i in range(3)], 'tokens', (8, 8)),
     'lists': (lambda: Tokens(extra=True), 64, [f'blocks.{i}.{IN}' for i in range(3)], 'tokens', (8, 8)),
     'no blocks': (Plain, 32, [f'features.{i}.{IN}' for i in (2, 6)], 'NCHW', (32, 32)),
@@ -394,7 +445,7 @@ def reach():
 def test_the_benchmark_finds_what_is_wrong(reach, tmp_path):
     case = reach['Case']
     right = reach['check'](case(Last, [64]))
-    assert (right['wrong'], right['places'], right['layouts']) == ('', 3, ['NHWC'])
+    assert (right['wrong'], right['places'], right['layouts']) == ('', 4, ['NHWC'])
     assert 'no block of this' in reach['check'](case(Windows, [64]))['wrong']
     rows = {
         'timm/a': {**right, 'version': '1', 'torch': '2'},

@@ -104,19 +104,24 @@ def milliseconds_per_image(networks: Mapping[str, nn.Module], images: Tensor, ro
 
 @contextmanager
 def quietly(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and afterwards the modes of all modules and the random state of before."""
-    training = {module: module.training for module in model.modules()}
+    """Eval mode, no gradients, and afterwards the modes of all modules and the random state of before.
+
+    Attributes that a forward sets are also what they were: a network may keep what it made for the size of the last
+    image, as transformers' Swin its windows.
+    """
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type != 'cpu'}
     kind = next((device.type for device in devices), 'cuda')
     with torch.no_grad(), torch.random.fork_rng(devices=list(devices), device_type=kind):
         # Not model.eval(): a train() of somebody's own may do more than switch, merge weights for example.
-        for module in training:
+        for module, _ in before:
             module.training = False
         try:
             yield
         finally:
-            for module, mode in training.items():
-                module.training = mode
+            for module, attributes in before:
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
 
 
 def _counting() -> Any:

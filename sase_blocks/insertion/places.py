@@ -48,7 +48,8 @@ def find_places(model: nn.Module, where: Where, stages: Any, survey: Survey) -> 
             stages that do not exist or are not known, a module that cannot hold an attention.
     """
     blocks = {name: (block, family, stage) for name, block, family, stage in numbered_blocks(model)}
-    by_rule, unread = False, []
+    by_rule = False
+    unread: list[str] = []
     if where is None:
         named = [(name, block) for name, (block, family, _) in blocks.items() if family.site(block) is not None]
         if not named:

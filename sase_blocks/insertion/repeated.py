@@ -2,10 +2,12 @@
 
 Ours, and no paper's place. A block is a module with two or more weight matrices or kernels in it that gives a map.
 Blocks of one class whose parents have the same name but for numbers, ``stages.0.blocks.3`` and ``stages.1.blocks.0``,
-are a group, and where half of a group or more keep the shape of their input, as residual blocks do and stages do not,
-the group is repeated. Of groups inside one another the outermost counts. Blocks of another class in the same rows join
-them, such as the wide blocks of an Inception. A network without such a group gives its groups that change the shape,
-and one without blocks, such as a VGG, the end of each convolution in a row with its norm and activation.
+are a group, and where more than half of a group keep the shape of their input, as residual blocks do and stages do not,
+the group is repeated. Of groups inside one another the outermost counts. Where blocks that change the shape have one
+part each that keeps it, such as a squeeze-and-excitation, the blocks count and not the parts. Blocks of another class
+in the same rows join them, such as the wide blocks of an Inception. A network without such a group gives its groups
+that change the shape, and one without blocks, such as a VGG, the end of each convolution in a row with its norm and
+activation.
 """
 
 from __future__ import annotations
@@ -40,11 +42,17 @@ def repeated_blocks(model: nn.Module, survey: Survey) -> tuple[list[tuple[str, n
     if survey.trace is None:
         return [], []
     candidates = list(_candidates(model, survey))
-    groups = list(_groups([c for c in candidates if c.layers > 1 and _can_hold(c.module)]).values())
-    keeping = [group for group in groups if 2 * sum(c.keeps for c in group) >= len(group) > 1]
+    blocks = [c for c in candidates if c.layers > 1 and _can_hold(c.module)]
+    parents = {_parent(c.name) for c in blocks}
+    # A plain Sequential of blocks is a stage.
+    groups = list(_groups([c for c in blocks if not (is_plain_sequential(c.module) and c.name in parents)]).values())
+    keeping = [group for group in groups if 2 * sum(c.keeps for c in group) > len(group) > 1]
     one_map = [group for group in keeping if not any(c.several for c in group)]
+    # A part of which each block has one, such as its squeeze-and-excitation, stands for the block.
+    changing = [group for group in groups if len(group) > 1 and group not in keeping]
+    one_map = [next((outer for outer in changing if _one_each(group, outer)), group) for group in one_map]
     chosen: list[_Candidate] = []
-    for wanted in (one_map, keeping, [group for group in groups if len(group) > 1]):
+    for wanted in (one_map, keeping, changing):
         if chosen := _outermost(wanted):
             break
     if chosen:
@@ -128,6 +136,12 @@ def _groups(candidates: _Group) -> dict[Any, _Group]:
     for c in candidates:
         groups.setdefault((_row(c.name), _kind(c.module)), []).append(c)
     return groups
+
+
+def _one_each(group: _Group, outer: _Group) -> bool:
+    """Whether the members of a group stand in those of another, one in each at most."""
+    inside = [sum(c.name.startswith(f'{o.name}.') for c in group) for o in outer]
+    return max(inside) == 1 and sum(inside) == len(group)
 
 
 def _outermost(groups: list[_Group]) -> list[_Candidate]:

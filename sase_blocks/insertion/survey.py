@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .layout import Image, Layout, find_layout, parse_layout
 from .measure import Shape, Trace, quietly, run
@@ -102,7 +103,8 @@ class Survey:
             handle = None if hook is None else module.register_forward_hook(hook)
             try:
                 with quietly(self.model):
-                    results.append(list(_tensors(self.model(*self.args))))
+                    buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+                    results.append(list(_tensors(functional_call(self.model, buffers, self.args))))
             finally:
                 if handle is not None:
                     handle.remove()
