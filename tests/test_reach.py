@@ -86,18 +86,18 @@ class Last(nn.Module):
 class Tokens(nn.Module):
     """A transformer's form: ``prefix`` tokens in front; with ``fixed``, images of one size only."""
 
-    def __init__(self, prefix: int = 0, fixed: int = 0, **mix: bool) -> None:
+    def __init__(self, prefix: int = 0, fixed: int = 0, resize: bool = False, **mix: bool) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, 12, 8, 8)
         self.front = nn.Parameter(torch.randn(1, prefix, 12))
         self.blocks = nn.ModuleList(Mix(12, **mix) for _ in range(3))
         self.head = nn.Linear(12, 3)
-        self.fixed = fixed
+        self.fixed, self.resize = fixed, resize
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fixed and x.shape[2:] != (self.fixed, self.fixed):
             raise ValueError(f'{self.fixed} x {self.fixed} only')
-        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = self.patches(nn.functional.interpolate(x, (64, 64)) if self.resize else x).flatten(2).transpose(1, 2)
         x = torch.cat([self.front.expand(len(x), -1, -1), x], 1)
         for block in self.blocks:
             x = block(x)
@@ -214,6 +214,13 @@ REACHED = {
         [f'{i}.{IN}' for i in range(2)],
         'NCHW',
         (16, 16),
+    ),
+    'a network that resizes': (
+        lambda: Tokens(1, resize=True),
+        96,
+        [f'blocks.{i}.{IN}' for i in range(3)],
+        'tokens+1',
+        (8, 8),
     ),
     'a network that keeps what it saw': (Keeping, 64, [f'blocks.{i}.{IN}' for i in range(2)], 'NCHW', (64, 64)),
     'tuples': (lambda: Tokens(several=True), 64, [f'blocks.{i}.{IN}' for i in range(3)], 'tokens', (8, 8)),

@@ -156,10 +156,17 @@ def find_layout(
         return f'gives {shape} for {image[0]} images: windows or parts of images are no map'
     if other is not None and len(other[0]) != len(shape):
         return f'gives {shape} at one size of the images, and {other[0]} at another'
-    return _four(shape, image, other) if len(shape) == 4 else _three(shape, image, other, asked[1], prefix, grids)
+    return (
+        _four(shape, image, other, grids) if len(shape) == 4 else _three(shape, image, other, asked[1], prefix, grids)
+    )
 
 
-def _four(shape: tuple[int, ...], image: Image, other: Optional[tuple[tuple[int, ...], Image]]) -> Layout | str:  # noqa: UP045
+def _four(
+    shape: tuple[int, ...],
+    image: Image,
+    other: Optional[tuple[tuple[int, ...], Image]],  # noqa: UP045
+    grids: frozenset[tuple[int, int]],
+) -> Layout | str:
     if other is not None:
         moved = [axis for axis in range(4) if shape[axis] != other[0][axis]]
         images = [axis for axis in (0, 1) if image[axis + 1] != other[1][axis + 1]]
@@ -172,7 +179,12 @@ def _four(shape: tuple[int, ...], image: Image, other: Optional[tuple[tuple[int,
                 f'gives {shape} for images of {image[1:]} and {other[0]} for {other[1][1:]}, neither (B, C, H, W) nor '
                 f'(B, H, W, C): windows are no map'
             )
-    off = {'NCHW': _off(shape[2:], image[1:]), 'NHWC': _off(shape[1:3], image[1:])}
+    sizes = {'NCHW': shape[2:], 'NHWC': shape[1:3]}
+    if len(seen := [kind for kind, size in sizes.items() if size in grids]) == 1:
+        return Layout(seen[0])
+    if grids and not seen:
+        return f'gives {shape}, which is the size of no map in the network; say layout='
+    off = {kind: _off(size, image[1:]) for kind, size in sizes.items()}
     best = min(off, key=lambda kind: off[kind])
     if off[best] > 2 * max(image[1:]):  # two pixels, as convolutions without padding lose them
         return f'gives {shape}, which has the proportions of the images in no reading; say layout='
@@ -211,7 +223,7 @@ def _three(
     if other is not None or asked is not None:
         choices = [layouts, seen, seen & told, told, bare]
     else:
-        choices = [seen, seen & told, told]
+        choices = [seen, seen & told, seen & bare, told]
     sure = next((choice for choice in choices if len(choice) == 1), None)
     if sure is None:
         return (

@@ -50,7 +50,9 @@ def run(model: nn.Module, args: tuple[Any, ...], probes: Iterable[nn.Module]) ->
     handles = [probe.register_forward_hook(record, with_kwargs=True) for probe in dict.fromkeys(probes)]
     try:
         with quietly(model), _counting() as counter:
-            functional_call(model, {name: b.clone() for name, b in model.named_buffers()}, args)
+            # Parameters detached: the counter fails at a module that is called with one as its input.
+            state = {name: p.detach() for name, p in model.named_parameters()}
+            functional_call(model, {**state, **{name: b.clone() for name, b in model.named_buffers()}}, args)
         found.macs = counter.get_total_flops() // 2
     finally:
         for handle in handles:

@@ -59,7 +59,7 @@ class Survey:
 
     @cached_property
     def other(self) -> tuple[Trace, Image] | None:
-        """The trace of a forward at another size, and that size; None if the network takes one only."""
+        """The trace of a forward at another size, and that size; None if the network takes or makes one size only."""
         image = _image_of(self.args)
         if image is None or self.trace is None:
             return None
@@ -70,10 +70,16 @@ class Survey:
                 continue
             args = tuple(_resized(arg, size) for arg in self.args)
             try:
-                return run(self.model, args, self.model.modules()), (image[0], *size)
+                trace = run(self.model, args, self.model.modules())
             except Exception:  # whatever a network does with a size that it does not take
                 continue
+            if trace.shapes != self.trace.shapes:  # some networks resize what they get
+                return trace, (image[0], *size)
         return None
+
+    @cached_property
+    def _unrolls(self) -> bool:
+        return any(type(module).__name__ == 'Unroll' for module in self.model.modules())
 
     @cached_property
     def _grids(self) -> frozenset[tuple[int, int]]:
@@ -137,6 +143,8 @@ class Survey:
         if len(kinds) > 1:
             return f'runs more than once, as {" and ".join(sorted(map(str, found)))}: no single attention fits'
         layout, (shape, _) = max(found.items(), key=lambda item: item[1])
+        if layout.kind == 'tokens' and self.asked[0] is None and self._unrolls:
+            return f'gives {shape}, tokens in the order of their windows (Hiera): these are no map'
         return Map(layout.channels(shape), layout.size(shape), layout)
 
     def _layout(self, module: nn.Module, call: int, shape: Shape, channels: int | None) -> Layout | str:
