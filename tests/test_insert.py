@@ -698,10 +698,11 @@ class Counting(nn.Module):
 
 
 def test_the_forward_leaves_no_trace():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), Counting(), nn.Dropout(0.5)).train()
+    shared = Counting()
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), shared, shared, nn.Dropout(0.5)).train()
     model[1].eval()
     before = snapshot(model)
-    insert(model, 'simam', '3', input_size=8, start='paper')  # simam draws no parameters
+    insert(model, 'simam', '4', input_size=8, start='paper')  # simam draws no parameters
     remove(model)
     assert same(before, snapshot(model))
 

@@ -303,6 +303,7 @@ LAYOUT = [
     ((2, 65, 12), None, 'NCHW', None, r'needs a feature map of shape \(B, C, H, W\)'),
     ((2, 65, 12, 4), None, 'tokens', None, r'needs a feature map of shape \(B, N, C\)'),
     ((2, 12), (2, 12), None, None, 'needs a feature map'),
+    ((2, 1, 12), None, None, 0, 'no reading'),
 ]
 
 

@@ -215,6 +215,8 @@ def _three(
         again = _readings(other[0][1], other[1][1], other[1][2])
         found = {stride: reading for stride, reading in found.items() if reading[0] == again.get(stride, (-1,))[0]}
     layouts = {Layout('tokens', p, (h, w)) for p, h, w in found.values() if asked in (None, p)}
+    if other is None:  # one token alone is a class token
+        layouts = {layout for layout in layouts if layout.grid != (1, 1)}
     # What decides between several: a grid that a convolution gave, what the network says of itself, a map and no more.
     # At one size alone a reading that neither of the first two supports is a guess.
     seen = {layout for layout in layouts if layout.grid in grids}

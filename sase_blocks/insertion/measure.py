@@ -48,16 +48,25 @@ def run(model: nn.Module, args: tuple[Any, ...], probes: Iterable[nn.Module]) ->
         found.others.setdefault(id(module), []).extend(tuple(x.shape) for x in others if isinstance(x, Tensor))
 
     handles = [probe.register_forward_hook(record, with_kwargs=True) for probe in dict.fromkeys(probes)]
+    trained = [p for p in model.parameters() if p.requires_grad]
     try:
+        for p in trained:  # the counter fails at a module that is called with a parameter
+            p.requires_grad_(False)
         with quietly(model), _counting() as counter:
-            # Parameters detached: the counter fails at a module that is called with one as its input.
-            state = {name: p.detach() for name, p in model.named_parameters()}
-            functional_call(model, {**state, **{name: b.clone() for name, b in model.named_buffers()}}, args)
+            on_copied_buffers(model, args)
         found.macs = counter.get_total_flops() // 2
     finally:
+        for p in trained:
+            p.requires_grad_(True)
         for handle in handles:
             handle.remove()
     return found
+
+
+def on_copied_buffers(model: nn.Module, args: tuple[Any, ...]) -> Any:
+    """What ``model(*args)`` gives; what it writes into its buffers is lost."""
+    # Torch's way with tied tensors loses the original buffer of a module that stands at two places.
+    return functional_call(model, {name: b.clone() for name, b in model.named_buffers()}, args, tie_weights=False)
 
 
 def _shape(x: Any) -> Shape | str:

@@ -50,7 +50,8 @@ def repeated_blocks(model: nn.Module, survey: Survey) -> tuple[list[tuple[str, n
     one_map = [group for group in keeping if not any(c.several for c in group)]
     # A part of which each block has one, such as its squeeze-and-excitation, stands for the block.
     changing = [group for group in groups if len(group) > 1 and group not in keeping]
-    one_map = [next((outer for outer in changing if _one_each(group, outer)), group) for group in one_map]
+    whole = [outer for outer in changing if all(max(_inside(group, outer)) < 2 for group in one_map)]  # and no stages
+    one_map = [next((o for o in whole if sum(_inside(group, o)) == len(group)), group) for group in one_map]
     chosen: list[_Candidate] = []
     for wanted in (one_map, keeping, changing):
         if chosen := _outermost(wanted):
@@ -63,7 +64,8 @@ def repeated_blocks(model: nn.Module, survey: Survey) -> tuple[list[tuple[str, n
         found = _plain_layers([c for c in candidates if is_plain_sequential(model.get_submodule(_parent(c.name)))])
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     found.sort(key=lambda c: order[c.name])
-    unread = [c.name for c in found[-1:] if not survey.is_read(c.module, c.of.layout)]
+    last = {_parent(c.name): c for c in found}.values()  # of each row
+    unread = [c.name for c in last if not survey.is_read(c.module, c.of.layout)]
     return [(c.name, c.module) for c in found if c.name not in unread], unread
 
 
@@ -138,10 +140,9 @@ def _groups(candidates: _Group) -> dict[Any, _Group]:
     return groups
 
 
-def _one_each(group: _Group, outer: _Group) -> bool:
-    """Whether the members of a group stand in those of another, one in each at most."""
-    inside = [sum(c.name.startswith(f'{o.name}.') for c in group) for o in outer]
-    return max(inside) == 1 and sum(inside) == len(group)
+def _inside(group: _Group, outer: _Group) -> list[int]:
+    """How many members of a group stand in each of another."""
+    return [sum(c.name.startswith(f'{o.name}.') for c in group) for o in outer]
 
 
 def _outermost(groups: list[_Group]) -> list[_Candidate]:

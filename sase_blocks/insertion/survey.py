@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .layout import Image, Layout, find_layout, parse_layout
-from .measure import Shape, Trace, quietly, run
+from .measure import Shape, Trace, on_copied_buffers, quietly, run
 
 
 class Map(NamedTuple):
@@ -104,17 +103,20 @@ class Survey:
             first = output[0] if type(output) in (tuple, list) else output
             first[:, layout.prefix :] *= -2.0
 
-        results = []
-        for hook in (None, without_map):
-            handle = None if hook is None else module.register_forward_hook(hook)
-            try:
-                with quietly(self.model):
-                    buffers = {name: b.clone() for name, b in self.model.named_buffers()}
-                    results.append(list(_tensors(functional_call(self.model, buffers, self.args))))
-            finally:
-                if handle is not None:
-                    handle.remove()
-        return len(results[0]) != len(results[1]) or not all(map(torch.equal, *results))
+        handle = module.register_forward_hook(without_map)
+        try:
+            changed = self._outputs()
+        finally:
+            handle.remove()
+        return len(changed) != len(self._plain_outputs) or not all(map(torch.equal, changed, self._plain_outputs))
+
+    @cached_property
+    def _plain_outputs(self) -> list[Tensor]:
+        return self._outputs()
+
+    def _outputs(self) -> list[Tensor]:
+        with quietly(self.model):
+            return list(_tensors(on_copied_buffers(self.model, self.args)))
 
     def map_of(self, module: nn.Module, channels: int | None = None) -> Map | str:
         """The map that a module gives, or, as a text, why it gives none.
