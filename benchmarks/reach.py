@@ -7,7 +7,8 @@
 A row is right if ``insert(model, 'se')`` puts attention in, the outputs stay equal to the bit in eval and in train
 mode, all gradients of one training step are finite and every alpha has one, the attention changes the outputs once its
 alpha does, and ``remove`` leaves the network as it was. Rows go to ``rows.jsonl`` of the folder as they are measured,
-the tables to ``README.md`` and ``reach.json``. Nothing is downloaded: the weights are random.
+the tables to ``README.md`` and ``reach.json``, and the counts to docs/insertion.md. Nothing is downloaded: the weights
+are random.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from sase_blocks import insert, remove
 
 HERE = Path(__file__).parent / 'results' / 'reach'
+DOCS = Path(__file__).parent.parent / 'docs' / 'insertion.md'
 PACKAGES = {
     'timm': 'timm',
     'torchvision': 'torchvision',
@@ -344,8 +346,8 @@ def read_rows(out: Path) -> dict[str, dict[str, Any]]:
     return {row['name']: row for row in map(json.loads, lines)}
 
 
-def tables(rows: dict[str, dict[str, Any]]) -> str:
-    """The counts of the libraries, and each network, in markdown."""
+def tables(rows: dict[str, dict[str, Any]]) -> tuple[str, str]:
+    """The counts of the libraries, and a table of the networks of each, in markdown."""
     head = '| library | networks | inserted, and right | by the table | by our rule | not |\n' + '|---' * 6 + '|\n'
     counts, lists = '', ''
     for library in LIBRARIES:
@@ -365,7 +367,7 @@ def tables(rows: dict[str, dict[str, Any]]) -> str:
             else:
                 kinds = ', '.join(row['layouts'])
                 lists += f'| {name} | {size} | {row["places"]} | `{row["place"]}` | {kinds} | {row["by"]} |\n'
-    return head + counts + lists
+    return head + counts, lists
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -383,8 +385,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     order = {name: index for index, (name, _) in enumerate(cases())}
     rows = {name: rows[name] for name in sorted(rows, key=lambda name: order.get(name, len(order)))}
     (options.out / 'reach.json').write_text(json.dumps(list(rows.values()), indent=1) + '\n', encoding='utf-8')
-    text = f'# How far `insert` reaches\n\n`python benchmarks/reach.py`: {ABOUT}\n\n{tables(rows)}'
+    counts, lists = tables(rows)
+    text = f'# How far `insert` reaches\n\n`python benchmarks/reach.py`: {ABOUT}\n\n{counts}{lists}'
     (options.out / 'README.md').write_text(text, encoding='utf-8')
+    if options.out == HERE:
+        before, mark, rest = DOCS.read_text(encoding='utf-8').partition('<!-- reach -->\n')
+        after = rest.partition('<!-- /reach -->')[2]
+        DOCS.write_text(f'{before}{mark}{counts}<!-- /reach -->{after}', encoding='utf-8')
 
 
 ABOUT = """`insert(model, 'se')` without `where`, on a CPU, random weights, two images. A network counts as right if its
