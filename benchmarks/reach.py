@@ -6,8 +6,8 @@
 
 A row is right if ``insert(model, 'se')`` puts attention in, the outputs stay equal to the bit in eval and in train
 mode, all gradients of one training step are finite and every alpha has one, the attention changes the outputs once its
-alpha does, and ``remove`` leaves the network as it was. Rows go to ``rows.jsonl`` of the folder as they are measured,
-the tables to ``README.md`` and ``reach.json``, and the counts to docs/insertion.md. Nothing is downloaded: the weights
+alpha does, and ``remove`` leaves the network as it was. Rows go to ``reach.jsonl`` of the folder as they are measured,
+the tables to its ``README.md``, and the counts to docs/insertion.md. Nothing is downloaded: the weights
 are random.
 """
 
@@ -319,7 +319,7 @@ def _fits(name: str, pattern: str) -> bool:
 def measure(out: Path, pattern: str, again: str) -> None:
     """Add the rows that are not there yet; with ``again``, 'all' or 'wrong' of them once more."""
     rows = read_rows(out)
-    with (out / 'rows.jsonl').open('a', encoding='utf-8') as file:
+    with (out / 'reach.jsonl').open('a', encoding='utf-8') as file:
         for name, case in cases(pattern):
             if name in rows and not (again == 'all' or (again == 'wrong' and rows[name]['wrong'])):
                 continue
@@ -341,7 +341,7 @@ def measure(out: Path, pattern: str, again: str) -> None:
 
 def read_rows(out: Path) -> dict[str, dict[str, Any]]:
     """The last row of each name."""
-    path = out / 'rows.jsonl'
+    path = out / 'reach.jsonl'
     lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
     return {row['name']: row for row in map(json.loads, lines)}
 
@@ -384,19 +384,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = read_rows(options.out)
     order = {name: index for index, (name, _) in enumerate(cases())}
     rows = {name: rows[name] for name in sorted(rows, key=lambda name: order.get(name, len(order)))}
-    (options.out / 'reach.json').write_text(json.dumps(list(rows.values()), indent=1) + '\n', encoding='utf-8')
+    lines = ''.join(json.dumps(row) + '\n' for row in rows.values())
+    (options.out / 'reach.jsonl').write_text(lines, encoding='utf-8')  # the last row of each
     counts, lists = tables(rows)
-    text = f'# How far `insert` reaches\n\n`python benchmarks/reach.py`: {ABOUT}\n\n{counts}{lists}'
+    text = f'# How far `insert` reaches\n\nMeasured by `python benchmarks/reach.py`. {ABOUT}\n\n{counts}{lists}'
     (options.out / 'README.md').write_text(text, encoding='utf-8')
     if options.out == HERE:
         before, mark, rest = DOCS.read_text(encoding='utf-8').partition('<!-- reach -->\n')
         after = rest.partition('<!-- /reach -->')[2]
-        DOCS.write_text(f'{before}{mark}{counts}<!-- /reach -->{after}', encoding='utf-8')
+        DOCS.write_text(f'{before}{mark}\n{counts}\n<!-- /reach -->{after}', encoding='utf-8')
 
 
-ABOUT = """`insert(model, 'se')` without `where`, on a CPU, random weights, two images. A network counts as right if its
-outputs stay equal to the bit in eval and in train mode, all gradients of one training step are finite and every alpha
-has one, the attention changes the outputs once alpha is 0.7, and `remove` leaves the network as it was."""
+ABOUT = """The call is `insert(model, 'se')` without `where`, on a CPU, with random
+weights and two images. A network counts as right if its outputs stay equal to the bit in eval and in train mode, all
+gradients of one training step are finite and every alpha has one, the attention changes the outputs once alpha is 0.7,
+and `remove` leaves the network as it was. Of a network that is wrong, or got none,
+the row has the fault instead of a place."""
 
 
 if __name__ == '__main__':

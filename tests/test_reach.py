@@ -278,6 +278,24 @@ def test_where_none_ends_and_where_works():
         insert(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), 'se', input_size=2)
 
 
+def test_a_network_that_says_its_image_size():
+    class Config:
+        image_size = (64, 96)
+
+    for attribute, value, feat_size in (
+        ('image_size', 64, (8, 8)),
+        ('config', Config, (8, 12)),
+        ('image_size', '8', None),
+    ):
+        model = Tokens()
+        setattr(model, attribute, value)
+        if feat_size is None:
+            with pytest.raises(ValueError, match='give input_size='):
+                insert(model, 'se')
+        else:
+            assert insert(model, 'se').places[0].feat_size == feat_size
+
+
 IMAGE, OTHER = (2, 64, 64), (2, 64, 32)
 LAYOUT = [
     # shape, at the other size (None: one size only), what is asked for, what the network says, grids -> layout or text

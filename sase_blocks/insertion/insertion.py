@@ -69,7 +69,8 @@ def insert(
             paper initialises it.
         stages: only in these stages, counted from 1 as in ``attn_stages``; None for all.
         input_size: of an image, for the forward that finds channels and feature sizes and counts MACs: an int,
-            (H, W) or (C, H, W). Default: what a timm model says of itself; without either no forward is run.
+            (H, W) or (C, H, W). Default: what the model says of itself (timm's ``pretrained_cfg``, an ``image_size``);
+            without either no forward is run.
         example: instead of ``input_size``, the input itself, or a tuple of positional arguments.
         layout: of what the attention follows: 'NCHW', 'NHWC', 'tokens', or 'tokens+2' with two tokens in front of the
             map, which stay as they are. None: found out, where it is in doubt by a forward at another size.
@@ -275,7 +276,10 @@ def example_of(model: nn.Module, input_size: Any, example: Any) -> tuple[tuple[A
     if not given:
         config = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None)
         input_size = (config.get('input_size') if isinstance(config, dict) else None) or None
-        if input_size is None:
+        if input_size is None:  # torchvision's ViT says it itself, transformers' networks in their configuration
+            said = getattr(getattr(model, 'config', model), 'image_size', None)
+            input_size = (said, said) if isinstance(said, int) else said
+        if not isinstance(input_size, tuple | list) or not all(isinstance(n, int) for n in input_size):
             return None, False
         input_size = tuple(input_size)[-2:]  # the channels may be others than in the configuration
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
