@@ -53,7 +53,7 @@ TIMM = """
     legacy_xception levit_128s lowformer_b0 test_mambaout mobilenetv5_300m mobilevit_xxs mvitv2_tiny
     naflexvit_base_patch16_gap nasnetalarge nest_tiny nextvit_small pit_ti_224 pnasnet5large pvt_v2_b0
     qwen3_vit_88m rdnet_tiny regnetx_002 repghostnet_050 repvit_m0_9 res2net50_14w_8s resnest14d resnetv2_18
-    rexnet_100 samvit_base_patch16 selecsls42 sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs
+    rexnet_100 samvit_base_patch16_224 selecsls42 sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs
     swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 test_vit_relpos tiny_vit_5m_224
     tnt_s_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny vit_tiny_r_s16_p8_224 vitamin_small_224
     volo_d1_224 xception41 xcit_nano_12_p16_224
@@ -66,7 +66,7 @@ SHALLOW = {
         'deepseek_vit_412m',
         'gemma4_vit_167m',
         'qwen3_vit_88m',
-        'samvit_base_patch16',
+        'samvit_base_patch16_224',
     )
 }
 CLASSIFIERS = """

@@ -64,7 +64,7 @@ def repeated_blocks(model: nn.Module, survey: Survey) -> tuple[list[tuple[str, n
         found = _plain_layers([c for c in candidates if is_plain_sequential(model.get_submodule(_parent(c.name)))])
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     found.sort(key=lambda c: order[c.name])
-    last = {_parent(c.name): c for c in found}.values()  # of each row
+    last = {(_parent(c.name), _kind(c.module)): c for c in found}.values()  # of each row
     unread = [c.name for c in last if not survey.is_read(c.module, c.of.layout)]
     return [(c.name, c.module) for c in found if c.name not in unread], unread
 
