@@ -84,9 +84,10 @@ ENCODERS = """
     resnet18 resnext50_32x4d dpn68 vgg11 vgg11_bn se_resnet50 se_resnext50_32x4d densenet121 inceptionresnetv2
     inceptionv4 efficientnet-b0 mobilenet_v2 xception timm-efficientnet-b0 timm-tf_efficientnet_lite0
     timm-skresnet18 mit_b0 mobileone_s0 tu-convnext_atto tu-resnest14d tu-mobilevitv2_050 tu-regnetx_002
+    tu-edgenext_xx_small
 """
 DECODERS = """
-    Unet UnetPlusPlus MAnet Linknet FPN PSPNet PAN DeepLabV3 DeepLabV3Plus UPerNet
+    Unet UnetPlusPlus MAnet Linknet FPN PSPNet PAN DeepLabV3 DeepLabV3Plus UPerNet Segformer
 """
 
 
@@ -123,10 +124,10 @@ class Case:
         if not train or not self.detector:
             return list(_floats(model.train(train)(x)))
         target = {
-            'boxes': torch.tensor([[8.0, 8.0, 40.0, 40.0]]),
-            'labels': torch.tensor([1]),
-            'masks': torch.ones(1, *x[0].shape[1:], dtype=torch.uint8),
-            'keypoints': torch.tensor([[[20.0, 20.0, 1.0]] * 17]),
+            'boxes': torch.tensor([[8.0, 8.0, 30.0, 30.0], [1.0, 1.0, 62.0, 62.0]]),  # on small and on large maps
+            'labels': torch.tensor([1, 2]),
+            'masks': torch.ones(2, *x[0].shape[1:], dtype=torch.uint8),
+            'keypoints': torch.tensor([[[20.0, 20.0, 1.0]] * 17] * 2),
         }
         return list(_floats(model.train()(x, [target] * len(x))))
 

@@ -6,8 +6,8 @@ are a group, and where more than half of a group keep the shape of their input, 
 the group is repeated. Of groups inside one another the outermost counts. Where blocks that change the shape have one
 part each that keeps it, such as a squeeze-and-excitation, the blocks count and not the parts. Blocks of another class
 in the same rows join them, such as the wide blocks of an Inception. A network without such a group gives its groups
-that change the shape, and one without blocks, such as a VGG, the end of each convolution in a row with its norm and
-activation.
+that change the shape; or, if these have fewer layers than its plain rows of convolutions, as in a VGG, the end of each
+convolution there, behind its norm and activation.
 """
 
 from __future__ import annotations
@@ -56,12 +56,13 @@ def repeated_blocks(model: nn.Module, survey: Survey) -> tuple[list[tuple[str, n
     for wanted in (one_map, keeping, changing):
         if chosen := _outermost(wanted):
             break
-    if chosen:
+    plain = _plain_layers([c for c in candidates if is_plain_sequential(model.get_submodule(_parent(c.name)))])
+    if not keeping and len(plain) > sum(c.layers for c in chosen):  # a VGG, maybe with something beside it
+        found = plain
+    else:
         rows = {_row(c.name) for c in chosen}
         beside = [group for group in groups if len(group) > 1 and _row(group[0].name) in rows]
         found = _outermost([chosen, *beside])
-    else:
-        found = _plain_layers([c for c in candidates if is_plain_sequential(model.get_submodule(_parent(c.name)))])
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     found.sort(key=lambda c: order[c.name])
     last = {(_parent(c.name), _kind(c.module)): c for c in found}.values()  # of each row
