@@ -596,7 +596,6 @@ REFUSED = {
     'no channels': (Net, {'where': 'head'}, ValueError, r"'head' \(Linear\) does not say how many channels"),
     'no channels, no size': (Net, {'where': 'act'}, ValueError, 'give input_size'),
     'no map': (Net, {'where': 'head', 'input_size': 8}, ValueError, r'gives \(1, 3\): attention needs a feature map'),
-    'channels last': (Net, {'where': 'last', 'input_size': 8}, ValueError, 'looks like channels last'),
     'not run': (Net, {'where': 'unused', 'input_size': 8}, ValueError, 'was not run'),
     'a container': (own_sequential, {'where': '0', 'input_size': 8}, ValueError, 'runs over its children'),
     'copied in its own way': (traced, {'where': 'part', 'input_size': 8}, ValueError, 'copied in a way of its own'),
@@ -729,10 +728,11 @@ class Counting(nn.Module):
 
 
 def test_the_forward_leaves_no_trace():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), Counting(), nn.Dropout(0.5)).train()
+    shared = Counting()
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), shared, shared, nn.Dropout(0.5)).train()
     model[1].eval()
     before = snapshot(model)
-    insert(model, 'simam', '3', input_size=8, start='paper')  # simam draws no parameters
+    insert(model, 'simam', '4', input_size=8, start='paper')  # simam draws no parameters
     remove(model)
     assert same(before, snapshot(model))
 

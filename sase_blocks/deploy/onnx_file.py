@@ -168,15 +168,13 @@ def _onnx_proto(model: nn.Module, image: Tensor, dynamic: bool | str, opset_vers
             f'an input_size that it takes'
         ) from error
     try:
-        # Captured here: torch 2.6, given the network, falls back to a trace of one size and one branch, in silence. The
-        # axes are named by _name_axes, for it takes no names either.
+        # Captured here: torch 2.8, given the network, falls back to a trace of one branch, in silence. A captured one
+        # takes no names of axes, so _name_axes gives them.
         shapes = (dict.fromkeys(_axes(dynamic), torch.export.Dim.DYNAMIC),) if dynamic else None
-        # Twice as wide as high, since torch 2.6 takes equal sizes for one and the same.
-        example = torch.cat([image, image], 3) if dynamic is True else image
-        captured = torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
+        captured = torch.export.export(model, (image,), dynamic_shapes=shapes, strict=False)
         program: Any = torch.onnx.export(
             captured,
-            (example,),
+            (image,),
             dynamo=True,
             opset_version=opset_version,
             input_names=['input'],

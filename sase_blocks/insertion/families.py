@@ -1,9 +1,9 @@
 """Where the residual branch of the blocks of known networks ends: one row a block class, from timm and torchvision.
 
 The place is the papers': behind the last norm of the branch, before the shortcut is added. Ours, where no paper says
-it: ConvNeXt and pre-activation RegNet, whose norm stands earlier (the end of the branch, behind the layer scale), the
-blocks of mobile networks that change size and add no shortcut (their end), and DenseNet, which adds nothing anywhere
-(the new features of each dense layer). Rows are classes of blocks and not of
+it: ConvNeXt, and pre-activation RegNet, ResNetV2 and NFNet, whose norm, if there is one, stands earlier (the end of the
+branch, behind the layer scale), the blocks of mobile networks that change size and add no shortcut (their end), and
+DenseNet, which adds nothing anywhere (the new features of each dense layer). Rows are classes of blocks and not of
 networks, so that a backbone inside a detector or a segmentation model is known too.
 """
 
@@ -14,23 +14,32 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from timm.models import _efficientnet_blocks as mbconv
-from timm.models import convnext, densenet, regnet, res2net, resnet, sknet
+from timm.models import (
+    byobnet,
+    convnext,
+    cspnet,
+    densenet,
+    nfnet,
+    regnet,
+    res2net,
+    resnest,
+    resnet,
+    resnetv2,
+    rexnet,
+    senet,
+    sknet,
+)
 from torch import nn
 from torchvision.models import convnext as tv_convnext
 from torchvision.models import densenet as tv_densenet
 from torchvision.models import efficientnet as tv_efficientnet
+from torchvision.models import mnasnet as tv_mnasnet
 from torchvision.models import mobilenetv2 as tv_mobilenetv2
 from torchvision.models import mobilenetv3 as tv_mobilenetv3
 from torchvision.models import regnet as tv_regnet
 from torchvision.models import resnet as tv_resnet
 
 from .surgery import AFTER, BEFORE, SLOT
-
-KNOWN = (
-    "timm's ResNets and what shares their slot (Res2Net, SKNet, SE-ResNet, ...), torchvision's ResNet, ResNeXt and "
-    'Wide ResNet, and from both ConvNeXt, EfficientNet, MobileNetV2/V3, RegNet, DenseNet'
-)
-
 
 Site = tuple[str, str]  # a child of the block, '' for the block itself, and one of the ways of surgery.py
 
@@ -61,6 +70,8 @@ _STAGES = (r'(?:^|\.)stages[._](\d+)\b', 0)
 _BLOCKS = (r'(?:^|\.)blocks\.(\d+)\b', 0)
 _S = (r'(?:^|\.)s(\d+)\b', 1)
 _TRUNK = (r'(?:^|\.)block(\d+)\b', 1)
+_MNASNET = (r'(?:^|\.)layers\.(\d+)\b', 8)
+_NO_STAGE = (r'(?!)', 1)
 _DENSE = (r'denseblock(\d+)\b', 1)
 
 # The residual branch of timm's blocks ends in a child that drops paths; torchvision's often is one nn.Sequential.
@@ -71,6 +82,9 @@ _MBCONV = Family(
 )
 _REGNET = Family(lambda b: None if b.downsample is None else ('drop_path', BEFORE), lambda b: b.conv3.out_channels, _S)
 _DENSE_LAYER = Family(_always('conv2', AFTER), lambda b: b.conv2.out_channels, _DENSE)
+_BEFORE_DROP = Family(_always('drop_path', BEFORE), lambda b: b.conv3.out_channels, _STAGES)
+_BYOB_1X1 = _BEFORE_DROP._replace(channels=lambda b: b.conv3_1x1.conv.out_channels, norm='conv3_1x1.bn')
+_HF_LAYER = Family(_always('layer', AFTER), lambda b: b.layer[-1].convolution.out_channels, _STAGES)
 _TV_BLOCK = Family(_always('block', AFTER), lambda b: b.out_channels)
 
 FAMILIES: dict[type[nn.Module], Family] = {
@@ -98,15 +112,49 @@ FAMILIES: dict[type[nn.Module], Family] = {
     regnet.Bottleneck: _REGNET._replace(channels=lambda b: b.conv3.conv.out_channels, norm='conv3.bn'),
     regnet.PreBottleneck: _REGNET,
     tv_regnet.ResBottleneckBlock: Family(_always('f', AFTER), lambda b: b.f.c[0].out_channels, _TRUNK),
+    resnetv2.PreActBasic: _BEFORE_DROP._replace(channels=lambda b: b.conv2.out_channels),
+    resnetv2.PreActBottleneck: _BEFORE_DROP,
+    resnetv2.Bottleneck: _BEFORE_DROP._replace(norm='norm3'),
+    nfnet.NormFreeBlock: _BEFORE_DROP,
+    byobnet.BasicBlock: _BEFORE_DROP._replace(channels=lambda b: b.conv2_kxk.conv.out_channels, norm='conv2_kxk.bn'),
+    byobnet.BottleneckBlock: _BEFORE_DROP._replace(
+        channels=lambda b: b.conv3_1x1.conv.out_channels, norm='conv3_1x1.bn'
+    ),
+    byobnet.DarkBlock: _BEFORE_DROP._replace(channels=lambda b: b.conv2_kxk.conv.out_channels, norm='conv2_kxk.bn'),
+    byobnet.EdgeBlock: _BEFORE_DROP._replace(channels=lambda b: b.conv2_1x1.conv.out_channels, norm='conv2_1x1.bn'),
+    byobnet.SelfAttnBlock: _BYOB_1X1,
+    cspnet.BottleneckBlock: _BEFORE_DROP._replace(channels=lambda b: b.conv3.conv.out_channels, norm='conv3.bn'),
+    cspnet.DarkBlock: _BEFORE_DROP._replace(channels=lambda b: b.conv2.conv.out_channels, norm='conv2.bn'),
+    cspnet.EdgeBlock: _BEFORE_DROP._replace(channels=lambda b: b.conv2.conv.out_channels, norm='conv2.bn'),
+    rexnet.LinearBottleneck: Family(  # the shortcut is added to some of the channels, in the block itself
+        _always('conv_pwl', AFTER), lambda b: b.out_channels, _NO_STAGE, 'conv_pwl.bn'
+    ),
+    resnest.ResNestBottleneck: Family(_always('bn3', AFTER), lambda b: b.conv3.out_channels, _LAYER, 'bn3'),
+    senet.SEResNetBlock: Family(_always('se_module', AFTER), lambda b: b.conv2.out_channels, _LAYER, 'bn2'),
+    senet.SEBottleneck: Family(_always('se_module', AFTER), lambda b: b.conv3.out_channels, _LAYER, 'bn3'),
+    tv_mnasnet._InvertedResidual: Family(_always('layers', AFTER), lambda b: b.layers[-1].num_features, _MNASNET),
     densenet.DenseLayer: _DENSE_LAYER,
     tv_densenet._DenseLayer: _DENSE_LAYER,
 }
 _BY_FORWARD = {cls.forward: family for cls, family in FAMILIES.items()}
 
+# Blocks of a library that may not be installed, by the module and the name of their forward.
+_TRANSFORMERS = 'transformers.models'
+_BY_NAME = {
+    f'{_TRANSFORMERS}.resnet.modeling_resnet.ResNetBasicLayer.forward': _HF_LAYER,
+    f'{_TRANSFORMERS}.resnet.modeling_resnet.ResNetBottleNeckLayer.forward': _HF_LAYER,
+    f'{_TRANSFORMERS}.regnet.modeling_regnet.RegNetXLayer.forward': _HF_LAYER,
+    f'{_TRANSFORMERS}.regnet.modeling_regnet.RegNetYLayer.forward': _HF_LAYER,
+    f'{_TRANSFORMERS}.convnext.modeling_convnext.ConvNextLayer.forward': Family(
+        _always('drop_path', BEFORE), lambda b: b.dwconv.out_channels, _STAGES
+    ),
+}
+
 
 def family_of(module: nn.Module) -> Family | None:
     """The row of a block; None for anything else, a subclass with a forward of its own among it."""
-    return _BY_FORWARD.get(type(module).forward)
+    forward = type(module).forward
+    return _BY_FORWARD.get(forward) or _BY_NAME.get(f'{forward.__module__}.{forward.__qualname__}')
 
 
 def numbered_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Family, int | None]]:

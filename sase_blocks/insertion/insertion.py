@@ -16,10 +16,12 @@ from torch.nn.parameter import is_lazy
 from sase_blocks.blocks import Genotype, resolve_block
 from sase_blocks.ops.primitive import check_feat_size, no_weight_decay
 
+from .layout import Layout
 from .measure import Trace, run, run_block
 from .places import Place, Where, find_places
 from .report import InsertedPlace, InsertReport
 from .surgery import RECORD, IdentityStart, Mark, attach, detach, inserted_in
+from .survey import Survey
 
 Block = str | Genotype | Callable[..., nn.Module]
 
@@ -52,7 +54,9 @@ def insert(
     stages: int | tuple[int, ...] | None = None,
     input_size: int | tuple[int, ...] | None = None,
     example: Any = None,
+    layout: str | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    **options: Any,
 ) -> InsertReport:
     """Put an attention block into a network, in place, without a change of any name in it.
 
@@ -65,7 +69,8 @@ def insert(
             of (B, C, H, W) -> (B, C, H, W): a class, a ``partial``, a function. It is given ``feat_size=`` if it has
             an argument of this name.
         where: None for the papers' place, behind the last norm of every residual branch, in networks that are known
-            (docs/insertion.md lists them); a pattern over module names, ``'layer*.bn2'``, whose ``*`` matches dots
+            (docs/insertion.md lists them), and in others, ours, for the end of each repeated block, found from a
+            forward; a pattern over module names, ``'layer*.bn2'``, whose ``*`` matches dots
             too; or a function ``(name, module) -> bool``. Attention follows each module that is named; in a residual
             block that is known it stands at the papers' place.
         start: 'identity': y = x + alpha (block(x) - x) with alpha = 0, the outputs of the network stay equal to the
@@ -73,35 +78,43 @@ def insert(
             paper initialises it.
         stages: only in these stages, counted from 1 as in ``attn_stages``; None for all.
         input_size: of an image, for the forward that finds channels and feature sizes and counts MACs: an int,
-            (H, W) or (C, H, W). Default: what a timm model says of itself; without either no forward is run.
+            (H, W) or (C, H, W). Default: what the model says of itself (timm's ``pretrained_cfg``, an ``image_size``);
+            without either no forward is run.
         example: instead of ``input_size``, the input itself, or a tuple of positional arguments.
+        layout: of what the attention follows: 'NCHW', 'NHWC', 'tokens', or 'tokens+2' with two tokens in front of the
+            map, which stay as they are. None: found out, where it is in doubt by a forward at another size.
         optimizer: its new parameter groups get the new parameters, with the settings of its present ones; vectors
             and what ``no_weight_decay`` names without weight decay. Make a learning-rate scheduler afterwards.
+        **options: for the block, ``reduction=8`` for example.
 
     Returns:
         The report; printed, a table of what was put where.
 
     Raises:
-        TypeError: a model, block, ``where`` or optimizer of another type.
+        TypeError: a model, block, ``where`` or optimizer of another type, an option that the block does not take.
         ValueError: a network that cannot be changed (lazy, on the meta device, quantised, compiled, scripted, wrapped
             in DDP or FSDP), an optimizer that takes no further groups of such parameters (LBFGS, torch's Muon), a
             ``where`` or stage that matches nothing, a place without channels, a block that changes
             the shape, a place that holds another inserted block. The model is unchanged.
     """
     check_model(model)
-    build, label = _builder(block)
+    build, label = _builder(block, options)
     if start not in ('identity', 'paper'):
         raise ValueError(f"start must be 'identity' or 'paper', got {start!r}")
     _check_optimizer(optimizer, model)
-    places = find_places(model, where, stages)
+    args, given = example_of(model, input_size, example)
+    survey = Survey(model, args, partial(try_forward, model, args, given, list(model.modules())), layout)
+    places, by_rule, unread = find_places(model, where, stages, survey)
     new, already = _sort_out(places, label, start)
     for place in new:
         _check_not_compiled(model, place)
 
-    args, given = example_of(model, input_size, example)
-    trace, why = try_forward(model, args, given, [place.probe for place in new])
-    note = why and f'feature sizes and MACs are not known: {why}'
-    built = [_build(model, place, build, label, trace, note) for place in new]
+    trace = survey.trace
+    note = survey.why and f'feature sizes and MACs are not known: {survey.why}'
+    not_run = [] if where is not None or trace is None else [place for place in new if not trace.of(place.probe)]
+    if len(not_run) < len(places):  # if none runs, the first is an error
+        new = [place for place in new if place not in not_run]
+    built = [_build(model, place, build, label, survey) for place in new]
     if len({id(b.block) for b in built}) < len(built):
         raise ValueError(f'{label} gave the same module twice; it must build a new one at every call')
     attentions = [
@@ -134,7 +147,7 @@ def insert(
         block=label,
         start=start,
         places=tuple(
-            InsertedPlace(place.path, b.channels, b.size, count, b.macs)
+            InsertedPlace(place.path, b.channels, b.size, count, b.macs, str(b.layout))
             for place, b, count in zip(new, built, counts, strict=True)
         ),
         already=tuple(place.path for place in already),
@@ -144,6 +157,8 @@ def insert(
         model_macs=trace.macs if trace else None,
         parameters=tuple(parameters.values()),
         note=note,
+        left_out=(*(place.name for place in not_run), *unread),
+        by_rule=by_rule,
     )
 
 
@@ -195,10 +210,14 @@ def _check_unwrapped(model: nn.Module) -> None:
                 raise ValueError(f'{name or type(model).__name__}: {_WRAPPERS[base.__name__]}')
 
 
-def _builder(block: Block) -> tuple[Callable[..., nn.Module], str]:
+def _builder(block: Block, options: dict[str, Any]) -> tuple[Callable[..., nn.Module], str]:
     """A callable of (channels, feat_size=...) and its name for the report."""
+    for own in {'channels', 'feat_size', 'device', 'dtype'} & set(options):
+        raise TypeError(f'{own}={options[own]!r} is no option of the block: every place has its own')
+    told = ', '.join(f'{key}={value!r}' for key, value in options.items())
     if isinstance(block, str | Genotype):
-        return resolve_block(block), str(block)
+        build = resolve_block(block)
+        return (partial(build, **options), f'{block}({told})') if options else (build, str(block))
     if isinstance(block, nn.Module):
         raise TypeError(
             f'block is one module, a {type(block).__name__}, and every place needs its own: give the class, or a '
@@ -206,6 +225,8 @@ def _builder(block: Block) -> tuple[Callable[..., nn.Module], str]:
         )
     if not callable(block):
         raise TypeError(f'block must be a name, a Genotype or its text, or a callable of channels, got {block!r}')
+    if options:
+        block = partial(block, **options)
     function, label = block, ''
     if isinstance(block, partial):
         function = block.func
@@ -269,7 +290,10 @@ def example_of(model: nn.Module, input_size: Any, example: Any) -> tuple[tuple[A
     if not given:
         config = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None)
         input_size = (config.get('input_size') if isinstance(config, dict) else None) or None
-        if input_size is None:
+        if input_size is None:  # torchvision's ViT says it itself, transformers' networks in their configuration
+            said = getattr(getattr(model, 'config', model), 'image_size', None)
+            input_size = (said, said) if isinstance(said, int) else said
+        if not isinstance(input_size, tuple | list) or not all(isinstance(n, int) for n in input_size):
             return None, False
         input_size = tuple(input_size)[-2:]  # the channels may be others than in the configuration
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
@@ -301,33 +325,21 @@ def try_forward(
         if given:
             raise ValueError(f'the forward of {type(model).__name__} fails for an input of {shapes}: {what}') from error
         return None, f'the forward fails for {shapes} ({what}); give input_size='
-    trace.square = all(a.ndim == 4 and a.shape[2] == a.shape[3] for a in args if isinstance(a, Tensor))
     return trace, ''
 
 
-def _shape_at(place: Place, trace: Trace | None) -> tuple[int, tuple[int, int] | None]:
-    """Channels and feature size at a place."""
+def _map_at(place: Place, survey: Survey) -> tuple[int, tuple[int, int] | None, Layout]:
+    """Channels, feature size and layout at a place."""
     at = f'{place.name!r} ({type(place.holder).__name__})'
-    if trace is None:
-        if place.channels is None:
-            raise ValueError(
-                f'{at} does not say how many channels it gives: give input_size= or example=, so that one forward can'
-            )
-        return place.channels, None
-    shapes = trace.of(place.probe)
-    if not shapes:
-        raise ValueError(f'{at} was not run by the forward of the network: attention there would do nothing')
-    maps = [shape for shape in shapes if not isinstance(shape, str) and len(shape) == 4]
-    if len(maps) < len(shapes):
-        wrong = next(shape for shape in shapes if shape not in maps)
-        raise ValueError(f'{at} gives {wrong}: attention needs a feature map of shape (B, C, H, W) there')
-    channels = {shape[1] for shape in maps}
-    if len(channels) > 1:
-        raise ValueError(f'{at} runs more than once, with {sorted(channels)} channels: no single attention fits')
-    _, c, h, w = max(maps)  # the largest, if it is run at several sizes
-    if trace.square and c == h != w and place.channels != c:
-        raise ValueError(f'{at} gives {(1, c, h, w)}, which looks like channels last; attention needs (B, C, H, W)')
-    return c, (h, w)
+    if survey.trace is None:
+        if place.channels is None or survey.asked[0] not in (None, 'NCHW'):
+            what = 'its layout' if place.channels else 'how many channels it gives'
+            raise ValueError(f'{at} does not say {what}: give input_size= or example=, so that one forward can')
+        return place.channels, None, Layout('NCHW')
+    found = survey.map_of(place.probe, place.channels)
+    if isinstance(found, str):
+        raise ValueError(f'{at} {found}')
+    return found
 
 
 class _Built(NamedTuple):
@@ -335,17 +347,18 @@ class _Built(NamedTuple):
     channels: int
     size: tuple[int, int] | None
     macs: int | None
+    layout: Layout
     is_identity: bool  # already by its own initialisation: alpha would get no gradient then, and give it none
 
 
-def _build(model: nn.Module, place: Place, build: Any, label: str, trace: Trace | None, note: str) -> _Built:
+def _build(model: nn.Module, place: Place, build: Any, label: str, survey: Survey) -> _Built:
     """The block for one place, tried out there on a random map."""
-    channels, size = _shape_at(place, trace)
+    channels, size, layout = _map_at(place, survey)
     at = f'{label} for {channels} channels at {place.path!r}'
     try:
         block = build(channels, feat_size=size)
     except (ValueError, TypeError) as error:
-        hint = f' ({note})' if note and 'feat_size' in str(error) else ''
+        hint = f' ({survey.why})' if survey.why and 'feat_size' in str(error) else ''
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f'{at}: {error}{hint}') from error
     if not isinstance(block, nn.Module):
@@ -363,7 +376,7 @@ def _build(model: nn.Module, place: Place, build: Any, label: str, trace: Trace 
     if is_identity and x.dtype in (torch.float16, torch.bfloat16):  # in which a gate near 1 is 1
         x, y, _ = run_block(copy.deepcopy(block).double(), channels, some)
         is_identity = torch.equal(x, y)
-    return _Built(block, channels, size, macs if size else None, is_identity)
+    return _Built(layout.around(block), channels, size, macs if size else None, layout, is_identity)
 
 
 def _like(model: nn.Module, place: Place, attention: nn.Module) -> nn.Module:

@@ -17,12 +17,16 @@ Shape = tuple[int, ...]
 
 
 class Trace:
-    """What a forward showed: the shapes that each probed module gave, one a call, and the MACs of all of it."""
+    """What a forward showed: the shapes that each probed module took and gave, one a call, and the MACs of all of it.
+
+    Of several tensors, in a tuple or a list, it is the first; ``others`` has the shapes of the rest.
+    """
 
     def __init__(self) -> None:
         self.shapes: dict[int, list[Shape | str]] = {}
+        self.inputs: dict[int, list[Shape | str]] = {}
+        self.others: dict[int, list[Shape]] = {}
         self.macs = 0
-        self.square = False  # were the images as high as wide?
 
     def of(self, module: nn.Module) -> list[Shape | str]:
         """The shapes that ``module`` gave (a text where that is no tensor), without repetition."""
@@ -36,20 +40,38 @@ def run(model: nn.Module, args: tuple[Any, ...], probes: Iterable[nn.Module]) ->
     """
     found = Trace()
 
-    def record(module: nn.Module, inputs: Any, output: Any) -> None:
-        shape = tuple(output.shape) if isinstance(output, Tensor) else f'a {type(output).__name__}'
-        found.shapes.setdefault(id(module), []).append(shape)
+    def record(module: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
+        given, *others = output if type(output) in (tuple, list) and len(output) > 0 else (output,)
+        taken = next((x[0] if type(x) is list and x else x for x in (*inputs, *named.values())), None)
+        found.inputs.setdefault(id(module), []).append(_shape(taken))
+        found.shapes.setdefault(id(module), []).append(_shape(given) if given is not None else _shape(output))
+        found.others.setdefault(id(module), []).extend(tuple(x.shape) for x in others if isinstance(x, Tensor))
 
-    handles = [probe.register_forward_hook(record) for probe in dict.fromkeys(probes)]
+    handles = [probe.register_forward_hook(record, with_kwargs=True) for probe in dict.fromkeys(probes)]
+    trained = [p for p in model.parameters() if p.requires_grad]
     try:
+        for p in trained:  # the counter fails at a module that is called with a parameter
+            p.requires_grad_(False)
         # What is compiled runs as it is written: a graph from before has no room for the probes.
         with quietly(model), torch.compiler.set_stance('force_eager'), _counting() as counter:
-            functional_call(model, {name: b.clone() for name, b in model.named_buffers()}, args)
+            on_copied_buffers(model, args)
         found.macs = counter.get_total_flops() // 2
     finally:
+        for p in trained:
+            p.requires_grad_(True)
         for handle in handles:
             handle.remove()
     return found
+
+
+def on_copied_buffers(model: nn.Module, args: tuple[Any, ...]) -> Any:
+    """What ``model(*args)`` gives; what it writes into its buffers is lost."""
+    # Torch's way with tied tensors loses the original buffer of a module that stands at two places.
+    return functional_call(model, {name: b.clone() for name, b in model.named_buffers()}, args, tie_weights=False)
+
+
+def _shape(x: Any) -> Shape | str:
+    return tuple(x.shape) if isinstance(x, Tensor) else f'a {type(x).__name__}'
 
 
 def run_block(block: nn.Module, channels: int, size: tuple[int, int]) -> tuple[Tensor, Any, int]:
@@ -94,19 +116,24 @@ def milliseconds_per_image(networks: Mapping[str, nn.Module], images: Tensor, ro
 
 @contextmanager
 def quietly(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and afterwards the modes of all modules and the random state of before."""
-    training = {module: module.training for module in model.modules()}
+    """Eval mode, no gradients, and afterwards the modes of all modules and the random state of before.
+
+    Attributes that a forward sets are also what they were: a network may keep what it made for the size of the last
+    image, as transformers' Swin its windows.
+    """
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type != 'cpu'}
     kind = next((device.type for device in devices), 'cuda')
     with torch.no_grad(), torch.random.fork_rng(devices=list(devices), device_type=kind):
         # Not model.eval(): a train() of somebody's own may do more than switch, merge weights for example.
-        for module in training:
+        for module, _ in before:
             module.training = False
         try:
             yield
         finally:
-            for module, mode in training.items():
-                module.training = mode
+            for module, attributes in before:
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
 
 
 def _counting() -> Any:

@@ -13,8 +13,10 @@ from torch import nn
 from sase_blocks.convert import INSERTED
 from sase_blocks.models.slots import check_stages
 
-from .families import KNOWN, Family, family_of, numbered_blocks
+from .families import Family, family_of, numbered_blocks
+from .repeated import known_maps, repeated_blocks
 from .surgery import AFTER, APPEND, CHILD, SLOT, inserted_in, is_plain_sequential, why_not
+from .survey import Survey
 
 Where = str | Callable[[str, nn.Module], Any] | None
 
@@ -37,8 +39,8 @@ class Place:
         return f'{self.name}.{child}' if self.name else child
 
 
-def find_places(model: nn.Module, where: Where, stages: Any) -> list[Place]:
-    """The places that are meant, in the order of the network; at least one.
+def find_places(model: nn.Module, where: Where, stages: Any, survey: Survey) -> tuple[list[Place], bool, list[str]]:
+    """The places that are meant, in the order of the network, at least one; whether our rule found them; what it left.
 
     Raises:
         TypeError: ``where`` is no pattern, function or None.
@@ -46,14 +48,14 @@ def find_places(model: nn.Module, where: Where, stages: Any) -> list[Place]:
             stages that do not exist or are not known, a module that cannot hold an attention.
     """
     blocks = {name: (block, family, stage) for name, block, family, stage in numbered_blocks(model)}
+    by_rule = False
+    unread: list[str] = []
     if where is None:
         named = [(name, block) for name, (block, family, _) in blocks.items() if family.site(block) is not None]
         if not named:
-            raise ValueError(
-                f'no residual branch of this {type(model).__name__} is known (known are {KNOWN}): name the modules '
-                f"that attention is to follow, where='layer*.norm' or where=lambda name, module: ...; there are "
-                f'{_some([name for name, _ in model.named_modules() if name])}'
-            )
+            by_rule, (named, unread) = True, repeated_blocks(model, survey)
+        if not named:
+            raise ValueError(_no_place(model, survey))
     else:
         named = _matches(model, where)
     if stages is not None:
@@ -68,7 +70,20 @@ def find_places(model: nn.Module, where: Where, stages: Any) -> list[Place]:
                 f'{first.name!r} and {place.name!r} are one shared module with {first.channels} and {place.channels} '
                 f'channels, which one attention cannot follow; choose other places with where='
             )
-    return list(places.values())
+    return list(places.values()), by_rule, unread
+
+
+def _no_place(model: nn.Module, survey: Survey) -> str:
+    """Why ``where=None`` finds nothing, and what to write instead."""
+    start = f'no block of this {type(model).__name__} is in the table of known ones, '
+    name_them = "name the modules that attention is to follow, where='layer*.norm' or where=lambda name, module: ..."
+    if survey.trace is None:
+        return f'{start}and none could be found from a forward: {survey.why}; or {name_them}'
+    maps = known_maps(model, survey)
+    if not maps:
+        return f'{start}and no module in it gives a feature map, (B, C, H, W), (B, H, W, C) or tokens (B, N, C) of one'
+    listed = '; '.join(f'{what} by where={where}' for what, where in maps[:4])
+    return f'{start}and none is repeated: {name_them}; there are {listed}'
 
 
 def _matches(model: nn.Module, where: Where) -> list[tuple[str, nn.Module]]:

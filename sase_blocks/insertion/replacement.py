@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sase_blocks.models.slots import check_stages
@@ -13,9 +14,10 @@ from sase_blocks.selfattention import OPERATORS, build_operator
 from sase_blocks.selfattention.routes import check_choice
 
 from .families import numbered_blocks
-from .insertion import check_model, example_of
+from .insertion import _check_optimizer, _extend, check_model, example_of
 from .measure import quietly
 from .places import Where
+from .surgery import hand_on
 
 __all__ = ['replace_convolutions']
 
@@ -29,11 +31,13 @@ def replace_convolutions(
     kernel_size: int | None = None,
     heads: int = 8,
     input_size: int | tuple[int, ...] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> list[str]:
     """Replace convolutions that keep their channels by local or axial self-attention, or by another convolution.
 
     The new operators are untrained, the names of all other parameters stay; a norm behind the convolution goes on
-    following the operator. Device, dtype and train or eval mode are the convolution's.
+    following the operator. Device, dtype and train or eval mode are the convolution's. A convolution that stands at two
+    places is replaced at both, by one operator, also where ``where`` names one of them.
 
     Args:
         model: the network.
@@ -45,9 +49,11 @@ def replace_convolutions(
         heads: of the attentions.
         input_size: of an image, for the forward that finds the feature sizes of axial attention: an int, (H, W) or
             (C, H, W). Default: what a timm model says of itself.
+        optimizer: gives up the parameters of the convolutions, and gets those of the operators as ``insert`` gives it
+            new ones.
 
     Returns:
-        The names of what was replaced.
+        The names of what was replaced, a shared convolution's one after the other.
 
     Raises:
         TypeError, ValueError: a network that cannot be changed (see ``insert``), nothing that matches, a match that is
@@ -56,7 +62,11 @@ def replace_convolutions(
     """
     check_model(model)
     check_choice('operator', operator, tuple(OPERATORS))
-    found = dict(_matching(model, where, stages))
+    _check_optimizer(optimizer, model)
+    found: dict[str, Any] = {}
+    for name, conv in _matching(model, where, stages):
+        if not any(conv is other for other in found.values()):
+            found[name] = conv
     if not found:
         raise ValueError(_nothing_found(model, where, stages))
     for name, conv in found.items():
@@ -70,10 +80,46 @@ def replace_convolutions(
             operator, conv.out_channels, conv.stride[0], kernel_size, heads, dtype=conv.weight.dtype, **options
         )
         built[name] = new.to(conv.weight.device).train(conv.training)
-    for name, new in built.items():
-        parent, _, child = name.rpartition('.')
-        setattr(model.get_submodule(parent), child, new)
-    return list(built)
+    new_for = {id(found[name]): new for name, new in built.items()}
+    names = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if id(module) in new_for]
+    groups = [] if optimizer is None else [dict(group) for group in optimizer.param_groups]
+    gone: dict[int, nn.Parameter] = {}
+    try:
+        for name, module in names:
+            hand_on(module, new_for[id(module)])
+            _put(model, name, new_for[id(module)])
+        if optimizer is not None:
+            gone = {id(p): p for conv in found.values() for p in conv.parameters()}
+            for parameter in model.parameters():
+                gone.pop(id(parameter), None)
+            _give_up(optimizer, set(gone))
+            _extend(optimizer, model, {id(p) for new in built.values() for p in new.parameters()})
+    except BaseException:
+        for name, module in names:
+            _put(model, name, module)
+        if optimizer is not None:
+            del optimizer.param_groups[len(groups) :]
+            for group, before in zip(optimizer.param_groups, groups, strict=True):
+                group.update(before)
+        raise
+    for parameter in gone.values():
+        if optimizer is not None:
+            optimizer.state.pop(parameter, None)
+    return [name for name, _ in names]
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition('.')
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _give_up(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
+    """Take parameters out of the groups of an optimizer; a group that holds none any more stays, empty."""
+    for group in optimizer.param_groups:
+        kept = [index for index, p in enumerate(group['params']) if id(p) not in gone]
+        for key in ('params', 'param_names'):
+            if key in group:
+                group[key] = [group[key][index] for index in kept]
 
 
 def _nothing_found(model: nn.Module, where: Where, stages: Any) -> str:
@@ -104,7 +150,7 @@ def _matching(model: nn.Module, where: Where, stages: Any) -> Iterator[tuple[str
         raise TypeError(
             f'where must be a pattern over module names, a function (name, module) -> bool or None: {where!r}'
         )
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         around = [stage for block, stage in blocks if name.startswith(f'{block}.')]
         if chosen is not None and not any(stage in chosen for stage in around):
             continue
@@ -140,7 +186,9 @@ def _feature_sizes(model: nn.Module, convs: dict[str, Any], input_size: Any) -> 
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            sizes[name] = (inputs[0].shape[2], inputs[0].shape[3])
+            size = (inputs[0].shape[2], inputs[0].shape[3])
+            if sizes.setdefault(name, size) != size:
+                raise ValueError(f'{name} runs on maps of {sizes[name]} and {size}, but axial attention has one size')
 
         return hook
 

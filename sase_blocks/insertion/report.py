@@ -22,6 +22,7 @@ class InsertedPlace:
     feat_size: tuple[int, int] | None  # (H, W); None if no forward was run
     parameters: int
     macs: int | None  # multiply-accumulates of one forward of one image; None if no forward was run
+    layout: str = 'NCHW'  # or 'NHWC', 'tokens', 'tokens+1' (one in front of the map)
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class InsertReport:
         model_parameters, model_macs: of the network before the insertion; MACs None if no forward was run.
         parameters: the new parameters, for a parameter group of an optimiser.
         note: why something is not known, or ''.
+        left_out: names of blocks that got none, for the forward does not run them, or nothing reads the map they give.
+        by_rule: whether the network is none that is known, and its places are those of the rule for repeated blocks,
+            which is ours and no paper's.
     """
 
     network: str
@@ -72,6 +76,8 @@ class InsertReport:
     model_macs: int | None
     parameters: tuple[nn.Parameter, ...] = field(repr=False, compare=False)
     note: str = ''
+    left_out: tuple[str, ...] = ()
+    by_rule: bool = False
 
     @property
     def added_parameters(self) -> int:
@@ -106,6 +112,7 @@ class InsertReport:
             rows = [('place', 'channels', 'feature size', 'parameters', 'MACs')]
             for place in self.places:
                 size = '-' if place.feat_size is None else '{} x {}'.format(*place.feat_size)
+                size += '' if place.layout == 'NCHW' else f' {place.layout}'
                 rows.append((place.name, str(place.channels), size, f'{place.parameters:,}', _count(place.macs)))
             rows.append(('added', '', '', f'{self.added_parameters:,}', _count(self.added_macs)))
             rows.append(('network before', '', '', f'{self.model_parameters:,}', _count(self.model_macs)))
@@ -116,6 +123,13 @@ class InsertReport:
                 table.append('  '.join([first.ljust(widths[0]), *cells]))
             rule = '-' * len(table[0])
             lines += [table[0], rule, *table[1:-2], rule, *table[-2:]]
+        if self.by_rule:
+            lines.append("behind each repeated block: our rule for a network that is not known, no paper's place")
+        if self.left_out:
+            more = f', ... ({len(self.left_out) - 3} more)' if len(self.left_out) > 3 else ''
+            lines.append(
+                f'left out, for they do not run or nothing reads their map: {", ".join(self.left_out[:3])}{more}'
+            )
         if self.already:
             lines.append(f'{len(self.already)} places had it already and were left alone')
         if self.note:

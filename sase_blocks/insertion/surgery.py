@@ -62,9 +62,18 @@ class IdentityStart(nn.Module):
         return torch.lerp(x, self.block(x).to(x.dtype), self.alpha.to(x.dtype))
 
 
+def _run_after_first(holder: Any, result: Any) -> Any:
+    if type(result) in (tuple, list):  # a block of several tensors: the first is the map
+        return type(result)((holder.inserted_attention(result[0]), *result[1:]))
+    return holder.inserted_attention(result)
+
+
 # TorchScript takes hooks with these arguments and these types.
 def run_after(self: Any, input: tuple[Tensor], result: Tensor) -> Tensor:
-    return self.inserted_attention(result)
+    if torch.jit.is_scripting():
+        return self.inserted_attention(result)
+    else:  # TorchScript leaves an else out, and compiles what follows an if
+        return _run_after_first(self, result)
 
 
 def run_before(self: Any, input: tuple[Tensor]) -> tuple[Tensor]:
