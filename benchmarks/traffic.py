@@ -2,7 +2,7 @@
 
 inductor plans its kernels from shapes alone. This script lets it plan for a Hopper GPU (nothing is generated or run)
 and adds up the bytes that the planned kernels read and write, in traversals: one read or one write of x. It needs
-neither a device nor Triton. It uses interfaces of inductor that are not public: they are the same from torch 2.6 to
+neither a device nor Triton. It uses interfaces of inductor that are not public: they are the same from torch 2.8 to
 2.15, and a newer torch may need a change here.
 
     python benchmarks/traffic.py                        # at the four ResNet-50 shapes, bf16

@@ -8,7 +8,6 @@ converts to bf16 off, where a GPU rounds.
 import pytest
 import torch
 from test_selfattention import kept, local_arguments, local_loops, near, with_gradients
-from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
 from sase_blocks.selfattention import LocalSelfAttention, local_attention, local_triton
@@ -28,18 +27,6 @@ def parts_are_called_as_they_are(monkeypatch):
         return self.rewrite()(*args, **kwargs) if ours else whole(self, *args, **kwargs)
 
     monkeypatch.setattr(InterpretedFunction, '__call__', call)
-
-
-@pytest.fixture(autouse=True)
-def a_tensor_is_an_index(monkeypatch):
-    """Triton 3.2 takes int() of an array with an axis, which numpy refuses from 2.4 on."""
-    whole = interpreter._patch_lang_tensor
-
-    def patch(tensor, *rest):
-        whole(tensor, *rest)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, '_patch_lang_tensor', patch)
 
 
 def fused(border):

@@ -4,7 +4,6 @@ What the kernels compute is tested in `interpreted_triton.py`, in a process of i
 """
 
 import importlib.util
-import inspect
 import os
 import re
 import subprocess
@@ -71,11 +70,7 @@ def resources(kernel, options: dict, dtype: str, capability: int) -> tuple[int, 
             signature[name] = 'i32'
         else:
             signature[name] = '*fp32' if name in ('relative', 'lse', 'delta', 'parts') else f'*{dtype}'
-    if 'constexprs' in inspect.signature(ASTSource).parameters:
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    else:  # Triton 3.2, with torch 2.6
-        signature = {name: kind for name, kind in signature.items() if kind != 'constexpr'}
-        source = ASTSource(fn=kernel, signature=signature, constants=constants)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=settings)
     file = Path(os.environ['TRITON_CACHE_DIR']) / 'kernel.cubin'
     file.write_bytes(compiled.asm['cubin'])

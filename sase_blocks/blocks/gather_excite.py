@@ -5,15 +5,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 
 from sase_blocks.ops import BatchNorm2d, Conv2d
 from sase_blocks.ops.primitive import turn_positive_
 
 from .base import AttentionModule
 from .graph import MAP, Edge, Graph
-
-# torch 2.6 cannot tell export from compilation.
-is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
 
 
 def neighbourhood_matrix(size: int, extent: int, like: Tensor) -> Tensor:

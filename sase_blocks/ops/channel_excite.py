@@ -251,9 +251,7 @@ class ChannelConvCircular(ChannelConv):
     def excite(self, q: Tensor) -> Tensor:
         weight: Tensor = self.convs[0].weight  # type: ignore[assignment]
         pad, z = weight.shape[2] // 2, q.flatten(1)
-        ring = torch.cat(
-            [z[:, -pad:], z, z[:, :pad]], 1
-        )  # by slices: FX and TorchScript of torch 2.6 take no arange here
+        ring = torch.cat([z[:, -pad:], z, z[:, :pad]], 1)
         return torch.sigmoid(F.conv1d(ring.unsqueeze(1), weight)).transpose(1, 2).unsqueeze(3)
 
 

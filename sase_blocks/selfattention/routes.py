@@ -11,10 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sase_blocks.ops.primitive import check_features, narrow, widen
-
-# torch 2.6 cannot tell export from compilation.
-_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+from sase_blocks.ops.primitive import check_features
 
 
 def check_choice(what: str, value: Any, known: Sequence[str]) -> None:
@@ -60,12 +57,11 @@ def captured() -> bool:
 
 def exported() -> bool:
     """Whether the graph being captured is to serve maps of other sizes, too."""
-    return bool(_is_exporting()) or torch.jit.is_tracing()
+    return bool(torch.compiler.is_exporting()) or torch.jit.is_tracing()
 
 
 def autocast_active(device: torch.device) -> bool:
     """Whether autocast would run products on ``device`` in half precision. (The meta device has no autocast.)"""
-    # Not torch.amp.is_autocast_available, of which torch 2.6 can capture no graph.
     return device.type != 'meta' and torch.is_autocast_enabled(device.type)
 
 
@@ -90,9 +86,7 @@ def halve(x: Tensor) -> Tensor:
     Equal to a pool that leaves out what lies outside; the strided convolutions of a ResNet round up in the same way.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out what is under such a line alone
-        if captured():  # a pool that rounds up, and in torch 2.6 any pool, would pin the exported sizes to odd or even
-            wide = widen(x)
-            wide = wide[:, :, ::2] + torch.cat([wide[:, :, 1:], wide[:, :, -1:]], 2)[:, :, ::2]
-            wide = wide[:, :, :, ::2] + torch.cat([wide[:, :, :, 1:], wide[:, :, :, -1:]], 3)[:, :, :, ::2]
-            return narrow(wide / 4, x)
+        if captured():  # rounding up there would pin the exported sizes to odd or even ones; an even row too many goes
+            x = torch.cat([x, x[:, :, -1:]], 2)
+            return F.avg_pool2d(torch.cat([x, x[:, :, :, -1:]], 3), 2)
     return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
