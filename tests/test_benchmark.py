@@ -180,7 +180,10 @@ def traffic():
         yield module
 
 
-@pytest.mark.parametrize('without', [(), ('triton',)], ids=['as it is', 'no Triton'])
+@pytest.mark.parametrize(
+    'without',
+    [pytest.param((), id='as it is'), pytest.param(('triton',), id='no Triton', marks=pytest.mark.slow)],
+)
 def test_planned_traffic_of_sase(traffic, without, monkeypatch):
     """Three passes over x forward and no copy of it: a wide convolution in the block would make it six traversals."""
     from torch.utils._triton import has_triton

@@ -31,10 +31,11 @@ def test_example_runs(name, expected):
     assert [text for text in expected if text not in run.stdout] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'files', 'expected'),
     [
-        pytest.param(
+        (
             'search_block.py',
             ['genotype.json', 'genotype.png', 'logits.png'],
             [
@@ -45,7 +46,6 @@ def test_example_runs(name, expected):
                 'convnext_atto: 12 blocks inserted',
                 'regnety_002: 13 blocks inserted',
             ],
-            marks=pytest.mark.slow,
         ),
         (
             'search_network.py',

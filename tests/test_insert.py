@@ -943,6 +943,7 @@ def test_macs_are_what_the_flop_counter_says():
     assert report.model_macs + report.added_macs == counter.get_total_flops() // 2
 
 
+@pytest.mark.slow
 def test_the_example(tmp_path, monkeypatch, capsys):
     path = Path(__file__).parent.parent / 'examples' / 'finetune_pretrained.py'
     monkeypatch.setattr('sys.argv', ['finetune_pretrained.py', '--quick', '--out', str(tmp_path / 'figure.png')])

@@ -101,7 +101,7 @@ def timm_resnet() -> nn.Module:
 
 
 def levit_small() -> nn.Module:
-    sizes = {'embed_dim': (16, 24, 32), 'key_dim': 8, 'depth': (1, 1, 1), 'num_heads': (2, 2, 2)}
+    sizes = {'embed_dim': (32, 40, 48), 'key_dim': 8, 'depth': (1, 1, 1), 'num_heads': (2, 2, 2)}
     return levit.Levit(img_size=64, num_classes=5, **sizes)
 
 

@@ -35,6 +35,7 @@ def check_demo(out, epochs):
     assert str(model.layer4[0].se.genotype) == result['genotype']
 
 
+@pytest.mark.slow
 def test_demo(tmp_path, capsys):
     result = run_search_demo(tmp_path / 'demo', epochs=1)
     check_demo(tmp_path / 'demo', 1)

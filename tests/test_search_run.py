@@ -341,11 +341,11 @@ def without_class(images, labels, classes):
         ({'batch_size': 64}, pictures, '48 images for the weights are fewer than one batch of 64'),
         ({'fraction': 0.95}, pictures, '6 images held out are fewer than one batch of 8'),
         ({'model': 'resnet20_cifr'}, pictures, 'did you mean resnet20_cifar'),
-        ({'model': 'vit_tiny_patch16_224', 'model_args': {}}, pictures, 'where'),
+        ({'model': 'vit_tiny_patch16_224', 'model_args': {}}, pictures, 'fails for an input of'),
         ({}, lambda: without_class(*pictures()), "class 'striped' has 0 training images"),
         ({}, lambda: (pictures()[0].float(), *pictures()[1:]), 'expected uint8 images'),
     ],
-    ids=['batch', 'held out', 'name', 'no place', 'empty class', 'float images'],
+    ids=['batch', 'held out', 'name', 'another size', 'empty class', 'float images'],
 )
 def test_wrong_data(config, changes, data, says):
     with pytest.raises(ValueError, match=says):

@@ -177,7 +177,8 @@ def test_a_mean_far_from_zero_costs_no_digits(where):
             assert (total / fourth - 1).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize('gated', [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize('gated', [False, True])
 def test_twice_differentiable(gated):
     generator = torch.Generator().manual_seed(5)
 

@@ -26,7 +26,7 @@ def interpreted(*arguments: str) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith('PYTEST_')}
     environment |= {'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}
     run = subprocess.run(
-        # The interpreter of Triton 3.2 does what new versions of numpy warn of.
+        # Triton's interpreter does what new versions of numpy warn of.
         [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-W', 'ignore::DeprecationWarning',
          *arguments, 'interpreted_triton.py'],
         cwd=TESTS, env=environment, capture_output=True, text=True, check=False,
@@ -35,6 +35,7 @@ def interpreted(*arguments: str) -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_in_the_interpreter():
     interpreted('-m', 'not slow')
 

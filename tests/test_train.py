@@ -396,7 +396,8 @@ def test_skip_broken_leaves_images_out(config, tmp_path, capsys):
     assert '13 training and 5 validation images' in out
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+# A loading process that an error leaves behind ends ten seconds later, when it is collected.
+@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_broken_image_met_in_training(config, tmp_path, workers):
     """Without the check before, the same error, also out of a loading process."""
     root = make_images(tmp_path / 'spoiled', train=7, val=3, classes=('cat', 'dog'))

@@ -90,7 +90,10 @@ PUBLISHED = [  # millions of parameters and 10^9 multiply-adds of Axial-DeepLab'
 ]
 
 
-@pytest.mark.parametrize(('name', 'args', 'parameters', 'macs'), PUBLISHED)
+@pytest.mark.parametrize(
+    ('name', 'args', 'parameters', 'macs'),
+    [pytest.param(*row, marks=() if row is PUBLISHED[0] else pytest.mark.slow) for row in PUBLISHED],
+)
 def test_axial_networks_have_the_published_counts(name, args, parameters, macs):
     with torch.device('meta'):
         model = timm.create_model(name, **args)
@@ -148,7 +151,13 @@ def test_features_feed_dense_prediction(name):
 
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
-@pytest.mark.parametrize('operators', ['conv', 'local', 'axial', 'conv,local3,local*3+axial*3,axial'])
+@pytest.mark.parametrize(
+    'operators',
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ('conv', 'local', 'axial')),
+        'conv,local3,local*3+axial*3,axial',
+    ],
+)
 def test_a_step_of_training(operators, precision):
     model = timm.create_model('resnet50_trionet', operators=operators, layers=LAYERS, zero_init_last=False, **SMALL)
     x, y = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])

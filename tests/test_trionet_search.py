@@ -264,7 +264,7 @@ def test_what_a_search_leaves(config, look_often, capsys):
             {'algorithm': 'random', 'deterministic': True, 'label_smoothing': 0.0, 'drop_rate': 0.0},
             marks=pytest.mark.slow,
         ),
-        {'max_ms': 1e4, 'evaluations': 5},
+        pytest.param({'max_ms': 1e4, 'evaluations': 5}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: ','.join(changes),
 )
@@ -399,6 +399,7 @@ def test_other_classes_in_the_test_split_are_refused_before_any_work(config, tmp
     assert not (Path(config.out) / 'supernet.pt').exists()
 
 
+@pytest.mark.slow
 def test_a_network_without_finite_outputs_fails_alone(config, monkeypatch, capsys):
     real, calls = training.SupernetTraining.score, []
 
@@ -629,6 +630,7 @@ def test_a_storage_is_tried_before_any_work(config, tmp_path):
     assert not (Path(config.out) / 'supernet.pt').exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_run(config, tmp_path):
     config = replace(config, epochs=1, evaluations=5)
     search(config, pictures())

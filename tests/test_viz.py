@@ -106,7 +106,7 @@ def test_gates_of_every_block(kind, name):
         (lambda: timm.create_model('resnet10t'), 'sase', 'identity', 'layer4.0.se.block', 'layer4.0.se'),
         (lambda: timm.create_model('resnet10t'), 'cbam', 'identity', 'layer4.0.se.block.1', 'layer4.0.se'),
         (lambda: timm.create_model('resnet10t'), 'se', 'paper', 'layer4.0.se', 'layer4.0.se'),
-        (torchvision.models.resnet18, 'coord', 'identity', 'layer4.1.inserted_attention.block', 'layer4.1'),
+        (torchvision.models.resnet18, 'coord', 'identity', 'layer4.1.bn2.inserted_attention.block', 'layer4.1.bn2'),
         (torchvision.models.mobilenet_v3_small, 'simam', 'paper', None, None),
     ],
 )
