@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sase_blocks.ops.primitive import check_features
+from sase_blocks.ops.primitive import check_features, narrow, widen
 
 
 def check_choice(what: str, value: Any, known: Sequence[str]) -> None:
@@ -86,7 +86,9 @@ def halve(x: Tensor) -> Tensor:
     Equal to a pool that leaves out what lies outside; the strided convolutions of a ResNet round up in the same way.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out what is under such a line alone
-        if captured():  # rounding up there would pin the exported sizes to odd or even ones; an even row too many goes
-            x = torch.cat([x, x[:, :, -1:]], 2)
-            return F.avg_pool2d(torch.cat([x, x[:, :, :, -1:]], 3), 2)
+        if captured():  # a pool that rounds up, and in torch 2.8 any pool, would pin the exported sizes to odd or even
+            wide = widen(x)
+            wide = wide[:, :, ::2] + torch.cat([wide[:, :, 1:], wide[:, :, -1:]], 2)[:, :, ::2]
+            wide = wide[:, :, :, ::2] + torch.cat([wide[:, :, :, 1:], wide[:, :, :, -1:]], 3)[:, :, :, ::2]
+            return narrow(wide / 4, x)
     return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
