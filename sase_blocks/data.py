@@ -482,6 +482,11 @@ def listing(samples: Samples) -> str:
     return digest.hexdigest()[:16]
 
 
+def name_data(*splits: Samples) -> str:
+    """A text that is the same for the same images: of their contents if they are checked, else of names and sizes."""
+    return '+'.join(split.fingerprint or f'names {listing(split)}' for split in splits)
+
+
 def same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether the facts of two runs on data agree, apart from what one of them does not know.
 

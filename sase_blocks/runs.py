@@ -147,17 +147,23 @@ def launched(config: Any, purpose: str, extra: str = 'train') -> Iterator[Any]:
         raise ImportError(
             f'{purpose} needs accelerate and tensorboard ({error}): pip install "sase-blocks[{extra}]"'
         ) from error
-    accelerator = Accelerator(
-        cpu=config.cpu,
-        mixed_precision=config.mixed_precision,
-        # A batch is cut among the processes, so that their number does not change the run.
-        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
-    )
+    this = object()
+    _launches.add(this)
     try:
-        yield accelerator
+        yield Accelerator(
+            cpu=config.cpu,
+            mixed_precision=config.mixed_precision,
+            # A batch is cut among the processes, so that their number does not change the run.
+            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+        )
     finally:
+        _launches.discard(this)
         keep_process_group()
-        AcceleratorState._reset_state(reset_partial_state=True)  # or a second run would get this one's settings
+        if not _launches:  # another thread's run goes on with this state
+            AcceleratorState._reset_state(reset_partial_state=True)  # or the next run would get this one's settings
+
+
+_launches: set[object] = set()  # runs of this process that are under way
 
 
 def keep_process_group() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import timm
-from test_data import make_images, truncate
+from test_data import make_images, swap, truncate
 from test_search_run import SPACE
 
 from sase_blocks import runs
@@ -73,6 +73,10 @@ def test_a_campaign(tmp_path, capsys, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in out.glob('*/last.pt')}
     assert main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in out.glob('*/last.pt')} == before
+    swap(data / 'train' / 'dog')
+    for more in ([], ['--seeds', '0,1,2'], ['--evaluate', '2']):
+        assert main([*command, *more]) == 2
+        assert 'images' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

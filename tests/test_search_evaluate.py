@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_data import make_images
+from PIL import Image
+from test_data import make_images, swap
 
 from sase_blocks import data
 from sase_blocks.blocks import Genotype
@@ -123,6 +124,21 @@ def test_last_epoch_counts_and_more_may_be_added(budget, trained):
     assert more['candidates'][2]['accuracies'] == {'0': 60.0, '1': 60.0, '2': 60.0}
     old = [row['genotype'] for row in first['candidates'] if row['kind'] == 'random']
     assert [row['genotype'] for row in more['candidates'] if row['kind'] == 'random'][:2] == old
+
+
+@pytest.mark.parametrize('check', [True, False])
+def test_other_images_are_refused(budget, trained, tmp_path, check):
+    """Though names and counts are the same, and, where the images are checked, sizes, too."""
+    root = make_images(tmp_path / 'own', train=7, val=3, classes=('cat', 'dog'))
+    budget = replace(budget, data=str(root), check=check)
+    evaluate(FOUND, budget, baselines=['none'], seeds=[0], say=[].append)
+    if check:
+        swap(root / 'val' / 'dog')
+    else:
+        Image.new('RGB', (40, 40)).save(root / 'val' / 'dog' / '0.png')
+    with pytest.raises(ValueError, match='images'):
+        evaluate(FOUND, budget, baselines=['none'], seeds=[0, 1], say=[].append)
+    assert len(trained.configs) == 2
 
 
 def test_one_block_for_each_stage(budget, trained):

@@ -242,6 +242,16 @@ def test_two_runs_of_one_process_are_told_apart(config):
     assert os.listdir(config.out) == []
 
 
+def test_a_refused_run_leaves_the_others_state_alone(config):
+    with launched(config, 'a test') as accelerator:
+        with pytest.raises(ValueError, match='refused'), launched(config, 'another'):
+            raise ValueError('refused')
+        assert accelerator.device.type == 'cpu'
+        assert accelerator.is_main_process
+    with launched(replace(config, mixed_precision='bf16'), 'one more') as accelerator:
+        assert accelerator.mixed_precision == 'bf16'
+
+
 def test_resume_waits_for_another_run(config, holder, monkeypatch, capsys):
     process, pipe = holder
     waits = []

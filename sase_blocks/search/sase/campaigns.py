@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sase_blocks.data import Samples
+from sase_blocks.data import Samples, name_data
 from sase_blocks.runs import check_writable, is_main, launched, leave_out_broken, say, write_text
 from sase_blocks.search.halves import Arrays, find_samples
 from sase_blocks.search.significance import load_stats
@@ -165,7 +165,7 @@ def _searches(
         work,
         out / 'tasks.db' if storage is None else storage,
         f'searches in {config.out}' if '://' in str(storage) else 'searches',
-        settings=_settings(config),
+        settings={**_settings(config), **({'images': name_data(images)} if isinstance(images, Samples) else {})},
         describe=lambda task, result: str(result['genotype']),
         cpu=config.cpu,
     )

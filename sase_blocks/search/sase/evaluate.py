@@ -24,7 +24,7 @@ import torch
 
 from sase_blocks import models  # noqa: F401  # registers our models with timm
 from sase_blocks.blocks import Genotype
-from sase_blocks.data import Samples, derive_seed, image_config
+from sase_blocks.data import Samples, derive_seed, image_config, name_data
 from sase_blocks.insertion.measure import count_macs, milliseconds_per_image
 from sase_blocks.reading import quoted, shorten
 from sase_blocks.runs import check_writable, environment, is_main, launched, write_text
@@ -122,7 +122,7 @@ def evaluate(
         [*trainings, *costs],
         work,
         *_queue_of(budget, storage),
-        settings=_settings(budget),
+        settings={**_settings(budget), 'images': name_data(*samples)},
         describe=describe,
         cpu=budget.cpu,
         **queue,
@@ -184,9 +184,11 @@ def check_evaluation(
     if is_main():
         open_samples(budget)
         check_writable(Path(budget.out))
-        check_queue(*_queue_of(budget, storage), _settings(budget))
     with launched(budget, 'an evaluation', 'search') as accelerator:
-        return checked_samples(budget, accelerator)
+        samples = checked_samples(budget, accelerator)
+    if is_main():
+        check_queue(*_queue_of(budget, storage), {**_settings(budget), 'images': name_data(*samples)})
+    return samples
 
 
 def random_genotypes(
