@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from timm.data import ImageDataset, create_dataset, create_transform, get_img_extensions, resolve_data_config
 from timm.layers import SpaceToDepth
@@ -29,7 +29,7 @@ from timm.utils import natural_key
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
-from torchvision.datasets import DatasetFolder, ImageFolder
+from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
@@ -39,6 +39,7 @@ TRAIN_FOLDERS = ('train', 'training')
 VAL_FOLDERS = ('val', 'validation', 'valid', 'test', 'eval')
 LAYOUT = 'expected ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg (or validation/ or test/ in place of val/)'
 SIDE_FOLDERS = ('__MACOSX', '@eaDir')  # copies and previews of the images beside them
+STREAMS = ('hfids', 'tfds', 'wds')  # prefixes of timm's names of data sets
 MODES = {1: 'L', 3: 'RGB'}  # of images, by their channels, as Pillow calls them
 BITS_PER_SAMPLE = 258  # a tag of TIFF
 SMALL = 64  # px; up to this size images are trained on as CIFAR is, above it as ImageNet is
@@ -179,7 +180,8 @@ def open_data(
         root: a folder with train/ and val/, validation/ or test/ in it, each with one folder a class; for a data set
             by name, where it is or will be stored.
         dataset: '' for class folders, or a name of ``timm.data.create_dataset``: 'torch/cifar10', 'hfds/USER/NAME', ...
-        train_split, val_split: the splits of a data set by name.
+            A name for which timm reads class folders, such as 'folder', opens them as '' does, but by their splits.
+        train_split, val_split: the splits of a data set by name; for class folders by name, their folders in ``root``.
         download: whether a data set by name may be downloaded.
         num_classes: needed where the data set by name does not know it; anywhere else it must be right.
 
@@ -225,9 +227,12 @@ def open_training_data(
 def _open_split(
     root: Path, dataset: str, split: str, folders: Sequence[str], *, download: bool, num_classes: int | None
 ) -> Samples:
-    if dataset:
+    if dataset and not _is_folder(dataset, root, split):
         samples = _open_named(dataset, root, split, download, num_classes)
     else:
+        if dataset:  # train and validation may have their other names, as with timm; the root never stands in
+            same = next((names for names in (TRAIN_FOLDERS, VAL_FOLDERS) if split in names and split != 'test'), ())
+            folders = list(dict.fromkeys((split, *same)))
         if not root.is_dir():
             raise FileNotFoundError(f'there is no data folder {root}; {LAYOUT}')
         samples = _open_folder(_split_folder(root, folders), split)
@@ -324,8 +329,18 @@ def _check_regular(entry: os.DirEntry[str]) -> None:
         raise ValueError(f'{printable(entry.path)} is {what}; replace or remove it')
 
 
+def _is_folder(name: str, root: Path, split: str) -> bool:
+    """Whether ``timm.data.create_dataset`` reads class folders under this name: any without a prefix it knows."""
+    prefix, slash, rest = name.lower().partition('/')
+    if prefix == 'torch' and slash:
+        return rest in ('folder', 'image_folder')
+    if prefix in STREAMS or (prefix == 'hfds' and slash):
+        return False
+    return not (root.is_file() or (root / split).is_file())  # an archive
+
+
 def _open_named(name: str, root: Path, split: str, download: bool, num_classes: int | None) -> Samples:
-    if name.partition('/')[0].lower() in ('hfids', 'tfds', 'wds'):
+    if name.partition('/')[0].lower() in STREAMS:
         raise ValueError(f'{name} is read as a stream, whose samples have no index; use class folders, torch/ or hfds/')
     try:
         source = create_dataset(name, root=str(root), split=split, download=download)
@@ -334,8 +349,6 @@ def _open_named(name: str, root: Path, split: str, download: bool, num_classes: 
     except Exception as error:  # AssertionError for an unknown name, RuntimeError for missing files, ...
         hint = '' if download else ' If it is not there yet, --download may get it.'
         raise ValueError(f'cannot open the {split} split of {name} in {root}: {error}.{hint}') from error
-    if type(source) is ImageFolder:  # class folders by another name
-        return _open_folder(Path(source.root), split)
     classes = getattr(source, 'classes', None)
     if isinstance(source, DatasetFolder):  # its own loader clips 16 bits to white
         source = ImageFiles(str(source.root), source.samples)
@@ -355,8 +368,8 @@ def _open_named(name: str, root: Path, split: str, download: bool, num_classes: 
 def decode_image(stored: bytes | Image.Image, mode: str, *, smallest: bool = False) -> tuple[Image.Image, int | None]:
     """Decode an image, turn it as its EXIF orientation says, and bring it to 8 bits a channel.
 
-    Grey of 16 bits is scaled by its range: 0..65535, or less where a TIFF states fewer bits. Transparency is dropped,
-    as Pillow's ``convert`` does.
+    Grey of 16 bits is scaled by its range: 0..65535, or less where a TIFF states fewer bits. Of colour and of grey with
+    alpha of 16 bits, Pillow keeps the upper 8. Transparency is dropped, as Pillow's ``convert`` does.
 
     Args:
         stored: the content of a file, or an image.
@@ -364,16 +377,22 @@ def decode_image(stored: bytes | Image.Image, mode: str, *, smallest: bool = Fal
         smallest: decode a JPEG at 1/8 of its size, yet to its end.
 
     Returns:
-        The image, and the largest stored value of a 16-bit one (None for all others); see ``check_depth``.
+        The image, and the largest stored value of a 16-bit one (None for all others); see ``check_depth``. In colour
+        and with alpha it is the largest value that has these upper 8 bits, and known for PNG and TIFF alone.
 
     Raises:
+        UnidentifiedImageError: of no format that Pillow knows.
         ValueError: 32 bits a pixel, whose range is unknown.
         Exception: whatever Pillow's decoders raise for a broken file.
     """
     with contextlib.ExitStack() as stack:
-        image = stored if isinstance(stored, Image.Image) else stack.enter_context(Image.open(io.BytesIO(stored)))
+        try:
+            image = stored if isinstance(stored, Image.Image) else stack.enter_context(Image.open(io.BytesIO(stored)))
+        except UnidentifiedImageError:  # whose text shows the BytesIO
+            raise UnidentifiedImageError('cannot identify image file') from None
         if smallest:
             image.draft('RGB', (1, 1))
+        deep = _is_deep_colour(image)  # decoding forgets it
         image.load()
         with contextlib.suppress(Exception):  # EXIF that cannot be read: as without
             ImageOps.exif_transpose(image, in_place=True)
@@ -386,12 +405,24 @@ def decode_image(stored: bytes | Image.Image, mode: str, *, smallest: bool = Fal
             if bits == 16:
                 largest = int(values.max())
             image = Image.fromarray(((values * 255 + limit // 2) // limit).astype(np.uint8))
+        elif deep:
+            colours = np.asarray(image)[..., : 1 if image.mode == 'LA' else 3]  # less alpha
+            largest = 256 * int(colours.max()) + 255
         elif image.mode in ('I', 'F'):
             kind = 'floating-point' if image.mode == 'F' else 'integer'
             raise ValueError(f'32-bit {kind} pixels have no known range; scale the image and save it with 8 or 16 bits')
         if image.mode == 'P' and 'transparency' in image.info:
             image = image.convert('RGBA')  # Pillow warns where this step is left out
         return image.convert(mode), largest
+
+
+def _is_deep_colour(image: Image.Image) -> bool:
+    """Whether an image not yet decoded stores 16 bits a channel of which Pillow will keep the upper 8."""
+    if image.format not in ('PNG', 'TIFF') or image.mode not in ('LA', 'RGB', 'RGBA', 'RGBa', 'RGBX'):
+        return False
+    # Each tile: decoder, box, offset and its arguments, of which the only or the first is Pillow's raw mode.
+    raw = [args if isinstance(args, str) else args[0] for *_, args in getattr(image, 'tile', ())]
+    return any(';16' in mode for mode in raw)
 
 
 def check_depth(largest: Mapping[T, int]) -> dict[T, str]:

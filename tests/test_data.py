@@ -6,6 +6,7 @@ import random
 import shutil
 import socket
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,49 @@ def test_wrong_folder_is_refused(tmp_path, spoil, error, says):
         open_data(root)
 
 
+FOLDERS = (
+    'folder',
+    'image_folder',
+    'torch',
+    'any/Name',
+    'torch/image_folder',
+    'Torch/Folder',
+)  # of timm, for class folders
+
+
+@pytest.mark.parametrize('dataset', FOLDERS)
+def test_class_folders_by_name_are_read_as_those_without(tmp_path, dataset):
+    root = make_images(tmp_path / 'data')
+    (root / 'train/dog/part').mkdir()
+    (root / 'train/dog/0.png').rename(root / 'train/dog/part/0.png')
+    for hidden in ('train/.hidden/0.png', 'train/cat/.0.png', 'train/__MACOSX/0.png'):
+        (root / hidden).parent.mkdir(exist_ok=True)
+        shutil.copy(root / 'val/cat/0.png', root / hidden)
+    truncate(root / 'train/owl/1.png')
+    by_name, plain = open_data(root, dataset), open_data(root)
+    assert [(s.classes, s.source) for s in by_name] == [(s.classes, s.source) for s in plain]
+    (text,) = find_broken(by_name[0], progress=False).values()
+    assert text.startswith(str(root / 'train/owl/1.png'))
+
+    shutil.copytree(root / 'val', root / 'extra')
+    assert open_training_data(root, dataset, split='extra').source.root == str(root / 'extra')
+    for split in ('gone', 'test'):  # not the root, nor another split in its place
+        with pytest.raises(FileNotFoundError, match=rf'has no folder {split} \(it holds: extra, train, val\)'):
+            open_data(root, dataset, val_split=split)
+    os.mkfifo(root / 'train/cat/a.png')
+    with pytest.raises(ValueError, match=r'cat.a\.png is no regular file'):
+        open_data(root, dataset)
+    with pytest.raises(FileNotFoundError, match='there is no data folder'):
+        open_data(tmp_path / 'gone', dataset)
+
+
+def test_archive_is_still_read_by_timm(tmp_path):
+    make_images(tmp_path)
+    archive = shutil.make_archive(str(tmp_path / 'all'), 'tar', tmp_path / 'train')
+    train = open_training_data(archive, 'folder', num_classes=3)
+    assert (train.classes, len(train)) == (['0', '1', '2'], 12)
+
+
 @pytest.mark.parametrize(
     ('dataset', 'says'),
     [
@@ -155,11 +199,8 @@ class Reader(list):
 
 
 def test_data_set_by_name_is_opened(tmp_path, monkeypatch):
-    """A folder, one that torchvision decodes, one that a reader of timm gives as files, and one in memory."""
+    """One that torchvision decodes, one that a reader of timm gives as files, and one in memory."""
     root = make_images(tmp_path)
-    by_name, plain = open_data(root, 'torch/image_folder'), open_data(root)
-    assert [(s.classes, s.source.samples) for s in by_name] == [(s.classes, s.source.samples) for s in plain]
-
     good = (root / 'train/cat/0.png').read_bytes()
     sources = {
         'decoded': FakeData(5, (3, 9, 9), num_classes=2),
@@ -168,18 +209,18 @@ def test_data_set_by_name_is_opened(tmp_path, monkeypatch):
     }
     sources['array'].data = np.arange(5, dtype=np.uint8)
     sources['array'].targets = [0, 1, 1, 0, 1]
-    monkeypatch.setattr(data, 'create_dataset', lambda name, **options: sources[name])
-    train = open_training_data(root, 'decoded', num_classes=2)
+    monkeypatch.setattr(data, 'create_dataset', lambda name, **options: sources[name.removeprefix('torch/')])
+    train = open_training_data(root, 'torch/decoded', num_classes=2)
     assert (train.classes, len(train), train.name(3), train.load(3)[0].size) == (['0', '1'], 5, 'train[3]', (9, 9))
     assert find_broken(train) == {}
-    train = open_training_data(root, 'reader')
+    train = open_training_data(root, 'torch/reader')
     assert (train.classes, train.load(2)[0].size, train.part([1, 2]).labels()) == (['cat', 'dog'], (12, 12), [1, 1])
     broken = find_broken(train)
     assert list(broken) == [1, 3]
     assert broken[3] == 'train[3]: its label 2 is none of the 2 classes'
     prints = set()
     for sources['array'].data[0] in (0, 7):
-        broken, fingerprint = inspect_images(open_training_data(root, 'array', num_classes=2))
+        broken, fingerprint = inspect_images(open_training_data(root, 'torch/array', num_classes=2))
         assert broken == {}
         prints.add(fingerprint)
     assert len(prints) == 2
@@ -280,6 +321,9 @@ def test_broken_images_are_found_named_and_left_out(tmp_path, suffix):
     (root / f'train/owl/3.{suffix}').write_bytes(b'no image at all')
     train, val = open_data(root)
     broken = find_broken(train, progress=False)
+    assert broken[11] == f'{root}/train/owl/3.{suffix}: cannot identify image file'
+    with pytest.raises(ValueError, match=rf'3\.{suffix}: cannot identify image file; replace'):
+        train.load(11)
     assert find_broken(val, progress=False) == {}
     assert [Path(text.split(': ')[0]).parts[-2:] for text in broken.values()] == [
         ('dog', f'1.{suffix}'),
@@ -320,6 +364,32 @@ def twelve_bits(values):
     return b'II*\0' + struct.pack('<I', 8 + len(pixels)) + pixels + struct.pack('<H', 9) + entries + bytes(4)
 
 
+def sixteen_bit_png(values, kind):
+    """Grey with alpha (kind 4), RGB (2) or RGBA (6) of 16 bits, which Pillow reads and does not write."""
+    height, width = values.shape
+    pixels = np.repeat(values[..., None], {4: 2, 2: 3, 6: 4}[kind], 2).astype('>u2')
+    if kind != 2:
+        pixels[..., -1] = 65535
+    header = struct.pack('>IIBBBBB', width, height, 16, kind, 0, 0, 0)
+    chunks = {b'IHDR': header, b'IDAT': zlib.compress(b''.join(b'\0' + row.tobytes() for row in pixels)), b'IEND': b''}
+    return b'\x89PNG\r\n\x1a\n' + b''.join(
+        struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
+        for name, body in chunks.items()
+    )
+
+
+def sixteen_bit_tiff(values):
+    """RGB of 16 bits, which Pillow reads and does not write."""
+    height, width = values.shape
+    pixels = np.repeat(values[..., None], 3, 2).astype('<u2').tobytes()
+    bits = 8 + len(pixels)
+    tags = [(256, 1, width), (257, 1, height), (258, 3, bits), (259, 1, 1), (262, 1, 2), (273, 1, 8), (277, 1, 3)]
+    tags += [(278, 1, height), (279, 1, len(pixels))]
+    entries = b''.join(struct.pack('<HHII', tag, 3 if tag == 258 else 4, *rest) for tag, *rest in tags)
+    head = b'II*\0' + struct.pack('<I', bits + 6)
+    return head + pixels + struct.pack('<HHH', 16, 16, 16) + struct.pack('<H', 9) + entries + bytes(4)
+
+
 RAMP = np.linspace(0, 65535, 48).round().astype(np.uint16).reshape(6, 8)
 EIGHT = (RAMP / 257).round().astype(np.uint8)  # what the ramp is in 8 bits
 
@@ -331,6 +401,10 @@ EIGHT = (RAMP / 257).round().astype(np.uint8)  # what the ramp is in 8 bits
         (lambda: stored(Image.fromarray(RAMP), 'tiff'), 65535),
         (lambda: stored(Image.fromarray(RAMP.astype('>u2')), 'tiff'), 65535),
         (lambda: b'P5 8 6 65535\n' + RAMP.astype('>u2').tobytes(), 65535),
+        (lambda: sixteen_bit_png(RAMP, 4), 65535),
+        (lambda: sixteen_bit_png(RAMP, 2), 65535),
+        (lambda: sixteen_bit_png(RAMP, 6), 65535),
+        (lambda: sixteen_bit_tiff(RAMP), 65535),
         (lambda: twelve_bits(RAMP >> 4), None),
         (lambda: stored(Image.fromarray(EIGHT), 'png'), None),
         (lambda: stored(Image.fromarray(EIGHT).convert('LA'), 'png'), None),
@@ -341,7 +415,25 @@ EIGHT = (RAMP / 257).round().astype(np.uint8)  # what the ramp is in 8 bits
         (lambda: Image.fromarray(RAMP), 65535),
         (lambda: Image.fromarray(EIGHT), None),
     ],
-    ids=['png16', 'tiff16', 'tiff16 big endian', 'pgm16', 'tiff12', 'L', 'LA', 'RGBA', 'CMYK', 'P', 'P3', 'I;16', 'Lm'],
+    ids=[
+        'png16',
+        'tiff16',
+        'tiff16 big endian',
+        'pgm16',
+        'LA16',
+        'RGB16',
+        'RGBA16',
+        'RGB16 tiff',
+        'tiff12',
+        'L',
+        'LA',
+        'RGBA',
+        'CMYK',
+        'P',
+        'P3',
+        'I;16',
+        'Lm',
+    ],
 )
 @pytest.mark.parametrize('mode', ['L', 'RGB'])
 def test_pixels_keep_their_place_in_the_range(content, largest, mode):
@@ -391,6 +483,20 @@ def test_twelve_bits_in_sixteen_are_refused_where_all_are(tmp_path):
     Image.fromarray(RAMP >> 5).save(root / 'train/dog/10.png')
     Image.fromarray(RAMP).save(root / 'train/dog/11.png')
     assert find_broken(open_training_data(root), progress=False) == {}
+
+
+@pytest.mark.parametrize('kind', [4, 2, 6, 'tiff'])
+def test_twelve_bits_in_sixteen_are_refused_in_colour_and_with_alpha(tmp_path, kind):
+    def save(values):
+        content = sixteen_bit_tiff(values) if kind == 'tiff' else sixteen_bit_png(values, kind)
+        (root / 'train/dog/10.png').write_bytes(content)
+        return find_broken(open_training_data(root), progress=False)
+
+    root = make_images(tmp_path)
+    (text,) = save(RAMP >> 4).values()
+    assert '10.png: a 16-bit image of values up to 4095 among 16-bit images' in text
+    assert save(RAMP >> 3) == {}
+    assert save(RAMP) == {}
 
 
 UPRIGHT = np.repeat(np.repeat(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40, 16, 0), 16, 1)
