@@ -56,6 +56,8 @@ def _as_if_there_were_a_gpu() -> Iterator[None]:
         'torch.cuda._get_device_properties': lambda *_: _Hopper(),
         'torch._C._cuda_init': lambda: None,
         'torch._subclasses.fake_tensor.init_gpu_context': lambda *_: None,  # which would allocate on the device
+        # For half precision it asks the driver for the device. All inputs are contiguous, which every choice keeps.
+        'torch._C._select_conv_backend': lambda *_, **__: torch._C._ConvBackend.Cudnn,
         # Not a matter of the package alone: has_triton asks for a device, and remembers the answer from before.
         'torch._inductor.scheduler.has_triton': lambda *_: True,
     }

@@ -89,7 +89,7 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def read_checkpoint(
-    path: str | os.PathLike[str], map_location: torch.device | str = 'cpu', *, advice: str = 'copy or download it again'
+    path: str | os.PathLike[str], map_location: torch.device | str = 'cpu', *, advice: str = ''
 ) -> dict[str, Any]:
     """Read a file of ``save_checkpoint``, of ``torch.save`` or, if its name ends so, of safetensors.
 
@@ -99,7 +99,7 @@ def read_checkpoint(
     Args:
         path: the file.
         map_location: where the tensors go.
-        advice: what to do about a file that is damaged, for the message.
+        advice: what to do about a file that is refused, for the message; default: what fits the reason.
 
     Returns:
         The dict in the file: a checkpoint or a bare state dict.
@@ -112,12 +112,14 @@ def read_checkpoint(
     source = Path(path)
     if not source.exists():
         raise FileNotFoundError(f'there is no checkpoint {source}')
+    todo = f'; {advice}' if advice else ''
+    damaged = advice or 'copy or download it again'
     if not source.is_file():  # a pipe would never end
         raise ValueError(
-            f'{source} is a {"folder" if source.is_dir() else "device or pipe"}, expected a checkpoint file'
+            f'{source} is a {"folder" if source.is_dir() else "device or pipe"}, expected a checkpoint file{todo}'
         )
     if source.suffix == '.safetensors':
-        return _read_safetensors(source, map_location, advice)
+        return _read_safetensors(source, map_location, damaged)
     with source.open('rb'):  # a missing permission is told as such, not as a broken file
         pass
     try:
@@ -128,17 +130,20 @@ def read_checkpoint(
         # torch's text recommends weights_only=False; ours must not.
         named = re.search(r'GLOBAL ([\w.]+)', str(error))
         if named:
-            found, todo = f'it holds {named.group(1)}', 'if you trust its author, ask for the state dict alone'
+            found, damaged = (
+                f'it holds {named.group(1)}',
+                advice or 'if you trust its author, ask for the state dict alone',
+            )
         else:
-            found, todo = 'it is damaged or holds something else', advice
+            found = 'it is damaged or holds something else'
         raise ValueError(
             f'refused to load {source}: {found}, and only tensors and plain values are safe to load; nothing in it '
-            f'was run; {todo}'
+            f'was run; {damaged}'
         ) from error
     except Exception as error:  # a damaged file fails as RuntimeError, EOFError, KeyError, UnicodeDecodeError, ...
-        raise ValueError(_damaged(source, error, advice)) from error
+        raise ValueError(_damaged(source, error, damaged)) from error
     if not isinstance(state, dict):
-        raise ValueError(f'{source} holds a {type(state).__name__}, expected a dict with a state dict')
+        raise ValueError(f'{source} holds a {type(state).__name__}, expected a dict with a state dict{todo}')
     return state
 
 

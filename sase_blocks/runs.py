@@ -84,12 +84,15 @@ def saved_run(config: Any, last: Path, needed: Sequence[str], command: str) -> d
         raise ValueError(f'{last} is not a checkpoint of `{command}`, it cannot be resumed; give another --out')
     if missing:
         raise ValueError(f'{last} cannot be resumed, it lacks {", ".join(missing)}; {_start_over(last)}')
-    differing = []
-    for entry in fields(config):
-        now = getattr(config, entry.name)
-        before = saved['config'].get(entry.name, now)
-        if before != now and not entry.metadata.get('free') and not entry.metadata.get('place'):
-            differing.append(f'{entry.name} was {quoted(before)} and is {quoted(now)}')
+    fixed = [entry.name for entry in fields(config) if not entry.metadata.keys() & {'free', 'place'}]
+    known = [name for name in fixed if name in saved['config']]  # an older version may have had fewer
+    if 2 * len(known) < len(fixed):
+        raise ValueError(f'{last} cannot be resumed, it lacks most of its settings; {_start_over(last)}')
+    with resuming(last):
+        values = [(name, saved['config'][name], getattr(config, name)) for name in known]
+        differing = [
+            f'{name} was {quoted(before)} and is {quoted(now)}' for name, before, now in values if before != now
+        ]
     if differing:
         raise ValueError(f'{last} was made with other settings: {"; ".join(differing)}; set them back or change --out')
     return saved
@@ -114,12 +117,47 @@ def resuming(last: Path) -> Iterator[None]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict``, which by itself takes states of any shape. Raises ValueError for another one."""
+    """``optimizer.load_state_dict``, which by itself takes settings and states of any type and shape.
+
+    Raises:
+        ValueError: they are not those of ``optimizer``.
+    """
+    fresh = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-                raise ValueError(f'{name} of the optimizer is {tuple(value.shape)} for {tuple(parameter.shape)}')
+    for before, group in zip(fresh, optimizer.param_groups, strict=True):
+        for name in before.keys() - {'params'}:
+            if name not in group or not _same_kind(before[name], group[name]):
+                found = quoted(group[name]) if name in group else 'missing'
+                raise ValueError(f'{name} of the optimizer is {found}, expected one like {quoted(before[name])}')
+        expected = _state_after_a_step(optimizer, group)
+        for parameter in group['params']:
+            values = optimizer.state.get(parameter)
+            if not values:  # it had no gradient yet
+                continue
+            for name, example in expected.items():
+                value = values.get(name)
+                shape = parameter.shape if example.dim() else example.shape
+                if not isinstance(value, Tensor) or value.shape != shape:
+                    found = f'a tensor of {tuple(value.shape)}' if isinstance(value, Tensor) else quoted(value)
+                    raise ValueError(f'{name} of the optimizer is {found}, expected a tensor of {tuple(shape)}')
+
+
+def _same_kind(a: Any, b: Any) -> bool:
+    """Are both numbers, or tuples of as many, or of one type? None goes with a bool: on, off or as it fits."""
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_same_kind, a, b))
+    kinds: list[Any] = [(bool, type(None)), (int, float), type(a)]
+    return isinstance(b, next(kind for kind in kinds if isinstance(a, kind)))
+
+
+def _state_after_a_step(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that the optimizer keeps for a parameter of ``group``, found with one of two numbers on the CPU."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.zeros(2)
+    make: Any = type(optimizer)  # whose defaults count for nothing, since a group has all settings
+    twin = make([{**group, 'params': [parameter]}])
+    twin.step()
+    return {name: value for name, value in twin.state[parameter].items() if isinstance(value, Tensor)}
 
 
 def whole_number(value: Any, name: str, most: int) -> int:
@@ -316,7 +354,7 @@ def _lock(out: Path, stack: contextlib.ExitStack) -> str | None:
         stack.enter_context(FileLock(file, blocking=False, thread_local=False, fallback_to_soft=False))
     except Timeout:
         with contextlib.suppress(OSError):
-            return owner.read_text(encoding='utf-8')
+            return owner.read_text(encoding='utf-8', errors='replace')
         return 'which has just begun'
     except OSError as error:
         say(f'warning: nothing keeps other runs out of {out}: {error.strerror}')

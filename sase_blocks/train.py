@@ -164,7 +164,12 @@ def build_model(name: str, num_classes: int | None = None, **model_args: Any) ->
             # Of a file of weights that torch refuses, its text goes on to recommend what runs the file.
             reason = f'{type(error).__name__}: {shorten(reason.split(". ")[0], 300)}'
         kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f'{name} cannot be built with {quoted(model_args)}: {reason}') from error
+        text = f'{name} cannot be built with {quoted(model_args)}: {reason}'
+        # Files of weights, as timm takes them; the arguments above may be shortened.
+        places = [model_args, model_args.get('pretrained_cfg'), model_args.get('pretrained_cfg_overlay')]
+        files = [p[key] for p in places if isinstance(p, Mapping) for key in ('checkpoint_path', 'file') if p.get(key)]
+        more = [f'; the file is {file}' for file in files if str(file) not in text]
+        raise kind(text + ''.join(more)) from error
     return model
 
 
@@ -274,8 +279,9 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     with resuming(last):
         if saved:
             start = whole_number(saved['epoch'], 'epoch', config.epochs)
-            best = {'acc1': float(saved['best']['acc1']), 'epoch': saved['best']['epoch']}
-            scores = dict(saved['scores'])
+            epoch = whole_number(saved['best']['epoch'], 'epoch of the best', start)
+            best = {'acc1': float(saved['best']['acc1']), 'epoch': epoch}
+            scores = {name: float(value) for name, value in dict(saved['scores']).items()}
             if start == config.epochs:  # nothing is left to do but to tell these
                 scores['acc1'], scores['val_loss']
             model.load_state_dict(saved['state_dict'])

@@ -193,7 +193,8 @@ def test_planned_traffic_of_sase(traffic, without, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     try:
         forward, backward, kept = traffic.traversals(
-            traffic.builders()['sase'](256), torch.randn(2, 256, 28, 28, requires_grad=True)
+            traffic.builders()['sase'](256).bfloat16(),
+            torch.randn(2, 256, 28, 28, requires_grad=True, dtype=torch.bfloat16),
         )
     except traffic.CannotPlan as error:
         if tuple(int(n) for n in torch.__version__.split('.')[:2]) <= (2, 15):

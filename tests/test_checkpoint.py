@@ -67,6 +67,8 @@ def test_bad_file_is_one_clear_error_and_runs_nothing(tmp_path, monkeypatch, wha
     with pytest.raises(ValueError, match=says) as caught:
         read_checkpoint(tmp_path / 'model.pt')
     assert 'model.pt' in str(caught.value)
+    with pytest.raises(ValueError, match=r'; start over$'):
+        read_checkpoint(tmp_path / 'model.pt', advice='start over')
     assert 'weights_only' not in str(caught.value), "torch's advice to switch the safety off must not be passed on"
     assert not (tmp_path / 'was_run').exists()
     if 'hostile' in what:  # that the file would do harm if it were trusted
@@ -82,6 +84,10 @@ def test_missing_file_and_folder(tmp_path):
         read_checkpoint(tmp_path / 'nowhere.pt')
     with pytest.raises(ValueError, match='is a folder'):
         read_checkpoint(tmp_path)
+    os.mkfifo(tmp_path / 'pipe')
+    for path in (tmp_path, tmp_path / 'pipe'):
+        with pytest.raises(ValueError, match=r'expected a checkpoint file; start over$'):
+            read_checkpoint(path, advice='start over')
 
 
 @pytest.mark.parametrize('new_format', [True, False])

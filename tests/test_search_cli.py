@@ -87,6 +87,8 @@ def test_a_campaign(tmp_path, capsys, monkeypatch):
         (['--data', '.', '--seeds', '0,x'], "--seeds takes numbers with commas between them, such as 0,1,2, got '0,x'"),
         (['--data', '.', '--seeds', ''], 'seeds is empty: give at least one'),
         (['--data', '.', '--evaluate', '-1'], '--evaluate must be at least 0, got -1'),
+        (['--data', '.', '--random', '3'], '--random is for the evaluation, which --evaluate N asks for'),
+        (['--data', '.', '--evaluate-epochs', '3'], '--evaluate-epochs is for the evaluation'),
         (['--data', '.', '--space', 'gate_excite='], 'gate_excite: no operation is left'),
         (['--data', '.', '--order', '2', '--compile'], 'compile must be off for order 2'),
         (['--data', '.', '--epochs', '0'], 'epochs must be at least 1'),
@@ -151,9 +153,20 @@ def test_an_evaluation_is_checked_before_the_search(tmp_path, capsys, monkeypatc
     assert not list(tmp_path.rglob('genotype.json'))
 
 
-def test_all_trainings_failed(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ('error', 'says'),
+    [
+        (RuntimeError('no\nkernel'), 'RuntimeError: no kernel'),
+        (
+            FloatingPointError(f'the loss is nan at step 3; x. {evaluate.ADVICE}'),
+            'FloatingPointError: the loss is nan at step 3; x. Try a lower --evaluate-lr.',
+        ),
+    ],
+    ids=['an error', 'divergence'],
+)
+def test_all_trainings_failed(tmp_path, capsys, monkeypatch, error, says):
     def fail(config, data):
-        raise RuntimeError('no\nkernel')
+        raise error
 
     monkeypatch.setattr(evaluate, 'train', fail)
     data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
@@ -162,8 +175,8 @@ def test_all_trainings_failed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, '_measure_one', lambda *_: {'parameters': 1, 'time_ratio': 1.0})
     command = ['search', 'sase', '--data', str(data), '--out', str(tmp_path / 'run'), *SMALL, '--evaluate', '1']
     assert main([*command, '--baselines', 'none']) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error == 'sase-blocks: error: all 2 trainings failed; the first one, found, seed 0: RuntimeError: no kernel'
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f'sase-blocks: error: all 2 trainings failed; the first one, found, seed 0: {says}'
 
 
 @pytest.mark.parametrize('missing', ['optuna', 'accelerate'])

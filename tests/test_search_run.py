@@ -401,6 +401,12 @@ def check_damaged(last, resume, weights):
     harms['step is too much'] = {**whole, 'step': 10**6}
     harms['shapes of the weights'] = {**whole, weights: other_shapes(whole[weights])}
     harms['shapes of the optimizer'] = {**whole, 'optimizer': {**optimizer, 'state': shapes}}
+    group, *groups = optimizer['param_groups']
+    less = {name: value for name, value in group.items() if name != 'momentum'}
+    harms['no momentum'] = {**whole, 'optimizer': {**optimizer, 'param_groups': [less, *groups]}}
+    texts = {number: dict.fromkeys(state, 'x') for number, state in optimizer['state'].items()}
+    harms['states are texts'] = {**whole, 'optimizer': {**optimizer, 'state': texts}}
+    harms['settings are empty'] = {**whole, 'config': {}}
     for what, harmed in [*harms.items(), ('nothing', None)]:
         if harmed is None:
             last.write_bytes(b'nothing')

@@ -451,8 +451,12 @@ def no_database(path):
     [
         ('tasks.db', folder_in_the_way, 'cannot be written: Is a directory'),
         ('tasks.journal', file_above, 'cannot be written: '),
-        ('tasks.db', no_database, 'does not answer: file is not a database'),
-        ('tasks.journal', no_database, 'is damaged'),
+        (
+            'tasks.db',
+            no_database,
+            'is no database, or damaged: file is not a database; give another --storage, or delete it',
+        ),
+        ('tasks.journal', no_database, 'is no journal, or damaged: .*; give another --storage, or delete it'),
     ],
 )
 def test_storage_that_cannot_be_used(tmp_path, storage, spoil, says):

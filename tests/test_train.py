@@ -227,6 +227,9 @@ def test_folder_of_another_run_is_refused(config, holder):
     for _ in range(2):  # and being refused leaves the other one's lock as it is
         with pytest.raises(ValueError, match=says):
             train(config)
+    Path(config.out, '.lock-owner').write_bytes(b'\xff')
+    with pytest.raises(ValueError, match='run is being written by another run, \ufffd: --resume'):
+        train(config)
 
 
 def test_two_runs_of_one_process_are_told_apart(config):
@@ -559,6 +562,10 @@ def test_compile_needs_one_of_our_blocks(config):
         ({'model': 'resnet50_sasse', 'model_args': {}}, "no model 'resnet50_sasse'; did you mean resnet50_sase"),
         ({'model_args': {'num_classes': 7}}, r"model_args must be without num_classes, .* got {'num_classes': 7}"),
         ({'model_args': {'gennotype': 'sase'}}, 'resnet20_cifar cannot be built with .*gennotype'),
+        (
+            {'pretrained': True, 'model_args': {'pretrained_cfg_overlay': {'file': f'{"folder/" * 20}weights.pt'}}},
+            r'cannot be built with .*(folder/){20}weights\.pt',
+        ),
         ({'model_args': {'genotype': 'avg,mlp,affine,avg,avg'}}, 'a genotype has six choices'),
         ({'data': '/nowhere/at/all'}, 'there is no data folder'),
         ({'checkpoint': '/nowhere.pt'}, r'there is no checkpoint .*nowhere\.pt'),
@@ -568,7 +575,7 @@ def test_compile_needs_one_of_our_blocks(config):
     ],
 )
 def test_wrong_setting_is_refused_before_any_work(config, setting, says):
-    with pytest.raises((ValueError, FileNotFoundError), match=says):
+    with pytest.raises((ValueError, OSError), match=says):
         train(replace(config, **setting))
     assert not list(Path(config.out).glob('*'))
 
@@ -609,6 +616,28 @@ def harmed_optimizer(state):
     return {**state, 'state': {number: other_shapes(one) for number, one in state['state'].items()}}
 
 
+def harmed(optimizer):
+    """States of an AdamW that torch loads, by what is wrong with them."""
+    group, *groups = optimizer['param_groups']
+    for name, value in [
+        ('lr', 'x'),
+        ('betas', 0.9),
+        ('betas', (0.9, 'x')),
+        ('eps', None),
+        ('eps', torch.ones(2)),
+        ('foreach', 'x'),
+    ]:
+        yield f'{name} {value}', {**optimizer, 'param_groups': [{**group, name: value}, *groups]}
+    for name in ('weight_decay', 'betas'):
+        less = {key: value for key, value in group.items() if key != name}
+        yield f'no {name}', {**optimizer, 'param_groups': [less, *groups]}
+    first = next(iter(optimizer['state']))
+    state = optimizer['state'][first]
+    for name, value in [('exp_avg', 'x'), ('exp_avg', None), ('exp_avg_sq', torch.ones(())), ('step', torch.ones(2))]:
+        yield f'{name} {value}', {**optimizer, 'state': {**optimizer['state'], first: {**state, name: value}}}
+    yield 'no exp_avg', {**optimizer, 'state': {**optimizer['state'], first: {'step': state['step']}}}
+
+
 def test_damaged_checkpoint_is_named_with_what_to_do(config):
     """Whatever is missing or has another form: one line, and the file stays as it was."""
     small = {'genotype': 'none', 'layers': [1, 1, 1], 'channels': [4, 4, 4]}
@@ -624,8 +653,15 @@ def test_damaged_checkpoint_is_named_with_what_to_do(config):
         f'shapes of {name}': {**whole, name: other_shapes(whole[name])} for name in ('state_dict', 'state_dict_ema')
     }
     harms['shapes of the optimizer'] = {**whole, 'optimizer': harmed_optimizer(whole['optimizer'])}
+    harms |= {f'{name} of the optimizer': {**whole, 'optimizer': one} for name, one in harmed(whole['optimizer'])}
     harms['scores are empty'] = {**whole, 'scores': {}}
+    harms['scores are texts'] = {**whole, 'scores': {'acc1': 'x', 'val_loss': 1.0}}
+    harms['settings are empty'] = {**whole, 'config': {}}
+    harms['settings are tensors'] = {**whole, 'config': dict.fromkeys(whole['config'], torch.ones(2))}
     files = {'text': b'broken', 'empty': b'', 'cut': content[: len(content) // 2]}
+    for what, value in [('a list', [1]), ('a tensor', torch.ones(2)), ('a module', nn.Linear(1, 1))]:
+        torch.save(value, last)
+        files[what] = last.read_bytes()
     for what in [*harms, *files]:
         if what in harms:
             save_checkpoint(harms[what], last)

@@ -94,6 +94,9 @@ def _search_sase(
     for name, value in (('evaluate', evaluate), ('random', random)):
         if value < 0:
             raise ValueError(f'--{name} must be at least 0, got {value}')
+    for name, given in (('random', random), ('evaluate-epochs', evaluate_epochs is not None)):
+        if given and not evaluate:
+            raise ValueError(f'--{name} is for the evaluation, which --evaluate N asks for; give it too, or neither')
     config = SearchConfig(data=data, model_args=model_arguments(model_args, None, None), **settings)
     result = campaign(
         config,

@@ -209,13 +209,21 @@ class Study:
                 ) from error
             except (self.optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
                 cause = error.__cause__ if isinstance(error.__cause__, sqlalchemy.exc.SQLAlchemyError) else error
+                if isinstance(cause, sqlalchemy.exc.DatabaseError) and _is_damage(cause):
+                    raise OSError(
+                        f'{self.name()} is no database, or damaged: {_reason(cause)}; give another --storage, or '
+                        f'delete it to start over'
+                    ) from error
                 if time.monotonic() > until or not isinstance(cause, (*transient, OSError)):
                     raise OSError(
                         f'{self.name()} does not answer: {_reason(cause)}. What is finished is kept in it; once it '
                         f'answers again, the same command does the rest'
                     ) from error
             except json.JSONDecodeError as error:
-                raise OSError(f'{self.name()} is damaged: {error}') from error
+                raise OSError(
+                    f'{self.name()} is no journal, or damaged: {error}; give another --storage, or delete it to start '
+                    f'over'
+                ) from error
             time.sleep(random.uniform(0.1, 0.5))
 
     # ---- the trials ----
@@ -399,6 +407,11 @@ def _is_gone(owner: Mapping[str, Any] | None) -> bool:
 def describe_owner(attrs: Mapping[str, Any]) -> str:
     owner = attrs.get('owner')
     return f'process {owner["pid"]} on {owner["host"]}' if owner else 'not begun'
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Does SQLite say that a file will never answer?"""
+    return any(text in _reason(error) for text in ('file is not a database', 'disk image is malformed'))
 
 
 def _reason(error: BaseException) -> str:

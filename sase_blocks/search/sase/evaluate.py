@@ -30,7 +30,7 @@ from sase_blocks.reading import quoted, shorten
 from sase_blocks.runs import check_writable, environment, is_main, launched, write_text
 from sase_blocks.search.significance import LEVEL, holm, load_stats, paired_test, shown_from
 from sase_blocks.search.tasks import check_queue, run_tasks
-from sase_blocks.train import TrainConfig, build_model, check_model_name, checked_samples, open_samples, train
+from sase_blocks.train import ADVICE, TrainConfig, build_model, check_model_name, checked_samples, open_samples, train
 
 from .space import SearchSpace
 
@@ -369,7 +369,10 @@ def _train_one(budget: TrainConfig, task: Mapping[str, Any], samples: tuple[Samp
     # Its lines would drown those of the queue.
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / 'log.txt').open('a', encoding='utf-8') as log, contextlib.redirect_stdout(log):
-        result = train(config, samples)
+        try:
+            result = train(config, samples)
+        except FloatingPointError as error:  # its advice is about options of another command
+            raise FloatingPointError(f'{str(error).removesuffix(ADVICE)}Try a lower --evaluate-lr.') from error
     return {
         'accuracy': result['acc1'],
         'loss': result['loss'],
