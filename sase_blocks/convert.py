@@ -18,15 +18,17 @@ from torch import Tensor, nn
 
 from .blocks import AttentionModule, Genotype
 from .checkpoint import read_checkpoint
+from .reading import quoted
 
 StateDict = dict[str, Tensor]
 
 # What `insert` writes on an attention.
 INSERTED = '_inserted_attention_mark'
 
-# Under which a checkpoint holds its weights, and averages of them over the training.
-WEIGHTS = ('state_dict', 'model', 'model_state_dict', 'module')
-AVERAGES = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'ema')
+# Under which a checkpoint holds its weights, and averages of them over the training; one may be in another.
+WEIGHTS = ('state_dict', 'model', 'model_state_dict', 'module', 'checkpoint', 'net', 'network')
+AVERAGES = ('state_dict_ema', 'model_ema', 'ema_model', 'ema_state_dict', 'ema')
+DEPTH = 4  # of these names; a bound, since a file may hold a dict that is in itself
 # What trainers and compilers put before the names of a model, in any order and as often as they wrap it.
 PREFIXES = ('model.', 'module.', '_orig_mod.', 'backbone.', 'encoder.')
 PROFILED = ('total_ops', 'total_params')  # buffers that a profiler (thop) leaves in every module
@@ -152,9 +154,9 @@ def extract_state_dict(
 ) -> Extracted:
     """The state dict inside a checkpoint, in the names of a model, as far as the checkpoint has them.
 
-    It is looked for under ``WEIGHTS``, then under ``AVERAGES``. ``PREFIXES`` before its keys are taken off in any order
-    and depth, such that most keys of the model are found; then what is not under the prefix, and what profilers left,
-    is left out. The authors' keys become ours.
+    It is looked for under ``WEIGHTS``, then under ``AVERAGES``, and in these again, ``DEPTH`` deep. ``PREFIXES``
+    before its keys are taken off in any order and depth, such that most keys of the model are found; then what is not
+    under the prefix, and what profilers left, is left out. The authors' keys become ours.
 
     Args:
         checkpoint: a file's content.
@@ -163,7 +165,8 @@ def extract_state_dict(
         use_ema: take an average of the weights, not the weights.
 
     Raises:
-        ValueError: no state dict of tensors, no average, no key under ``prefix``, or two prefixes that fit alike.
+        ValueError: no state dict of tensors with names for keys, no average, no key under ``prefix``, or two prefixes
+            that fit alike.
     """
     state, entry, beside = _unwrap(checkpoint, use_ema)
     if is_paper_state_dict(state):
@@ -191,8 +194,8 @@ def _unwrap(checkpoint: Mapping[str, Any], use_ema: bool) -> tuple[StateDict, st
     path: list[str] = []
     beside: list[str] = []
     averaged = False
-    while True:
-        weights, averages = ([n for n in names if _holds_state(state.get(n))] for names in (WEIGHTS, AVERAGES))
+    for depth in range(DEPTH, 0, -1):
+        weights, averages = ([n for n in names if _holds_state(state.get(n), depth)] for names in (WEIGHTS, AVERAGES))
         names = averages + weights if use_ema else weights + averages
         if not names:
             break
@@ -202,17 +205,23 @@ def _unwrap(checkpoint: Mapping[str, Any], use_ema: bool) -> tuple[StateDict, st
         state = state[names[0]]
     if not state or not all(isinstance(v, Tensor) for v in state.values()):
         found = ', '.join(f'{k}: {type(v).__name__}' for k, v in list(state.items())[:4]) or 'nothing'
-        raise ValueError(f'expected a state dict of tensors, or a dict with one under state_dict or model, got {found}')
+        raise ValueError(
+            f'expected a state dict of tensors, or a dict with one under {", ".join((*WEIGHTS, *AVERAGES))}, at most '
+            f'{DEPTH} deep, got {found}'
+        )
+    for key in state:
+        if not isinstance(key, str):
+            raise ValueError(f'expected a state dict with names for keys, got {quoted(key)} ({type(key).__name__})')
     if use_ema and not averaged:
         raise ValueError(f'use_ema=True, but there is no average of the weights under {", ".join(AVERAGES)}')
     return dict(state), '.'.join(path), beside
 
 
-def _holds_state(value: Any) -> bool:
-    """Whether it is a state dict, or has one in it; a dict of settings is none."""
+def _holds_state(value: Any, depth: int) -> bool:
+    """Whether it is a state dict, or has one less than ``depth`` names deep; a dict of settings is none."""
     if not isinstance(value, Mapping):
         return False
-    nested = any(_holds_state(value.get(name)) for name in (*WEIGHTS, *AVERAGES))
+    nested = depth > 1 and any(_holds_state(value.get(name), depth - 1) for name in (*WEIGHTS, *AVERAGES))
     return nested or any(isinstance(v, Tensor) for v in value.values())
 
 

@@ -234,6 +234,11 @@ def profiled(state):
     return {**state, **{name: torch.zeros(1, dtype=torch.float64) for name in names}}
 
 
+def in_itself(state):
+    state['model'] = state
+    return state
+
+
 EXTRA = {'criterion.weight': torch.ones(3), 'neck.conv.weight': torch.ones(2)}
 # What a file holds, for a network and its state dict; entry, prefix and what is left out (None: not asked), arguments.
 TRAINERS = {
@@ -258,7 +263,7 @@ TRAINERS = {
     ),
     **{
         f'{name} alone': (lambda m, s, name=name: {name: s, 'epoch': 1}, name, '', [], {})
-        for name in ('state_dict_ema', 'model_ema', 'ema_state_dict', 'ema')
+        for name in ('state_dict_ema', 'model_ema', 'ema_model', 'ema_state_dict', 'ema')
     },
     'the weights, not their average': (
         lambda m, s: {'state_dict': s, 'state_dict_ema': other(s)}, 'state_dict', '', ['state_dict_ema'], {},
@@ -272,6 +277,15 @@ TRAINERS = {
         'model_ema', 'module.', ['model', 'n_averaged'], {'use_ema': True},
     ),
     'an average in an entry': (lambda m, s: {'ema': {'module': s}}, 'ema.module', '', [], {'use_ema': True}),
+    'in an entry': (lambda m, s: {'checkpoint': {'model': s, 'epoch': 1}}, 'checkpoint.model', '', [], {}),
+    'in an entry, the average': (
+        lambda m, s: {'checkpoint': {'model': other(s), 'ema_model': s}},
+        'checkpoint.ema_model', '', ['model'], {'use_ema': True},
+    ),
+    'four entries deep': (
+        lambda m, s: {'checkpoint': {'net': {'module': {'state_dict': s}}}},
+        'checkpoint.net.module.state_dict', '', [], {},
+    ),
     'profiled': (lambda m, s: profiled(s), '', '', None, {}),
     'profiled, in DDP': (lambda m, s: before('module.', profiled(s)), '', 'module.', None, {}),
     'a prefix of its own': (lambda m, s: before('student.', s), '', 'student.', [], {'prefix': 'student.'}),
@@ -341,6 +355,17 @@ REFUSED = {
         lambda m, s: {k: v for k, v in before('module.', s).items() if 'bn1' not in k}, {}, r'missing: bn1\.weight',
     ),
     'settings alone': (lambda m, s: {'model': {'name': 'x'}}, {}, 'expected a state dict of .* got model: dict'),
+    'an entry in itself': (lambda m, s: in_itself({}), {}, 'expected a state dict of .* got model: dict'),
+    'an entry in itself, and weights': (lambda m, s: in_itself(s), {}, 'expected a state dict of .* got conv1'),
+    'five entries deep': (
+        lambda m, s: {'model': {'model': {'model': {'model': {'model': s}}}}}, {}, r' at most 4 deep, got model: dict$',
+    ),
+    'numbers for names': (
+        lambda m, s: {1: s['conv1.weight']}, {}, r'^state dict: expected .* with names for keys, got 1 \(int\)',
+    ),
+    'numbers for names in an entry': (
+        lambda m, s: {'model': {**s, 2: s['conv1.weight']}}, {}, r'with names for keys, got 2 \(int\)$',
+    ),
 }  # fmt: skip
 
 
@@ -353,6 +378,12 @@ def test_what_does_not_fit_is_refused(wrap, arguments, text):
         load_checkpoint(model, wrap(model, state), **arguments)
     assert '\n' not in str(error.value)
     assert torch.equal(model.conv1.weight, kept)
+
+
+def test_a_refused_file_is_named(tmp_path):
+    torch.save({1: torch.ones(1)}, tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match=r'^\S*w\.pt: expected a state dict with names for keys, got 1 \(int\)$'):
+        load_checkpoint(small(), tmp_path / 'w.pt')
 
 
 def test_the_authors_keys_behind_any_prefix(paper50):

@@ -151,7 +151,7 @@ def test_a_long_list_begins_with_the_chosen_operation():
         (Genotype.random(0).to_json(), {}, None),
         (SASE(8), {}, 'SASE'),
         (AttentionBlock(8, Genotype.random(0), 4), {}, 'AttentionBlock'),
-        (create_block('cbam', 8), {}, 'Sequential'),
+        (create_block('cbam', 8), {}, 'SequentialAttention'),
         (graph(*CHAIN), {}, None),
         (graph(*CHAIN), {'title': 'mine'}, 'mine'),
     ],

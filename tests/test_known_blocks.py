@@ -507,6 +507,7 @@ SLOTS: list[tuple[str, Callable[[object], dict]]] = [
     ('res2net50_14w_8s', lambda layer: {'block_args': {'attn_layer': layer}, 'layers': (1, 1, 1, 1)}),
     ('skresnet18', lambda layer: {'block_args': {'attn_layer': layer}}),
     ('gernet_s', lambda layer: {'attn_layer': layer}),
+    ('repvgg_a0', lambda layer: {'attn_layer': layer}),
     ('nf_regnet_b0', lambda layer: {'attn_layer': layer, 'depths': (1, 1, 1, 1), 'attn_kwargs': {}}),
     ('cs3darknet_s', lambda layer: {'stages': replace(model_cfgs['cs3darknet_s'].stages, attn_layer=(layer,) * 4)}),
     ('ese_vovnet19b_slim', lambda layer: {'attn': layer}),
@@ -552,7 +553,8 @@ FAMILIES: list[tuple[str | Callable[[object], nn.Module], Callable[[object], dic
 @pytest.mark.parametrize(('model', 'arguments'), FAMILIES, ids=lambda value: getattr(value, '__name__', value))
 def test_a_block_keeps_its_initialisation_in_every_family(model, arguments):
     """What stands in the slots in the end is what the block drew last, by itself or when it was asked to."""
-    names, drawn = itertools.cycle(['cbam', 'sase', 'gsop', 'ese', 'bam', 'gc', 'ge_plus', 'ema', 'scoord']), {}
+    drawn = {}
+    names = itertools.cycle(['cbam', 'sase', 'gsop', 'ese', 'bam', 'gc', 'ge_plus', 'ema', 'scoord', 'lcbam'])
 
     def watched(channels: int, **kwargs) -> nn.Module:
         block = create_block(next(names), channels, **kwargs)

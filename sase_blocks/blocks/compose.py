@@ -236,3 +236,15 @@ class ParallelAttention(AttentionModule):
     def extra_repr(self) -> str:
         cs, ce, ss, se = self._names
         return f'{self.channels}, {(cs, ce)!r}, {(ss, se)!r}, joint={self.joint}'
+
+
+class SequentialAttention(nn.Sequential):
+    """Blocks one after the other, an ``nn.Sequential`` that can be drawn anew. Shape: (B, C, H, W) -> (B, C, H, W)."""
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters of all blocks anew.
+
+        timm's RepVGG draws every batch norm in its blocks, those of the attention too, and then calls this.
+        """
+        for block in self:
+            block.reset_parameters()  # type: ignore[operator]

@@ -13,7 +13,7 @@ from sase_blocks.reading import quoted
 
 from .attention import SASE, AttentionBlock
 from .base import AttentionModule
-from .compose import ChannelAttention, ParallelAttention, SpatialAttention
+from .compose import ChannelAttention, ParallelAttention, SequentialAttention, SpatialAttention
 from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype
 from .graph import Graph, chain
@@ -50,7 +50,7 @@ def ceca(channels: int, **kwargs: Any) -> nn.Module:
 
 def cbam(channels: int, **kwargs: Any) -> nn.Module:
     """Convolutional block attention module (arXiv 1807.06521, eq. 1 to 3), with the authors' batch norm."""
-    return nn.Sequential(
+    return SequentialAttention(
         ChannelAttention(channels, ('avg', 'max'), 'mlp', **kwargs),
         SpatialAttention(channels, ('avg', 'max'), 'conv7x7_norm', **kwargs),
     )
@@ -58,7 +58,7 @@ def cbam(channels: int, **kwargs: Any) -> nn.Module:
 
 def lcbam(channels: int, **kwargs: Any) -> nn.Module:
     """Light CBAM, timm's variant (of arXiv 1807.06521): mean and maximum are averaged before anything else."""
-    return nn.Sequential(
+    return SequentialAttention(
         ChannelAttention(channels, 'avg_plus_max', 'mlp', **kwargs),
         SpatialAttention(channels, 'avg_plus_max', 'conv7x7_norm', **kwargs),
     )
