@@ -625,7 +625,7 @@ def test_a_storage_is_tried_before_any_work(config, tmp_path):
         with pytest.raises(error, match=says):
             search(config, pictures(), storage=storage)
     (tmp_path / 'other.db').write_bytes(b'no database, but long enough to be looked at' * 40)
-    with pytest.raises(OSError, match='does not answer: file is not a database'):
+    with pytest.raises(OSError, match='is no database, or damaged: file is not a database'):
         search(config, pictures(), storage=str(tmp_path / 'other.db'))
     assert not (Path(config.out) / 'supernet.pt').exists()
 

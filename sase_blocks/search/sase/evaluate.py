@@ -372,7 +372,7 @@ def _train_one(budget: TrainConfig, task: Mapping[str, Any], samples: tuple[Samp
         try:
             result = train(config, samples)
         except FloatingPointError as error:  # its advice is about options of another command
-            raise FloatingPointError(f'{str(error).removesuffix(ADVICE)}Try a lower --evaluate-lr.') from error
+            raise FloatingPointError(str(error).replace(ADVICE, 'Try a lower --evaluate-lr.')) from error
     return {
         'accuracy': result['acc1'],
         'loss': result['loss'],
