@@ -180,6 +180,7 @@ def traffic():
         yield module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'without',
     [pytest.param((), id='as it is'), pytest.param(('triton',), id='no Triton', marks=pytest.mark.slow)],

@@ -26,6 +26,7 @@ def run(block, x):
     return y.detach(), x.grad, {n: p.grad for n, p in block.named_parameters()}
 
 
+@pytest.mark.slow
 def test_a_block_compiled_equals_eager():
     torch.manual_seed(0)
     eager = SASE(24)

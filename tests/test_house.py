@@ -165,6 +165,7 @@ def test_the_map_names_every_room():
     assert missing == []
 
 
+@pytest.mark.slow
 def test_import_stays_light():
     """What `import sase_blocks` loads beyond timm: the package itself, nothing of the extras."""
     late = ('matplotlib', 'accelerate', 'sklearn', 'tensorboard', 'onnx', 'triton', 'torch._dynamo', 'torch._inductor')

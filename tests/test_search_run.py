@@ -628,6 +628,7 @@ def _gradients(rank, world, store, out):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(processes, to_a_good_end, tmp_path):
     _gradients(0, 1, None, tmp_path / 'one')
     places = (tmp_path / 'store', tmp_path / 'two')

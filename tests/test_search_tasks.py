@@ -186,6 +186,7 @@ def read(folder, name):
     return [tuple(line.split()) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('storage', STORAGES)
 @pytest.mark.parametrize(
     'setup',
@@ -225,6 +226,7 @@ def test_a_killed_workers_task_is_taken_up(processes, tmp_path, storage, setup):
         assert log.read_text().count('6/6') == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('storage', STORAGES)
 def test_workers_that_start_at_once_do_each_task_once(processes, to_a_good_end, tmp_path, storage):
     options = {'barrier': processes.Barrier(3), 'patience': FOR_EVER, 'timeout': FOR_EVER}

@@ -85,7 +85,7 @@ def resources(kernel, options: dict, dtype: str, capability: int) -> tuple[int, 
 @pytest.mark.parametrize(
     ('d', 'size', 'terms', 'dtype', 'mask'),
     [
-        (16, 7, 1, 'bf16', False),
+        pytest.param(16, 7, 1, 'bf16', False, marks=pytest.mark.slow),
         pytest.param(16, 7, 3, 'bf16', True, marks=pytest.mark.slow),
         pytest.param(32, 7, 3, 'fp16', False, marks=pytest.mark.slow),
         pytest.param(64, 7, 1, 'bf16', False, marks=pytest.mark.slow),
