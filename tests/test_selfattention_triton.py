@@ -83,18 +83,19 @@ def resources(kernel, options: dict, dtype: str, capability: int) -> tuple[int, 
 @needs_triton
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 @pytest.mark.parametrize(
-    ('d', 'size', 'terms', 'dtype', 'mask'),
+    ('d', 'size', 'terms', 'dtype', 'mask', 'most'),
     [
-        pytest.param(16, 7, 1, 'bf16', False, marks=pytest.mark.slow),
-        pytest.param(16, 7, 3, 'bf16', True, marks=pytest.mark.slow),
-        pytest.param(32, 7, 3, 'fp16', False, marks=pytest.mark.slow),
-        pytest.param(64, 7, 1, 'bf16', False, marks=pytest.mark.slow),
-        pytest.param(8, 3, 1, 'fp32', False, marks=pytest.mark.slow),
-        pytest.param(16, 7, 3, 'fp32', False, marks=pytest.mark.slow),
-        pytest.param(64, 7, 1, 'fp32', True, marks=pytest.mark.slow),
+        (16, 7, 1, 'bf16', False, 0),
+        (16, 7, 3, 'bf16', True, 0),
+        (32, 7, 3, 'fp16', False, 0),
+        (64, 7, 1, 'bf16', False, 0),
+        (8, 3, 1, 'fp32', False, 8),  # bytes of a thread that Triton 3.8 spills for sm_90
+        (16, 7, 3, 'fp32', False, 0),
+        (64, 7, 1, 'fp32', True, 16),  # the same
     ],
 )
-def test_compiles_with_hardly_a_spill(d, size, terms, dtype, mask, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_compiles_without_further_spills(d, size, terms, dtype, mask, most, tmp_path, monkeypatch):
     from sase_blocks.selfattention import local_triton_backward as backward
     from sase_blocks.selfattention import local_triton_forward as forward
 
@@ -109,8 +110,7 @@ def test_compiles_with_hardly_a_spill(d, size, terms, dtype, mask, tmp_path, mon
         for kernel in kernels:
             for capability in (80, 90):
                 registers, spilled = resources(kernel, options, dtype, capability)
-                # Triton 3.8 spills 8 and 16 bytes in two of these.
-                assert (registers <= 255, spilled <= 32) == (True, True), (kernel, capability, spilled)
+                assert (registers <= 255, spilled <= most) == (True, True), (kernel, capability, spilled)
 
 
 # ------------------------------------------------------------------------------------------- where it runs, the choice
