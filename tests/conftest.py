@@ -1,5 +1,6 @@
 """Settings for all tests: one thread a process under pytest-xdist, no network, and figures without a screen."""
 
+import gc
 import os
 
 if 'PYTEST_XDIST_WORKER' in os.environ:
@@ -13,6 +14,12 @@ from multiprocessing.connection import wait
 
 import pytest
 import torch
+
+
+def pytest_collection_finish():
+    # The imported libraries and the collected tests stay to the end: the collector need not look through them each time.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

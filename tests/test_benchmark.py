@@ -206,6 +206,7 @@ def test_planned_traffic_of_sase(traffic, without, monkeypatch):
     assert 1 <= kept < 1.3
 
 
+@pytest.mark.slow
 def test_a_torch_that_plans_otherwise_is_named(traffic, capsys, monkeypatch):
     monkeypatch.setattr('torch._inductor.scheduler.Scheduler', lambda operations: operations.gone)
     monkeypatch.setattr(sys, 'argv', ['traffic.py', 'eca', '--shapes', '8x4x4', '--batch', '1'])

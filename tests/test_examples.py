@@ -11,15 +11,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'expected'),
     [
         ('quickstart.py', ['SASE(64): (2, 64, 28, 28) -> (2, 64, 28, 28)', 'resnet50_sase: (2, 10)', 'loss ']),
-        pytest.param(
-            'own_backbone.py',
-            ['small CNN: 3 SASE blocks', 'torchvision resnet18: 8 SASE blocks'],
-            marks=pytest.mark.slow,
-        ),
+        ('own_backbone.py', ['small CNN: 3 SASE blocks', 'torchvision resnet18: 8 SASE blocks']),
     ],
 )
 def test_example_runs(name, expected):

@@ -346,7 +346,7 @@ def claims(rng, runs, seeds, baselines, ahead=0.0, steps=None, spreads=1.0, shar
     return shown.any(-1).mean(), shown.mean()
 
 
-@pytest.mark.parametrize('seeds', [2, 3, 5])
+@pytest.mark.parametrize('seeds', [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5))])
 def test_claims_where_nothing_is_to_be_found(seeds):
     """At most one evaluation in twenty, whatever the steps of the accuracies and the spreads of the blocks."""
     rng, runs = np.random.default_rng(seeds), 20_000

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sqlite3
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -382,11 +383,10 @@ def test_a_task_queued_twice_is_done_once(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='process numbers are compared on Linux alone')
-def test_whose_process_is_gone(processes):
+def test_whose_process_is_gone():
     mine = module._this_process()
-    gone = processes.Process(target=int)
-    gone.start()
-    gone.join()
+    with subprocess.Popen([sys.executable, '-c', '']) as gone:
+        pass
     for changes, expected in [
         ({}, False),
         ({'pid': gone.pid}, True),
