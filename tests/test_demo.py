@@ -20,6 +20,7 @@ class SilentBar:
         pass
 
 
+@pytest.mark.slow
 def test_demo(tmp_path, capsys):
     out = tmp_path / 'new' / 'folder'
     results = run_demo(out, epochs=1, seed=3, limit=32)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 # Pages without Python of their own, and the one whose Python needs other libraries.
 NO_PYTHON = {'reference.md', 'scaling.md', 'training.md'}
-MARKS = dict.fromkeys(('export.md', 'insertion.md', 'network_search.md'), pytest.mark.slow)
+MARKS = dict.fromkeys(('README.md', 'export.md', 'insertion.md', 'network_search.md', 'search.md'), pytest.mark.slow)
 MARKS['ecosystem.md'] = pytest.mark.ecosystem
 RUN = [pytest.param(page, marks=MARKS.get(page.name, ()), id=page.name) for page in PAGES]
 DOCTESTS = [

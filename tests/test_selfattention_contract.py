@@ -70,6 +70,7 @@ def test_export(row):
     contract.test_export_with_dynamic_batch_and_size(row)
 
 
+@pytest.mark.slow
 @captured_rows
 def test_compile_fullgraph_dynamic(row):
     """Not once for every size. (A single block of queries in a row or column is another graph, as a size of 1 is.)"""
