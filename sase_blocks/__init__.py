@@ -16,8 +16,8 @@ from .blocks import (
     list_blocks,
 )
 from .convert import convert_paper_state_dict, load_checkpoint
-from .deploy import export_onnx, fuse
-from .insertion import check, insert, remove, replace_convolutions
+from .deploy import FuseReport, OnnxReport, export_onnx, fuse
+from .insertion import CheckReport, InsertReport, check, insert, remove, replace_convolutions
 from .models import register_resnet
 from .ops import no_weight_decay
 from .selfattention import AxialSelfAttention, LocalSelfAttention, TrioBlock
@@ -32,8 +32,12 @@ __all__ = [
     'AttentionBlock',
     'AxialSelfAttention',
     'ChannelAttention',
+    'CheckReport',
+    'FuseReport',
     'Genotype',
+    'InsertReport',
     'LocalSelfAttention',
+    'OnnxReport',
     'SpatialAttention',
     'TrioBlock',
     'check',
