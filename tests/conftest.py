@@ -17,7 +17,7 @@ import torch
 
 
 def pytest_collection_finish():
-    # The imported libraries and the collected tests stay to the end: the collector need not look through them each time.
+    # The imported libraries and collected tests stay to the end: the collector need not look through them each time.
     gc.collect()
     gc.freeze()
 
