@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ def printable(text: str, keep: str = '') -> str:
     Both may be in the name of a file.
     """
     return ''.join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first five names for a message, and how many more there are; 'none' without any."""
+    return (', '.join(map(printable, names[:5])) + (f' and {len(names) - 5} more' if len(names) > 5 else '')) or 'none'
 
 
 def read_text(path: str | os.PathLike[str], what: str) -> str:

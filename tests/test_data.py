@@ -23,11 +23,9 @@ from torchvision.datasets import FakeData
 from sase_blocks import data
 from sase_blocks.data import (
     EpochSampler,
-    ImageFiles,
     Samples,
     TransformedSamples,
     create_transforms,
-    decode_image,
     derive_seed,
     find_broken,
     image_config,
@@ -38,6 +36,7 @@ from sase_blocks.data import (
     same_data,
     seeded,
 )
+from sase_blocks.images import ImageFiles, decode_image
 
 MEAN_STD = {'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4), 'interpolation': 'bilinear', 'crop_pct': 0.9}
 

@@ -11,7 +11,8 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
 from torch import Tensor, nn
 
-from sase_blocks.data import MODES, check_depth, decode_image, image_config
+from sase_blocks.data import MODES, image_config
+from sase_blocks.images import check_depth, decode_image
 from sase_blocks.reading import printable
 
 __all__ = ['read_images']
