@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_transform, resolve_data_config
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.layers import SpaceToDepth
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
@@ -87,6 +88,13 @@ class Samples:
                 raise ValueError('no regular file')
             with open(path, 'rb') as file:
                 stored = file.read()
+        elif isinstance(self.source, ImageDataset) and isinstance(self.source.reader, ReaderImageInTar):
+            # The reader's own open file has one position, which threads and forked workers would move for each other.
+            reader = self.source.reader
+            (member, archive, inner), label = reader.samples[index], reader.targets[index]
+            with Path(reader.root, archive or '').open('rb') as file:
+                file.seek(member.offset_data + (inner.offset_data if inner else 0))
+                stored = file.read(member.size)
         elif isinstance(self.source, ImageDataset):
             file, label = self.source.reader[index]
             with file:
