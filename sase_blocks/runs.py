@@ -55,6 +55,12 @@ def demand(config: Any, good: bool, name: str, expected: str) -> None:
         raise ValueError(f'{name} must be {expected}, got {quoted(getattr(config, name))}')
 
 
+def demand_use(config: Any, used: bool, name: str, when: str) -> None:
+    """``demand`` that a setting that would be ignored has its default."""
+    default = next(entry.default for entry in fields(config) if entry.name == name)
+    demand(config, used or getattr(config, name) == default, name, f'left at {default!r} {when}')
+
+
 def demand_choices(config: Any) -> None:
     """``demand`` for every setting with ``choices``."""
     for entry in fields(config):

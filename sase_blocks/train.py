@@ -52,6 +52,7 @@ from .runs import (
     demand,
     demand_choices,
     demand_seed,
+    demand_use,
     launched,
     leave_out_broken,
     load_optimizer,
@@ -134,6 +135,9 @@ class TrainConfig:
         demand(self, self.clip_grad is None or self.clip_grad > 0, 'clip_grad', 'above 0')
         demand(self, self.ema_decay is None or 0 < self.ema_decay < 1, 'ema_decay', 'between 0 and 1')
         demand(self, self.check or not self.skip_broken, 'skip_broken', 'used with the check of the images')
+        for name in ('train_split', 'val_split', 'download'):
+            demand_use(self, bool(self.dataset), name, 'without a dataset')
+        demand_use(self, self.opt == 'sgd', 'momentum', 'for adamw')
         demand(self, 'num_classes' not in self.model_args, 'model_args', 'without num_classes, which the data says')
         demand_seed(self)
         demand_choices(self)
