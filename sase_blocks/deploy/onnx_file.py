@@ -73,7 +73,7 @@ def export_onnx(
         model: the network, of one image batch (B, C, H, W); its mode stays as it is. ``fuse`` it first for a smaller
             file.
         file: where; its folder must exist.
-        input_size: of an image: an int, (H, W) or (C, H, W). Default: what a timm model says of itself.
+        input_size: of an image: an int, (H, W) or (C, H, W). Default: what the model says of itself.
         dynamic: True: batch, height and width may change; 'batch': the batch alone; False: nothing (the batch is 1).
         opset_version: at least 18; default: the exporter's choice.
         check: run it in onnxruntime on the CPU, at the exported size and, where sizes may change, at another size and
