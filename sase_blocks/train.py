@@ -160,9 +160,7 @@ def build_model(name: str, num_classes: int | None = None, **model_args: Any) ->
         model: nn.Module = timm.create_model(name, **model_args)
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # a file of weights alone fails as RuntimeError, EOFError, KeyError, UnpicklingError, ...
+    except Exception as error:  # a file of weights fails as RuntimeError, EOFError, KeyError, UnpicklingError, ...
         reason = one_line(error)
         if not isinstance(error, (ValueError, TypeError, OSError)):
             # Of a file of weights that torch refuses, its text goes on to recommend what runs the file.

@@ -55,8 +55,15 @@ def paired_test(differences: Any) -> tuple[Any, Any, Any]:
 
 
 def shown_from(seeds: int, comparisons: int) -> float:
-    """The mean difference, in standard deviations of it over the seeds, from which ``paired_test`` and ``holm`` show
-    the first of so many comparisons."""
+    """The smallest mean difference, in its standard deviations over the seeds, that ``paired_test`` and ``holm`` show.
+
+    Args:
+        seeds: at least 2.
+        comparisons: how many are made; the first one to be shown counts.
+
+    Raises:
+        ImportError: SciPy is missing (extra ``search``).
+    """
     return float(load_stats().t.isf(LEVEL / (2 * comparisons), seeds - 1) / seeds**0.5)
 
 

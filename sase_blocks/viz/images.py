@@ -35,7 +35,7 @@ def read_images(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is no image or of 32 bits a pixel (see ``data.decode_image``), no file at all, or a
+        ValueError: a file that is no image or of 32 bits a pixel (see ``images.decode_image``), no file at all, or a
             network that takes neither 1 nor 3 channels.
     """
     if not paths:
