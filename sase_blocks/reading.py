@@ -1,6 +1,6 @@
-"""Text that users give, on the command line and in files: how it is read, and how a message shows it.
+"""Read text that users give on the command line and in files, and show it in messages.
 
-What is wrong with it is a ValueError of one line, which quotes at most a line of the text.
+Wrong text raises a ValueError of one line that quotes at most a line of the text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def quoted(value: Any) -> str:
 
 
 def one_line(error: BaseException, most: int = 1000) -> str:
-    """What an exception says, in one line of at most ``most`` characters; its class if it says nothing."""
+    """The message of an exception in one line of at most ``most`` characters; its class if there is none."""
     lines = str(error).strip().splitlines()
     if 'Traceback (most recent call last):' in lines:  # printed in a loading process, and the error is its last line
         lines = lines[-1:]

@@ -445,8 +445,8 @@ def evaluate(
 def hits(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
     """Which images are right: the label is among the k classes with the largest logits.
 
-    Of equal logits the first class counts, as for ``argmax``, so a network that tells nothing apart is at chance. An
-    image with a logit that is not a number is wrong.
+    Of equal logits the first class counts, as in ``argmax``, so constant logits score chance. An image with a NaN logit
+    is wrong.
 
     Args:
         logits: (N, classes).

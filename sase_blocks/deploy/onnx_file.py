@@ -148,7 +148,7 @@ def _onnx_proto(model: nn.Module, image: Tensor, dynamic: bool | str, opset_vers
             f'an input_size that it takes'
         ) from error
     try:
-        # Captured here: torch 2.8, given the network, falls back to a trace of one branch, in silence. A captured one
+        # Captured here: given the network, torch 2.8 silently falls back to a trace of one branch. A captured one
         # takes no names of axes, so _name_axes gives them.
         shapes = (dict.fromkeys(_axes(dynamic), torch.export.Dim.DYNAMIC),) if dynamic else None
         captured = torch.export.export(model, (image,), dynamic_shapes=shapes, strict=False)

@@ -147,8 +147,8 @@ def _by(ahead: float) -> str:
 def _rank(found: Mapping[str, Any], randoms: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any] | None, list[str]]:
     """The place of the found block among the random ones by mean, 1 for the best, and sentences about it.
 
-    If the found block were itself drawn at random, every place would be equally likely, whatever the accuracies: the
-    exact p value of a permutation test. That holds among blocks with the same seeds only, so others are left out.
+    If the found block were itself drawn at random, every place would be equally likely, so p is that of an exact
+    permutation test. This holds only among blocks with the same seeds, so others are left out.
     """
     trained = [row for row in randoms if row['accuracies'].keys() == found['accuracies'].keys()]
     if found['mean'] is None or not trained:

@@ -80,7 +80,7 @@ def evaluate(
         ``compare``), 'parameters', 'macs', 'ms_per_image', 'time_ratio' (to no attention, measured in turns);
         'verdicts', sentences; 'test', how they came about; 'rank', of the found block among the random ones: 'place',
         'of', and 'p', how often a block drawn at random would have that place or a better one; 'errors' of tasks; the
-        settings. What is unknown, a spread over one seed for example, is None.
+        settings. Unknown values, such as a spread over one seed, are None.
 
     Raises:
         ImportError: the extra ``train`` or ``search`` is missing.
