@@ -572,8 +572,9 @@ def swap(folder):
         (lambda r: (r / 'train/dog/3.png').unlink(), True, True),
         (lambda r: (r / 'train/dog').rename(r / 'train/pig'), True, True),
         (lambda r: (r / 'train/cat/3.png').rename(r / 'train/dog/3.png'), True, True),
+        (lambda r: (r / 'train/dog/0.png').rename(r / 'train/cat/9.png'), True, True),  # in the same order
     ],
-    ids=['nothing', 'times', 'root', 'swap', 'one', 'renamed', 'one less', 'class renamed', 'moved'],
+    ids=['nothing', 'times', 'root', 'swap', 'one', 'renamed', 'one less', 'class renamed', 'moved', 'label'],
 )
 def test_fingerprints(tmp_path, change, contents, names):
     root = make_images(tmp_path)
