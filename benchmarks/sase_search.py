@@ -27,8 +27,9 @@ import torch
 from sase_blocks.runs import write_text
 from sase_blocks.search.sase.agreement import format_agreement
 from sase_blocks.search.sase.campaigns import campaign, evaluation_budget
+from sase_blocks.search.sase.comparison import format_table
 from sase_blocks.search.sase.config import SearchConfig
-from sase_blocks.search.sase.evaluate import evaluate, format_table
+from sase_blocks.search.sase.evaluate import evaluate
 
 MIXINGS = {'fair': False, 'paper': True}
 

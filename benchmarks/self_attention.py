@@ -39,8 +39,8 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from blocks import (
-    DTYPES,
+from blocks import DTYPES
+from meter import (
     Clock,
     CpuClock,
     CudaClock,

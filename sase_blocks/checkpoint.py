@@ -99,7 +99,7 @@ def read_checkpoint(
     Args:
         path: the file.
         map_location: where the tensors go.
-        advice: what to do about a file that is refused, for the message; default: what fits the reason.
+        advice: what to do about a refused file, for the message; default: what fits the reason.
 
     Returns:
         The dict in the file: a checkpoint or a bare state dict.

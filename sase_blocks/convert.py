@@ -1,4 +1,4 @@
-"""State dicts from elsewhere, other trainers', the SASE authors' and plain ResNets', into models of this library.
+"""Load state dicts of other trainers, of the SASE authors and of plain ResNets into models of this library.
 
 The authors' keys say which edge a tensor belongs to (``_ops.E...``) and what it is, so they map onto ours one to one
 for any genotype: ``layer1.0.attention._ops.5.0.weight`` is ``layer1.0.se.spatial_excite.convs.0.weight``.
@@ -111,7 +111,7 @@ def convert_paper_state_dict(state_dict: Mapping[str, Any]) -> StateDict:
 
 
 def _rename(state: Mapping[str, Tensor]) -> StateDict:
-    """The authors' keys in this library's names, whatever stands before them; any other key as it is."""
+    """Rename the authors' keys, behind any prefix, to this library's; other keys stay."""
     out: StateDict = {}
     for key, value in state.items():
         match = _PAPER_KEY.match(key)

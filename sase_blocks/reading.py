@@ -1,6 +1,6 @@
-"""Text that users give, on the command line and in files: how it is read, and how a message shows it.
+"""Read text that users give on the command line and in files, and show it in messages.
 
-What is wrong with it is a ValueError of one line, which quotes at most a line of the text.
+Wrong text raises a ValueError of one line that quotes at most a line of the text.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def quoted(value: Any) -> str:
 
 
 def one_line(error: BaseException, most: int = 1000) -> str:
-    """What an exception says, in one line of at most ``most`` characters; its class if it says nothing."""
+    """The message of an exception in one line of at most ``most`` characters; its class if there is none."""
     lines = str(error).strip().splitlines()
     if 'Traceback (most recent call last):' in lines:  # printed in a loading process, and the error is its last line
         lines = lines[-1:]
@@ -48,6 +49,11 @@ def printable(text: str, keep: str = '') -> str:
     Both may be in the name of a file.
     """
     return ''.join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first five names for a message, and how many more there are; 'none' without any."""
+    return (', '.join(map(printable, names[:5])) + (f' and {len(names) - 5} more' if len(names) > 5 else '')) or 'none'
 
 
 def read_text(path: str | os.PathLike[str], what: str) -> str:

@@ -55,6 +55,12 @@ def demand(config: Any, good: bool, name: str, expected: str) -> None:
         raise ValueError(f'{name} must be {expected}, got {quoted(getattr(config, name))}')
 
 
+def demand_use(config: Any, used: bool, name: str, when: str) -> None:
+    """``demand`` that a setting that would be ignored has its default."""
+    default = next(entry.default for entry in fields(config) if entry.name == name)
+    demand(config, used or getattr(config, name) == default, name, f'left at {default!r} {when}')
+
+
 def demand_choices(config: Any) -> None:
     """``demand`` for every setting with ``choices``."""
     for entry in fields(config):
@@ -106,7 +112,7 @@ def _start_over(last: Path) -> str:
 
 @contextlib.contextmanager
 def resuming(last: Path) -> Iterator[None]:
-    """Within this context what does not fit is a ValueError of one line that names the checkpoint ``last``."""
+    """Within this context, a value that does not fit raises a ValueError of one line that names ``last``."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -117,7 +123,7 @@ def resuming(last: Path) -> Iterator[None]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict``, which by itself takes settings and states of any type and shape.
+    """``optimizer.load_state_dict`` with the checks of types and shapes that it lacks.
 
     Raises:
         ValueError: they are not those of ``optimizer``.
@@ -226,7 +232,7 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def be_deterministic(enabled: bool = True) -> Iterator[None]:
-    """Within this context only algorithms that give the same result every time; then the settings of before again.
+    """Use deterministic algorithms within this context, and restore the settings after it.
 
     The settings are those of the process: torch's, cuDNN's, and the variable CUBLAS_WORKSPACE_CONFIG, which is set
     unless it is already. With ``enabled=False`` nothing changes.
@@ -314,10 +320,9 @@ def check_writable(out: Path, *, make: bool = True) -> None:
 def alone_in(config: Any, accelerator: Any) -> Iterator[None]:
     """Within this context no other run writes into the folder ``config.out``, which is made.
 
-    With ``config.resume`` it waits for the run that does, to go on with what that one leaves. The lock is the system's,
-    on the file ``.lock``, so it is gone with its process, however that ends, and processes that load images, which
-    may outlive it, do not inherit it (filelock closes it in a fork). Other machines see it where a network folder hands
-    locks on. Where there are none a warning says so.
+    With ``config.resume`` it waits for that run to end. The lock is the system's, on the file ``.lock``, and ends with
+    its process. Processes that load images may outlive it and do not inherit the lock (filelock closes it in a fork).
+    Other machines see the lock if the network folder passes locks on. Without locks it prints a warning.
 
     Raises:
         ValueError: another run writes there, and ``config.resume`` is off.

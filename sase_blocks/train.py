@@ -52,6 +52,7 @@ from .runs import (
     demand,
     demand_choices,
     demand_seed,
+    demand_use,
     launched,
     leave_out_broken,
     load_optimizer,
@@ -134,6 +135,9 @@ class TrainConfig:
         demand(self, self.clip_grad is None or self.clip_grad > 0, 'clip_grad', 'above 0')
         demand(self, self.ema_decay is None or 0 < self.ema_decay < 1, 'ema_decay', 'between 0 and 1')
         demand(self, self.check or not self.skip_broken, 'skip_broken', 'used with the check of the images')
+        for name in ('train_split', 'val_split', 'download'):
+            demand_use(self, bool(self.dataset), name, 'without a dataset')
+        demand_use(self, self.opt == 'sgd', 'momentum', 'for adamw')
         demand(self, 'num_classes' not in self.model_args, 'model_args', 'without num_classes, which the data says')
         demand_seed(self)
         demand_choices(self)
@@ -156,9 +160,7 @@ def build_model(name: str, num_classes: int | None = None, **model_args: Any) ->
         model: nn.Module = timm.create_model(name, **model_args)
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # a file of weights alone fails as RuntimeError, EOFError, KeyError, UnpicklingError, ...
+    except Exception as error:  # a file of weights fails as RuntimeError, EOFError, KeyError, UnpicklingError, ...
         reason = one_line(error)
         if not isinstance(error, (ValueError, TypeError, OSError)):
             # Of a file of weights that torch refuses, its text goes on to recommend what runs the file.
@@ -443,8 +445,8 @@ def evaluate(
 def hits(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
     """Which images are right: the label is among the k classes with the largest logits.
 
-    Of equal logits the first class counts, as for ``argmax``, so a network that tells nothing apart is at chance. An
-    image with a logit that is not a number is wrong.
+    Of equal logits the first class counts, as in ``argmax``, so constant logits score chance. An image with a NaN logit
+    is wrong.
 
     Args:
         logits: (N, classes).

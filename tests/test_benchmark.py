@@ -19,12 +19,15 @@ SCRIPT = Path(__file__).parent.parent / 'benchmarks' / 'blocks.py'
 def bench():
     """The script as a module; its main sets torch to one thread, which is undone here."""
     threads = torch.get_num_threads()
+    sys.path.insert(0, str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location('benchmark_blocks', SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # a dataclass looks its module up there
     spec.loader.exec_module(module)
     yield module
-    del sys.modules[spec.name]
+    sys.path.remove(str(SCRIPT.parent))
+    for name in (spec.name, 'meter'):
+        del sys.modules[name]
     torch.set_num_threads(threads)
 
 

@@ -36,6 +36,18 @@ def run(capsys, *argv):
         (['info', 'zzzzzzzzz'], "no model or block 'zzzzzzzzz' ("),
         (['info', 'avg,mlp,affine,avg,avg'], 'six choices'),
         (['info', 'avg,mlp,affine,avg,avg,conv3x4'], "did you mean 'conv3x3'"),
+        (['info', 'resnet50_sase', '--channels', '64'], "--channels is for a block, and 'resnet50_sase' is a model"),
+        (['draw', 'image 32; stem 16', '-o', 'x.png', '--no-sets'], '--no-sets is for a block'),
+        (
+            ['attend', 'cat.jpg', '-o', 'maps', '--start', 'paper'],
+            '--start is for the block that --insert BLOCK puts in',
+        ),
+        (
+            ['search', 'trionet', '--demo', '--max-macs', '40M'],
+            '--demo has its own settings, and takes --out and --seed alone: leave --max-macs out',
+        ),
+        (['search', 'sase', '--demo', '--evaluate', '3'], 'leave --evaluate out'),
+        (['search', 'sase', '--demo', '--no-tensorboard'], 'leave --no-tensorboard out'),
         (['info', 'sase', '--channels', '0'], 'channels to be an int of at least 1'),
         (['info', 'sase', '--img-size', '0'], '--img-size must be at least 1'),
         (['info', 'resnet18', '--genotype', 'sase'], 'resnet18 cannot be built with'),

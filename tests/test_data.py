@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import random
 import shutil
 import socket
@@ -23,11 +24,9 @@ from torchvision.datasets import FakeData
 from sase_blocks import data
 from sase_blocks.data import (
     EpochSampler,
-    ImageFiles,
     Samples,
     TransformedSamples,
     create_transforms,
-    decode_image,
     derive_seed,
     find_broken,
     image_config,
@@ -38,6 +37,7 @@ from sase_blocks.data import (
     same_data,
     seeded,
 )
+from sase_blocks.images import ImageFiles, decode_image
 
 MEAN_STD = {'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4), 'interpolation': 'bilinear', 'crop_pct': 0.9}
 
@@ -159,11 +159,21 @@ def test_class_folders_by_name_are_read_as_those_without(tmp_path, dataset):
         open_data(tmp_path / 'gone', dataset)
 
 
-def test_archive_is_still_read_by_timm(tmp_path):
+def test_archive_is_read_without_an_open_file_that_threads_and_workers_would_share(tmp_path):
     make_images(tmp_path)
-    archive = shutil.make_archive(str(tmp_path / 'all'), 'tar', tmp_path / 'train')
-    train = open_training_data(archive, 'folder', num_classes=3)
-    assert (train.classes, len(train)) == (['0', '1', '2'], 12)
+    plain = open_training_data(tmp_path)
+    inner = tmp_path / 'inner'
+    for name in plain.classes:
+        shutil.make_archive(str(inner / name), 'tar', tmp_path / 'train', name)
+    for number, folder in enumerate((tmp_path / 'train', inner)):  # images, or an archive for each class
+        archive = shutil.make_archive(str(tmp_path / f'{number}'), 'tar', folder)
+        train = open_training_data(archive, 'folder', num_classes=3)
+        assert (train.classes, len(train)) == (['0', '1', '2'], 12)
+        assert find_broken(train) == {}
+        again = pickle.loads(pickle.dumps(train))  # no open file is left in it
+        assert [again.read(i) for i in range(12)] == [plain.read(i) for i in range(12)], folder
+        truncate(Path(archive))
+        assert 0 < len(find_broken(train)) < 12
 
 
 @pytest.mark.parametrize(
@@ -562,8 +572,9 @@ def swap(folder):
         (lambda r: (r / 'train/dog/3.png').unlink(), True, True),
         (lambda r: (r / 'train/dog').rename(r / 'train/pig'), True, True),
         (lambda r: (r / 'train/cat/3.png').rename(r / 'train/dog/3.png'), True, True),
+        (lambda r: (r / 'train/dog/0.png').rename(r / 'train/cat/9.png'), True, True),  # in the same order
     ],
-    ids=['nothing', 'times', 'root', 'swap', 'one', 'renamed', 'one less', 'class renamed', 'moved'],
+    ids=['nothing', 'times', 'root', 'swap', 'one', 'renamed', 'one less', 'class renamed', 'moved', 'label'],
 )
 def test_fingerprints(tmp_path, change, contents, names):
     root = make_images(tmp_path)

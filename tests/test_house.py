@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / 'sase_blocks'
 # and `__init__` is what `import sase_blocks` runs.
 ROOMS = (
     'reading', 'checkpoint', 'ops', 'blocks', 'selfattention', 'convert', 'models', 'insertion', 'deploy', '__init__',
-    'data', 'runs', 'viz', 'train', 'search', 'demo', 'cli', '__main__',
+    'images', 'data', 'runs', 'viz', 'train', 'search', 'demo', 'cli', '__main__',
 )  # fmt: skip
 
 # What every installation has, by the name it is imported by: the three dependencies and what these bring along (tqdm

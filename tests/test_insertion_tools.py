@@ -454,6 +454,15 @@ def test_check_names_what_does_not_run(lose, reason, tmp_path):
         check(model, 32)
 
 
+def test_hooks_of_before_see_what_the_network_goes_on_with():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    seen: list[Tensor] = []
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    insert(model, 'se', where='0', input_size=8)
+    nn.init.constant_(model[0].inserted_attention.alpha, 0.7)
+    assert torch.equal(model[0](images(8)), seen[-1])
+
+
 def test_check_leaves_no_trace():
     model = copy.deepcopy(_built('behind a norm')[1]).train()
     model.layer1.eval()

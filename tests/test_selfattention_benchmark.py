@@ -16,7 +16,7 @@ def bench(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / 'benchmarks'))
     yield importlib.import_module('self_attention')
-    for name in ('self_attention', 'blocks'):
+    for name in ('self_attention', 'blocks', 'meter'):
         sys.modules.pop(name, None)
     torch.set_num_threads(threads)
 

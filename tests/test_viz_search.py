@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
 from sase_blocks.ops import EXTENDED_SETS
-from sase_blocks.search.sase.evaluate import compare
+from sase_blocks.search.sase.comparison import compare
 from sase_blocks.viz import network_color, plot_evaluation, plot_logits, save_figure
 
 EDGES = {

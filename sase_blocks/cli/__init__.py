@@ -202,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command('info', _info, 'show the size of a model or block, and its genotype as a drawing')
     sub.add_argument('name', help='a model of timm, a block, or the text of a genotype')
     sub.add_argument('--img-size', type=int, help="height and width in px (default: the model's; 56 for a block)")
-    sub.add_argument('--channels', type=int, default=256, help='channels of the input of a block (default: 256)')
+    sub.add_argument('--channels', type=int, help='channels of the input of a block (default: 256)')
     add_model_options(sub)
 
     sub = command('draw', _draw, "draw a block as a graph of its operations, or a network of TrioNet's blocks")
@@ -217,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--checkpoint', metavar='FILE', help='its weights (.pt, .pth, .safetensors); without: untrained')
     sub.add_argument('--insert', metavar='BLOCK', help='put this block into a model that has none, before its weights')
     sub.add_argument(
-        '--start', choices=('identity', 'paper'), default='identity', help='of --insert, as it was in training'
+        '--start', choices=('identity', 'paper'), help='of --insert, as it was in training (default: identity)'
     )
     sub.add_argument('--img-size', type=int, help="height and width in px (default: the model's)")
     add_model_options(sub)
@@ -281,6 +281,8 @@ def _draw(name: str, out: str, sets: bool) -> None:
 
     check_picture(out)
     network = name.endswith('.json') or name.lstrip().startswith(('image ', 'stem ', 'heads '))
+    if network and not sets:
+        raise ValueError('--no-sets is for a block, and this is a network; leave it out')
     figure = draw_architecture(read_architecture(name)) if network else draw_block(name, sets=sets)
     say(f'written: {save_figure(figure, out)}')
 

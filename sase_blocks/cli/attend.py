@@ -28,7 +28,7 @@ def attend(
     model: str | None,
     checkpoint: str | None,
     insert: str | None,
-    start: str,
+    start: str | None,
     img_size: int | None,
     model_args: Sequence[str],
     genotype: str | None,
@@ -36,6 +36,8 @@ def attend(
 ) -> None:
     if img_size is not None and img_size < 1:
         raise ValueError(f'--img-size must be at least 1, got {img_size}')
+    if start is not None and insert is None:
+        raise ValueError('--start is for the block that --insert BLOCK puts in; give it too, or neither')
     if (missing := missing_matplotlib()) is not None:
         raise ImportError(missing)
     check_writable(Path(out), make=False)
@@ -52,7 +54,7 @@ def attend(
         raise ValueError('give --model NAME: only a checkpoint of `sase-blocks train` says which model it is of')
     network = build_model(model, **args).eval()
     if insert is not None:
-        insert_block(network, insert, start=start)
+        insert_block(network, insert, start=start or 'identity')
     report = load_checkpoint(network, checkpoint) if checkpoint else None
     batch, pictures = read_images(images, network, img_size)  # all of them, before anything is written
     say(str(report or 'note: without --checkpoint the weights are those the model starts with'))

@@ -31,7 +31,7 @@ __all__ = ['draw_genotype', 'show_info']
 def show_info(
     name: str,
     img_size: int | None,
-    channels: int,
+    channels: int | None,
     model_args: Sequence[str],
     genotype: str | None,
     attn_stages: Sequence[int] | None,
@@ -46,10 +46,12 @@ def show_info(
             f'there is no model or block {quoted(name)}{"; did you mean " + " or ".join(near) + "?" if near else ""} '
             f'(`sase-blocks list TEXT` searches)'
         )
+    if channels is not None and not is_block:
+        raise ValueError(f'--channels is for a block, and {quoted(name)} is a model; leave it out')
     # On the meta device nothing is computed or stored, only shapes.
     with torch.device('meta'):
         if is_block:
-            size = img_size or 56
+            size, channels = img_size or 56, 256 if channels is None else channels
             module = create_block(name, channels, feat_size=size, **args)
             shape = (1, channels, size, size)
         else:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-__all__ = ['add_model_options', 'add_settings']
+__all__ = ['add_model_options', 'add_settings', 'check_demo']
 
 
 def add_settings(parser: argparse.ArgumentParser, config: type[Any], leave_out: Collection[str] = ()) -> None:
@@ -48,6 +48,16 @@ def add_model_options(parser: argparse.ArgumentParser, *, attention: bool = True
         parser.add_argument(
             '--attn-stages', type=int, nargs='+', metavar='N', help='stages of our models with attention (default: all)'
         )
+
+
+def check_demo(config: type[Any], given: Mapping[str, Any]) -> None:
+    """Raise a ValueError for an option that ``--demo`` would ignore: it takes --out and --seed alone."""
+    defaults = {entry.name: entry.default for entry in fields(config)}
+    for name, value in given.items():
+        default = defaults.get(name)
+        if name not in ('out', 'seed') and value != default and (value or default is True):
+            option = ('no-' if default is True else '') + name.replace('_', '-')
+            raise ValueError(f'--demo has its own settings, and takes --out and --seed alone: leave --{option} out')
 
 
 def _metavar(setting: Field[Any]) -> str:

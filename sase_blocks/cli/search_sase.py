@@ -11,7 +11,7 @@ from sase_blocks.reading import quoted
 from sase_blocks.runs import is_main, say
 
 from .model_args import model_arguments
-from .options import add_model_options, add_settings
+from .options import add_model_options, add_settings, check_demo
 
 __all__ = ['add_sase']
 
@@ -53,11 +53,10 @@ def add_sase(
         '--evaluate', type=int, default=0, metavar='N', help='train the found block from scratch with N seeds'
     )
     trust.add_argument('--evaluate-epochs', type=int, metavar='N', help='epochs of that (default: those of the search)')
-    trust.add_argument('--evaluate-lr', type=float, default=0.1, metavar='X', help='its learning rate (default: 0.1)')
+    trust.add_argument('--evaluate-lr', type=float, metavar='X', help='its learning rate (default: 0.1)')
     trust.add_argument(
         '--baselines',
         nargs='+',
-        default=list(BASELINES),
         metavar='BLOCK',
         help=f'blocks or genotypes to compare with (default: {",".join(BASELINES)})',
     )
@@ -75,16 +74,25 @@ def _search_sase(
     null: bool,
     evaluate: int,
     evaluate_epochs: int | None,
-    evaluate_lr: float,
-    baselines: Sequence[str],
+    evaluate_lr: float | None,
+    baselines: Sequence[str] | None,
     random: int,
     storage: str | None,
     **settings: Any,
 ) -> None:
     from sase_blocks.search.sase.campaigns import campaign, evaluation_budget
     from sase_blocks.search.sase.config import SearchConfig
+    from sase_blocks.search.sase.evaluate import BASELINES
 
+    evaluation: dict[str, Any] = {
+        'random': random or None,
+        'evaluate-epochs': evaluate_epochs,
+        'evaluate-lr': evaluate_lr,
+        'baselines': baselines,
+    }
     if demo:
+        tasks = {'seeds': seeds, 'null': null, 'evaluate': evaluate, 'storage': storage}
+        check_demo(SearchConfig, {'data': data, 'model_args': model_args, **tasks, **evaluation, **settings})
         from sase_blocks.demo import run_search_demo
 
         run_search_demo(settings['out'], seed=settings['seed'])
@@ -94,17 +102,23 @@ def _search_sase(
     for name, value in (('evaluate', evaluate), ('random', random)):
         if value < 0:
             raise ValueError(f'--{name} must be at least 0, got {value}')
-    for name, given in (('random', random), ('evaluate-epochs', evaluate_epochs is not None)):
-        if given and not evaluate:
+    for name, given in evaluation.items():
+        if given is not None and not evaluate:
             raise ValueError(f'--{name} is for the evaluation, which --evaluate N asks for; give it too, or neither')
+    numbers = None if seeds is None else _numbers(seeds)
+    if storage is not None and not (evaluate or null or len(set(numbers or [0])) > 1):
+        raise ValueError('--storage is for the tasks of several --seeds, --null or --evaluate N; give one of them, too')
     config = SearchConfig(data=data, model_args=model_arguments(model_args, None, None), **settings)
+    budget = None
+    if evaluate:
+        budget = evaluation_budget(config, evaluate_epochs, **({} if evaluate_lr is None else {'lr': evaluate_lr}))
     result = campaign(
         config,
-        seeds=None if seeds is None else _numbers(seeds),
+        seeds=numbers,
         null=null,
-        budget=evaluation_budget(config, evaluate_epochs, evaluate_lr) if evaluate else None,
+        budget=budget,
         evaluations=evaluate,
-        baselines=_blocks(baselines),
+        baselines=BASELINES if baselines is None else _blocks(baselines),
         randoms=random,
         storage=storage,
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from sase_blocks.runs import is_main, say
 
-from .options import add_settings
+from .options import add_settings, check_demo
 
 __all__ = ['add_trionet']
 
@@ -44,15 +44,16 @@ def add_trionet(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _search_trionet(demo: bool, data: str | None, storage: str | None, **settings: Any) -> None:
+    from sase_blocks.search.trionet import TrioConfig, search
+
     if demo:
+        check_demo(TrioConfig, {'data': data, 'storage': storage, **settings})
         from sase_blocks.demo import run_trionet_demo
 
         run_trionet_demo(settings['out'], seed=settings['seed'])
         return
     if data is None:
         raise ValueError('--data DIR is missing: a folder with train/CLASS/* in it; --demo needs none')
-    from sase_blocks.search.trionet import TrioConfig, search
-
     config = TrioConfig(data=data, **settings)
     search(config, storage=storage)
     if is_main():

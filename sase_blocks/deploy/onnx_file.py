@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sase_blocks.insertion.checking import check_inserted
+from sase_blocks.insertion.insertion import example_of
 from sase_blocks.insertion.measure import quietly
-from sase_blocks.ops.primitive import check_feat_size
 
 from .plain import check_plain
 
@@ -73,7 +73,7 @@ def export_onnx(
         model: the network, of one image batch (B, C, H, W); its mode stays as it is. ``fuse`` it first for a smaller
             file.
         file: where; its folder must exist.
-        input_size: of an image: an int, (H, W) or (C, H, W). Default: what a timm model says of itself.
+        input_size: of an image: an int, (H, W) or (C, H, W). Default: what the model says of itself.
         dynamic: True: batch, height and width may change; 'batch': the batch alone; False: nothing (the batch is 1).
         opset_version: at least 18; default: the exporter's choice.
         check: run it in onnxruntime on the CPU, at the exported size and, where sizes may change, at another size and
@@ -107,7 +107,10 @@ def export_onnx(
         raise ValueError(f'half precision cannot agree to {TOLERANCE:g}: export model.float(), or give check=False')
     _import_onnx(check)
 
-    image = _image(model, input_size, 2 if dynamic else 1)
+    example, _ = example_of(model, input_size, None)
+    if example is None:
+        raise ValueError(f'{type(model).__name__} does not say for which images it is: give input_size=(H, W)')
+    image = example[0].repeat(2 if dynamic else 1, 1, 1, 1)
     check_inserted(model, image)
     with quietly(model), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of the exporter's own parts
@@ -136,29 +139,6 @@ def _import_onnx(check: bool) -> None:
             raise ImportError(f'ONNX export needs {name}: pip install "sase-blocks[export]"') from error
 
 
-def _image(model: nn.Module, input_size: Any, batch: int) -> Tensor:
-    """A batch of random images of the size that is given or that a timm model says of itself."""
-    if input_size is None:
-        config = getattr(model, 'pretrained_cfg', None)
-        input_size = config.get('input_size') if isinstance(config, dict) else None
-        if input_size is None:
-            raise ValueError(f'{type(model).__name__} does not say for which images it is: give input_size=(H, W)')
-        input_size = tuple(input_size)[1:]
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = 3 if first is None else first.in_channels
-    if isinstance(input_size, tuple | list) and len(input_size) == 3:
-        channels, *input_size = input_size
-    try:
-        height, width = check_feat_size(tuple(input_size) if isinstance(input_size, list) else input_size, '')
-    except ValueError:
-        raise ValueError(
-            f'input_size must be an int, (H, W) or (C, H, W), each at least 1, got {input_size!r}'
-        ) from None
-    like = next(model.parameters(), torch.empty(0))
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, channels, height, width, generator=generator).to(like)
-
-
 def _onnx_proto(model: nn.Module, image: Tensor, dynamic: bool | str, opset_version: int | None) -> Any:
     try:
         outputs = pytree.tree_leaves(model(image))
@@ -168,7 +148,7 @@ def _onnx_proto(model: nn.Module, image: Tensor, dynamic: bool | str, opset_vers
             f'an input_size that it takes'
         ) from error
     try:
-        # Captured here: torch 2.8, given the network, falls back to a trace of one branch, in silence. A captured one
+        # Captured here: given the network, torch 2.8 silently falls back to a trace of one branch. A captured one
         # takes no names of axes, so _name_axes gives them.
         shapes = (dict.fromkeys(_axes(dynamic), torch.export.Dim.DYNAMIC),) if dynamic else None
         captured = torch.export.export(model, (image,), dynamic_shapes=shapes, strict=False)

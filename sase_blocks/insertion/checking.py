@@ -42,13 +42,14 @@ def check(model: nn.Module, x: Any = None) -> CheckReport:
         model: the network that ``insert`` was called with, a copy of it, or a module around it. A graph made of it
             (FX, TorchScript, ``torch.export``) has no modules to look at: check the network before.
         x: an input, a tuple of positional arguments, or the size of an image as ``insert`` takes it: an int, (H, W) or
-            (C, H, W). Default: what a timm model says of itself; where nothing is known, no forward is run, and only
+            (C, H, W). Default: what the model says of itself; where nothing is known, no forward is run, and only
             what can be seen without one is checked.
 
     Returns:
         The report: the places and how often each ran.
 
     Raises:
+        TypeError: not a module.
         ValueError: nothing was inserted, the model is an FX graph, or the forward fails for the ``x`` that was given.
         RuntimeError: places that are gone, lost their hook or did not run, with their names.
     """

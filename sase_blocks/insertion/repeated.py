@@ -1,6 +1,6 @@
 """Where attention goes in a network that the table of families does not know: behind each of its repeated blocks.
 
-Ours, and no paper's place. A block is a module with two or more weight matrices or kernels in it that gives a map.
+Not in the papers. A block is a module with two or more weight matrices or kernels in it that gives a map.
 Blocks of one class whose parents have the same name but for numbers, ``stages.0.blocks.3`` and ``stages.1.blocks.0``,
 are a group, and where more than half of a group keep the shape of their input, as residual blocks do and stages do not,
 the group is repeated. Of groups inside one another the outermost counts. Where blocks that change the shape have one

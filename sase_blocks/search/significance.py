@@ -1,7 +1,7 @@
-"""What chance alone would do: the tests behind the verdicts of the searches. None of them is in the papers.
+"""Statistical tests behind the verdicts of the searches. Not in the papers.
 
-All of them are wrong in at most ``LEVEL`` of the cases where nothing is to be found, counted by whole run: however many
-blocks, edges or networks a run compares, that is how often it claims anything at all.
+Where there is nothing to find, at most ``LEVEL`` of the runs claim anything, however many blocks, edges or networks
+each of them compares.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def load_stats() -> Any:
 def paired_test(differences: Any) -> tuple[Any, Any, Any]:
     """Student's t-test, two-sided, of the hypothesis that the mean of paired differences is 0.
 
-    Differences that are all equal have no spread to measure their mean against, and prove nothing: accuracies come in
-    steps of one image, so equal ones are common.
+    Equal differences have no spread to test their mean against, so they give NaN. They are common, because accuracies
+    come in steps of one image.
 
     Args:
         differences: (..., seeds), such as the accuracies of two blocks with the same seeds, subtracted.
@@ -55,13 +55,20 @@ def paired_test(differences: Any) -> tuple[Any, Any, Any]:
 
 
 def shown_from(seeds: int, comparisons: int) -> float:
-    """The mean difference, in standard deviations of it over the seeds, from which ``paired_test`` and ``holm`` show
-    the first of so many comparisons."""
+    """The smallest mean difference, in its standard deviations over the seeds, that ``paired_test`` and ``holm`` show.
+
+    Args:
+        seeds: at least 2.
+        comparisons: how many are made; the first one to be shown counts.
+
+    Raises:
+        ImportError: SciPy is missing (extra ``search``).
+    """
     return float(load_stats().t.isf(LEVEL / (2 * comparisons), seeds - 1) / seeds**0.5)
 
 
 def holm(p: Any) -> Any:
-    """Adjust p values for being many (Holm, "A simple sequentially rejective multiple test procedure", 1979).
+    """Adjust p values for multiple comparisons (Holm, "A simple sequentially rejective multiple test procedure", 1979).
 
     Whatever the dependence between them, at most ``LEVEL`` of runs without any true difference have one below LEVEL.
 
@@ -83,8 +90,8 @@ def not_worse(scores: Sequence[float], images: int) -> list[bool]:
     """Which of several networks may be as good as the best of them, by accuracies on the same images.
 
     Fisher's exact test of each against the best. The best was picked by these scores, so the bound is Bonferroni's over
-    all ordered pairs, which holds for any pick. That the images are the same, which makes differences smaller than
-    those between two samples, is not made use of: it errs on the side of "may be".
+    all ordered pairs, which holds for any pick. The test takes the images of each network for a sample of its own. As
+    they are the same, it errs on the side of "may be".
 
     Args:
         scores: of each network, percent.

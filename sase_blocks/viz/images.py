@@ -11,7 +11,8 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
 from torch import Tensor, nn
 
-from sase_blocks.data import MODES, check_depth, decode_image, image_config
+from sase_blocks.data import MODES, image_config
+from sase_blocks.images import check_depth, decode_image
 from sase_blocks.reading import printable
 
 __all__ = ['read_images']
@@ -34,7 +35,7 @@ def read_images(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is no image or of 32 bits a pixel (see ``data.decode_image``), no file at all, or a
+        ValueError: a file that is no image or of 32 bits a pixel (see ``images.decode_image``), no file at all, or a
             network that takes neither 1 nor 3 channels.
     """
     if not paths:

@@ -61,7 +61,7 @@ def load_matplotlib() -> tuple[type[Figure], Any]:
 
 
 def missing_matplotlib() -> str | None:
-    """What ``load_matplotlib`` would raise, as text; None where it is there."""
+    """The text of the error that ``load_matplotlib`` would raise, or None."""
     try:
         load_matplotlib()
     except ImportError as error:
@@ -70,7 +70,7 @@ def missing_matplotlib() -> str | None:
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:
-    """Raise now what ``save_figure`` would raise about a path and matplotlib."""
+    """Raise what ``save_figure`` would raise about the path or a missing matplotlib."""
     path = Path(path)
     if path.suffix.lower() not in DATES:
         raise ValueError(f'a picture is written as .png, .svg or .pdf, got {quoted(str(path))}')

@@ -22,8 +22,9 @@ from sase_blocks.train import TrainConfig, build_model
 from sase_blocks.viz import missing_matplotlib, plot_evaluation, save_figure
 
 from .agreement import compare_searches, format_agreement
+from .comparison import format_table
 from .config import SearchConfig
-from .evaluate import BASELINES, check_evaluation, evaluate, format_table
+from .evaluate import BASELINES, check_evaluation, evaluate
 from .result import read_result, write_result
 from .run import saved_search, search
 from .space import SearchSpace

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sase_blocks.runs import demand, demand_choices, demand_seed, setting
+from sase_blocks.runs import demand, demand_choices, demand_seed, demand_use, setting
 
 from .bilevel import ORDERS
 from .mixed import FORMS
@@ -79,6 +79,8 @@ class SearchConfig:
         demand(self, 0 <= self.hflip <= 1, 'hflip', 'a probability')
         demand(self, self.clip_grad is None or self.clip_grad > 0, 'clip_grad', 'above 0')
         demand(self, self.img_size is None or self.img_size >= 1, 'img_size', 'at least 1')
+        for name in ('train_split', 'download'):
+            demand_use(self, bool(self.dataset), name, 'without a dataset')
         demand(self, 'num_classes' not in self.model_args, 'model_args', 'without num_classes, which the data says')
         demand_seed(self)
         demand_choices(self)

@@ -120,7 +120,6 @@ def from_bands(grad: Tensor, shape: Sequence[int], w: int) -> Tensor:
     return (by_tap @ selection(kw, w, grad).t()).view(shape)
 
 
-# Tuples, for dynamo of torch 2.6 knows no frozenset of classes.
 CONVOLUTIONS: tuple[type, ...] = (
     ChannelConv3,
     ChannelConv5,

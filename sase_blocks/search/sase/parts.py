@@ -110,7 +110,7 @@ def _stack(*outputs: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-@dataclass  # not frozen, for dynamo of torch 2.6 does not take those
+@dataclass  # not frozen, for dynamo of torch 2.8 does not take those
 class Weighted:
     """The sum over the stack that a function gives, times weights: called with (weights, *tensors)."""
 

@@ -89,8 +89,7 @@ class SharedSqueezes:
         wide_gate = gate.to(self.wide.dtype)
         edges = ((gated_ops, wide_gate), (plain_ops, None))
         norms = [(op, factor) for ops, factor in edges for op in ops if type(op) is SpatialL2Norm]
-        # Not bool(norms), at which dynamo of torch 2.6 breaks the graph.
-        plan = Plan(_worth_sharing(gated_ops), _worth_sharing(plain_ops), len(norms) > 0)
+        plan = Plan(_worth_sharing(gated_ops), _worth_sharing(plain_ops), bool(norms))
         maps: list[Tensor] = []
         if any(plan):
             mean = rates = None

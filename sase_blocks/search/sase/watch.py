@@ -4,7 +4,7 @@ The logits are few, so their Hessian is taken exactly, one product a logit. A la
 result that does not survive discretisation (arXiv 1909.09656); here, where no operation is a skip, what fails more
 often is that one operation's scale decides.
 
-An argmax always names a winner. Whether an edge was decided is our addition: see ``noise_leads``.
+An argmax always names a winner. Our addition: whether an edge was decided, see ``noise_leads``.
 """
 
 from __future__ import annotations

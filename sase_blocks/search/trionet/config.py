@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
-from sase_blocks.runs import demand, demand_choices, demand_seed, setting
+from sase_blocks.runs import demand, demand_choices, demand_seed, demand_use, setting
 
 from .cost import Limits, count_number
 from .sampling import LAWS, Law, hierarchical
@@ -92,6 +92,11 @@ class TrioConfig:
         demand(self, 0 <= self.hflip <= 1, 'hflip', 'a probability')
         demand(self, self.clip_grad is None or self.clip_grad > 0, 'clip_grad', 'above 0')
         demand(self, self.ema_decay is None or 0 < self.ema_decay < 1, 'ema_decay', 'between 0 and 1')
+        for name in ('train_split', 'val_split', 'download'):
+            demand_use(self, bool(self.dataset), name, 'without a dataset')
+        demand_use(self, self.opt == 'sgd', 'momentum', 'for adamw')
+        demand_use(self, self.sampling == 'hierarchical', 'concentration', 'without hierarchical sampling')
+        demand_use(self, self.finetune > 0, 'finetune_lr', 'without finetune')
         demand(self, self.max_ms is None or self.max_ms > 0, 'max_ms', 'above 0')
         demand_seed(self)
         demand_choices(self)

@@ -1,0 +1,193 @@
+"""The meter of the benchmarks: clocks, calls timed in turns, and what is counted without a clock."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# ---------------------------------------------------------------------------------------------------------- clocks
+
+
+class CpuClock:
+    """CPU time of this thread: other processes on the machine do not count. For one torch thread only."""
+
+    what = 'CPU time of one thread'
+
+    def sample(self, call: Callable[[], object]) -> Callable[[], float]:
+        start = time.thread_time()
+        call()
+        seconds = time.thread_time() - start
+        return lambda: seconds
+
+    def finish(self) -> None:
+        """Nothing is in flight on a CPU."""
+
+
+class CudaClock:
+    """Time between two device events, each sample after a write larger than the cache, so that x comes from memory.
+
+    That write also gives the host a lead over the device, so that the launch of the first kernel is not measured; where
+    a block's kernels are shorter than their launches, the gaps between them are.
+    """
+
+    what = 'time between device events, cold cache'
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(256 * 2**20, dtype=torch.int8, device='cuda')
+
+    def sample(self, call: Callable[[], object]) -> Callable[[], float]:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.flush.zero_()
+        start.record()
+        call()
+        end.record()
+        return lambda: start.elapsed_time(end) / 1e3
+
+    def finish(self) -> None:
+        torch.cuda.synchronize()
+
+
+Clock = CpuClock | CudaClock
+
+
+def interleaved(
+    calls: dict[str, Callable[[], object]], clock: Clock, rounds: int, warmup: int
+) -> dict[str, list[float]]:
+    """Seconds of every call in every round; a round makes each call once, and the order turns from round to round."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for index in range(-warmup, rounds):
+        turn = index % len(names)
+        samples = [(name, clock.sample(calls[name])) for name in names[turn:] + names[:turn]]
+        clock.finish()
+        if index >= 0:
+            for name, read in samples:
+                seconds[name].append(read())
+    return seconds
+
+
+def spread(seconds: list[float]) -> float:
+    """Interquartile range over the median."""
+    if len(seconds) < 4:
+        return float('nan')
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return (high - low) / middle
+
+
+def copy_bandwidth(clock: Clock, device: str, rounds: int = 11) -> float:
+    """Bytes a second of a large copy, bytes read plus bytes written: the ceiling for everything here."""
+    source = torch.randn((2**30 if device == 'cuda' else 2**27) // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = interleaved({'copy': lambda: target.copy_(source)}, clock, rounds, warmup=3)['copy']
+    return 2 * source.numel() * source.element_size() / statistics.median(seconds)
+
+
+# ------------------------------------------------------------------------------------------------ counts, no clock
+
+
+class CountBytes(TorchDispatchMode):
+    """Sum the bytes of the tensors that each eager operator reads and writes; views move none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        aliases = [ret.alias_info for ret in func._schema.returns]
+        view = any(info is not None and not info.is_write for info in aliases)
+        if view or func._schema.name == 'aten::_unsafe_view':  # this one is a view that its schema does not own up to
+            return result
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
+        self.bytes += sum(distinct_bytes(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+        return result
+
+
+def distinct_bytes(tensor: Tensor) -> int:
+    """Bytes of the distinct elements: an expanded dimension is read once."""
+    sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or size == 0]
+    return torch.Size(sizes).numel() * tensor.element_size()
+
+
+@contextlib.contextmanager
+def inductor_bytes() -> Iterator[Callable[[], int | None]]:
+    """Count what inductor says its kernels read and write, for what is compiled inside; None where it does not say.
+
+    torch counts only for a logger at INFO, and nothing is counted for a graph that comes from a cache.
+    """
+    try:
+        from torch._functorch import config as functorch_config
+        from torch._inductor import config as inductor_config
+        from torch._inductor import metrics
+        from torch._inductor.compile_fx import inductor_metrics_log as logger
+    except ImportError:
+        yield lambda: None
+        return
+    before = logger.level, logger.propagate, list(logger.handlers)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = [logging.NullHandler()]
+    metrics.reset()
+    try:
+        with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+            yield lambda: metrics.num_bytes_accessed or None
+    finally:
+        logger.level, logger.propagate, logger.handlers = before[0], before[1], before[2]
+
+
+def kept_bytes(call: Callable[[], object], excluded: set[int]) -> int:
+    """Bytes that autograd keeps between forward and backward: distinct storages, x among them, parameters not."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in excluded:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()  # alive until all is counted, or a freed storage's address could come again
+    del result
+    return sum(storages.values())
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """CUDA memory at its highest during the call, above what was held before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def relative_error(outputs: tuple[Tensor, ...], references: tuple[Tensor, ...]) -> float:
+    """The largest ||a - b|| / ||b|| of the pairs."""
+    pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(outputs, references, strict=True)]
+    return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def progress(text: str) -> None:
+    """One line on a terminal that the next one overwrites; nothing in a log."""
+    if sys.stderr.isatty():
+        print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)
