@@ -12,6 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from sase_blocks import create_block
+from sase_blocks.blocks import BLOCKS
+from sase_blocks.insertion import IdentityStart
+
 SCRIPT = Path(__file__).parent.parent / 'benchmarks' / 'blocks.py'
 
 
@@ -110,6 +114,39 @@ class Cube(nn.Module):
 
     def forward(self, x):
         return x * x * x
+
+
+def passes(bench, module, x):
+    """Traversals of x forward and backward, and sizes of x kept: whole ones, without what is small."""
+    x = x.clone().requires_grad_()
+    with bench.CountBytes() as forward:
+        y = module(x)
+    with bench.CountBytes() as backward:
+        y.backward(torch.ones_like(y))
+    kept = bench.kept_bytes(lambda: module(x), {p.untyped_storage().data_ptr() for p in module.parameters()})
+    return [n / x.numel() / x.element_size() for n in (forward.bytes, backward.bytes, kept)]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_an_inserted_block_makes_the_passes_of_the_block_alone(bench, dtype):
+    """Nothing of the size of x is read, written or kept more where the gate is small, a sum or a product.
+
+    Where it is neither, fewer than the 3, 14 and 1 of an interpolation of x and block(x).
+    """
+    x = torch.randn(2, 64, 16, 16, dtype=dtype)
+    for name in BLOCKS:
+        alone, inserted = (passes(bench, m.to(dtype), x) for m in (create_block(name, 64), as_inserted(name)))
+        more = [b - a for a, b in zip(alone, inserted, strict=True)]
+        if name in ('coord', 'ela'):  # the gradient of alpha reads that of the product once
+            assert all(0 <= n < most for n, most in zip(more, (0.3, 2, 0.3), strict=True)), (name, more)
+        elif name in ('bam', 'ge', 'ge_theta', 'ge_plus', 'sge', 'ema', 'simam', 'triplet', 'scoord', 'strip'):
+            assert all(0 <= n < most for n, most in zip(more, (2.3, 8.3, 1.3), strict=True)), (name, more)
+        else:  # of the size of one traversal are these: nothing
+            assert all(0 <= n < 0.3 for n in more), (name, more)
+
+
+def as_inserted(name):
+    return IdentityStart(create_block(name, 64))
 
 
 def test_kept_bytes(bench):

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from sase_blocks import create_block
-from sase_blocks.blocks import BLOCKS
+from sase_blocks.blocks import BLOCKS, SequentialAttention
 from sase_blocks.deploy import export_onnx, fuse
 from sase_blocks.deploy.fusion import ANY_NORM
-from sase_blocks.insertion import insert, remove
+from sase_blocks.insertion import IdentityStart, check, insert, remove
 from sase_blocks.ops import BatchNorm2d
 
 # TorchScript is deprecated in torch, not yet in timm, whose tests ask for it.
@@ -383,6 +383,40 @@ def test_an_inserted_attention_is_still_one():
     assert [key for key in model.state_dict() if 'inserted' in key and 'norm' not in key] == keys
     assert remove(model) == ['layer1.0.bn1.inserted_attention', 'layer1.1.bn1.inserted_attention']
     assert type(model.layer1[0].bn1) is nn.Identity
+
+
+def test_alpha_is_folded():
+    """At 0 the attention goes away and at 1 the wrapper, in each way of holding one; between them alpha stays."""
+    for alpha, what in ((0.0, 'alpha was 0, the attention is gone'), (0.7, None), (1.0, 'the block stands alone')):
+        for where in (None, 'layer1', 'layer2.0.conv1'):  # a slot, a Sequential, a hook
+            model = network(None)
+            places = [place.name for place in insert(model, 'cbam', where).places]
+            for name in places:
+                model.get_submodule(name).alpha.data.fill_(alpha)
+            model = trained(model).double()
+            x = images().double()
+            expected = model(x)
+            report = fuse(model)
+            torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+            assert [name for name, _ in report.alphas] == ([] if what is None else places)
+            assert what is None or what in str(report)
+            assert any(isinstance(m, IdentityStart) for m in model.modules()) == (what is None)
+            assert any(isinstance(m, SequentialAttention) for m in model.modules()) == (alpha != 0)
+            assert fuse(model).alphas == ()
+            assert torch.equal(copy.deepcopy(model)(x), model(x))
+            assert alpha == 0 or len(check(model, x).calls) == len(places)
+            assert remove(model) == (places if alpha else [])
+
+
+def test_an_alpha_with_hooks_stays():
+    model = nn.Sequential(
+        IdentityStart(create_block('se', 8)), IdentityStart(create_block('se', 8)), nn.Flatten()
+    ).eval()
+    model[0].register_forward_hook(lambda module, args, y: y * 2)
+    expected = model(x := images(channels=8))
+    assert [name for name, _ in fuse(model).alphas] == ['1']
+    assert (type(model[0]), type(model[1])) == (IdentityStart, nn.Identity)
+    assert torch.equal(model(x), expected)
 
 
 def part_in_train_mode() -> nn.Module:

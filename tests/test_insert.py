@@ -23,6 +23,7 @@ from torchvision.models import resnet as tv_resnet
 from sase_blocks import SASE, AttentionBlock, Genotype, compile_blocks, create_block, load_checkpoint
 from sase_blocks.blocks import BLOCKS
 from sase_blocks.insertion import IdentityStart, insert, remove
+from sase_blocks.insertion.layout import OnChannelsLast, OnTokens
 
 # TorchScript is deprecated in torch, not yet in timm, whose tests ask for it.
 pytestmark = [
@@ -317,6 +318,52 @@ def test_every_block_starts_as_the_identity(block):
     assert [n for n in without if not n.endswith('squeeze.bias')] == [], report
 
 
+def test_alpha_is_in_the_gate():
+    """y = x * (1 + alpha (gate - 1)) is x + alpha (block(x) - x), for each of cbam's two; others as they were."""
+    x = torch.randn(2, 64, 9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for block in [*map(partial(create_block, channels=64), BLOCKS), OwnAttention(64), OwnForward(64)]:
+        block = block.double().eval()
+        parts = list(block) if isinstance(block, nn.Sequential) else [block]
+        start = IdentityStart(block).double()
+        assert start.in_gate == (not isinstance(block, OwnAttention | OwnForward))
+        for alpha in (0.0, 0.7, 1.0):
+            start.alpha.data.fill_(alpha)
+            expected = x
+            for part in parts:
+                expected = expected + alpha * (part(expected) - expected)
+            y = start(x)
+            torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+            assert alpha or torch.equal(y, x)
+            assert alpha != 1 or torch.equal(y, block(x))
+            assert alpha != 0.7 or torch.equal(torch.fx.symbolic_trace(start)(x), y)
+        assert torch.equal(torch.fx.symbolic_trace(block)(x), block(x))
+        for wrapped, turned in (
+            (OnChannelsLast, x.permute(0, 2, 3, 1)),
+            (partial(OnTokens, prefix=0, grid=(9, 7)), x.flatten(2).mT),
+        ):
+            other = IdentityStart(wrapped(block)).double()
+            other.alpha.data.fill_(0.7)
+            start.alpha.data.fill_(0.7)
+            y = start(x)
+            torch.testing.assert_close(other(turned), y.permute(0, 2, 3, 1) if turned.ndim == 4 else y.flatten(2).mT)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_alpha_in_half_precision(dtype):
+    """x to the bit at 0, and in between no more than one rounding of the gate beside that of the product."""
+    x = torch.randn(8, 64, 9, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for name in ('se', 'eca', 'cbam', 'sase', 'coord', 'gca'):
+        start = IdentityStart(create_block(name, 64)).to(dtype).eval()
+        for alpha in (0.0, 0.02, 0.3, 0.7, 1.0):
+            start.alpha.data.fill_(alpha)
+            exact = copy.deepcopy(start).double()(x.double())
+            y = start(x)
+            assert y.dtype == dtype
+            assert alpha or torch.equal(y, x)
+            alone = start.block(x).double() - copy.deepcopy(start.block).double()(x.double())
+            assert (y - exact).norm() / exact.norm() < 2 * torch.finfo(dtype).eps + alone.norm() / exact.norm()
+
+
 @pytest.mark.parametrize('block', ['sase', 'cbam'])
 def test_the_papers_start_is_the_registered_model(block):
     model = timm.create_model('resnet20_cifar')
@@ -340,6 +387,13 @@ class OwnAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(self.conv(x)) * self.scale
+
+
+class OwnForward(type(create_block('se', 8))):  # type: ignore[misc]
+    """A block of this library with a forward that knows of no alpha."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
 
 class Sized(OwnAttention):

@@ -3,7 +3,7 @@
 from .attention import SASE, AttentionBlock
 from .base import AttentionModule
 from .compiling import compile_blocks
-from .compose import ChannelAttention, ParallelAttention, SpatialAttention
+from .compose import ChannelAttention, ParallelAttention, SequentialAttention, SpatialAttention
 from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype
 from .graph import Edge, Graph
@@ -28,6 +28,7 @@ __all__ = [
     'Genotype',
     'Graph',
     'ParallelAttention',
+    'SequentialAttention',
     'SimAM',
     'SimpleCoordinateAttention',
     'SpatialAttention',

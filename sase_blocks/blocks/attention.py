@@ -29,9 +29,11 @@ from sase_blocks.ops import (
 from sase_blocks.ops.normalization import ChannelShift, scale_and_shift
 from sase_blocks.ops.primitive import check_feat_size, mix
 
-from .base import AttentionModule
+from .base import AttentionModule, fade_sum
 from .genotype import SASE_GENOTYPE, Genotype
 from .graph import CHANNEL, MAP, SPATIAL, Edge, Graph
+
+torch.fx.wrap('fade_sum')  # wrapping is by the module in which a function is called
 
 
 class AttentionBlock(AttentionModule):
@@ -102,6 +104,10 @@ class AttentionBlock(AttentionModule):
         c, a = self.gates(x)
         # Halved and shifted while they are small: the sum is the first thing of the size of x.
         return (1 + c / 2) + a / 2
+
+    def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        c, a = self.gates(x)
+        return fade_sum(1 + c / 2, a / 2, alpha)
 
     def graph(self) -> Graph:
         g = self.genotype

@@ -12,6 +12,33 @@ from .graph import Graph
 torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
 
 
+# Whole in a symbolic trace, in which an alpha that is not given is a proxy.
+@torch.fx.wrap
+def fade(gate: Tensor, alpha: Tensor | None) -> Tensor:
+    """1 + alpha (gate - 1), exactly 1 at alpha = 0 and the gate at 1; the gate where alpha is None."""
+    if alpha is None:
+        return gate
+    return torch.lerp(torch.ones_like(alpha, dtype=gate.dtype), gate, alpha.to(gate.dtype))
+
+
+@torch.fx.wrap
+def fade_sum(a: Tensor, b: Tensor, alpha: Tensor | None) -> Tensor:
+    """``fade(a + b, alpha)`` for two that broadcast: alpha meets them while they are small."""
+    if alpha is None:
+        return a + b
+    alpha = alpha.to(a.dtype)
+    return torch.lerp(torch.ones_like(alpha), a, alpha) + alpha * b
+
+
+@torch.fx.wrap
+def fade_product(a: Tensor, b: Tensor, alpha: Tensor | None) -> Tensor:
+    """``fade(a * b, alpha)`` for two that broadcast: alpha meets them while they are small."""
+    if alpha is None:
+        return a * b
+    alpha = alpha.to(a.dtype)
+    return torch.addcmul(1 - alpha, alpha * a, b)
+
+
 class AttentionModule(nn.Module, ABC):
     """Base of the blocks. Shape: (B, C, H, W) -> (B, C, H, W), any H and W; dtype and memory format are kept.
 
@@ -57,13 +84,19 @@ class AttentionModule(nn.Module, ABC):
     def gate(self, x: Tensor) -> Tensor:
         """The attention for a checked x, of a shape that broadcasts to it."""
 
+    def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        """1 + alpha (gate - 1), for ``insert``; a sum or a product of small gates needs no pass more for it."""
+        return fade(self.gate(x), alpha)
+
     @abstractmethod
     def graph(self) -> Graph:
         """The block as plain data, for drawing."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, alpha: Tensor | None = None) -> Tensor:
+        """y = x * gate; with an alpha of shape (1,), that of ``insert``, y = x * (1 + alpha (gate - 1))."""
         check_features(x, self.channels)
-        return x * self.gate(x).to(x.dtype)
+        gate = self.gate(x) if alpha is None else self.faded_gate(x, alpha)
+        return x * gate.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f'{self.channels}'

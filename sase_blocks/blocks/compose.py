@@ -18,10 +18,11 @@ from sase_blocks.ops import (
 )
 from sase_blocks.ops.primitive import check_features
 
-from .base import AttentionModule
+from .base import AttentionModule, fade, fade_sum
 from .graph import CHANNEL, MAP, SPATIAL, Edge, Graph
 
-torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
+for _function in ('check_features', 'fade', 'fade_sum', '_fade_value'):
+    torch.fx.wrap(_function)  # wrapping is by the module in which a function is called
 
 
 def _names(set_name: str, squeeze: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -33,6 +34,10 @@ def _names(set_name: str, squeeze: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def _gate(logits: str, gated: bool) -> str:
     return logits if gated else f'sigmoid({logits})'
+
+
+def _fade_value(value: Tensor, alpha: Tensor | None) -> Tensor:
+    return value if alpha is None else alpha.to(value.dtype) * value
 
 
 class ChannelAttention(AttentionModule):
@@ -83,9 +88,12 @@ class ChannelAttention(AttentionModule):
         values = [self.excite(squeeze(x)) for squeeze in self.squeeze]
         return self.act(torch.stack(values).sum(0) if len(values) > 1 else values[0])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        return _fade_value(self.gate(x), alpha) if self.add else fade(self.gate(x), alpha)
+
+    def forward(self, x: Tensor, alpha: Tensor | None = None) -> Tensor:
         check_features(x, self.channels)
-        gate = self.gate(x).to(x.dtype)
+        gate = (self.gate(x) if alpha is None else self.faded_gate(x, alpha)).to(x.dtype)
         return x + gate if self.add else x * gate
 
     def graph(self) -> Graph:
@@ -210,10 +218,18 @@ class ParallelAttention(AttentionModule):
         self.spatial_act = nn.Identity() if joint or self.spatial_excite.gated else nn.Sigmoid()
         self._names = (cs, ce, ss, se)
 
-    def gate(self, x: Tensor) -> Tensor:
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         c = self.channel_act(self.channel_excite(self.channel_squeeze(x)))
         s = self.spatial_act(self.spatial_excite(self.spatial_squeeze(x)))
+        return c, s
+
+    def gate(self, x: Tensor) -> Tensor:
+        c, s = self._gates(x)
         return 1 + torch.sigmoid(c + s) if self.joint else c + s
+
+    def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        c, s = self._gates(x)
+        return fade(1 + torch.sigmoid(c + s), alpha) if self.joint else fade_sum(c, s, alpha)
 
     def graph(self) -> Graph:
         cs, ce, ss, se = self._names
@@ -240,6 +256,18 @@ class ParallelAttention(AttentionModule):
 
 class SequentialAttention(nn.Sequential):
     """Blocks one after the other, an ``nn.Sequential`` that can be drawn anew. Shape: (B, C, H, W) -> (B, C, H, W)."""
+
+    __constants__ = ('in_gate',)  # of the two loops TorchScript compiles one
+    in_gate = False  # whether alpha goes to the blocks: set by an identity start; what is appended may not take one
+
+    def forward(self, x: Tensor, alpha: Tensor | None = None) -> Tensor:
+        if self.in_gate:
+            for block in self:
+                x = block(x, alpha)
+        else:
+            for block in self:
+                x = block(x)
+        return x
 
     def reset_parameters(self) -> None:
         """Draw the parameters of all blocks anew.

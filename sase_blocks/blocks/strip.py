@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from sase_blocks.ops import BatchNorm2d, GroupNorm, Linear
 
-from .base import AttentionModule
+from .base import AttentionModule, fade_product
 from .graph import MAP, Edge, Graph
+
+torch.fx.wrap('fade_product')  # wrapping is by the module in which a function is called
 
 ROWS, COLUMNS = 'C x H x 1', 'C x 1 x W'
 
@@ -49,11 +51,19 @@ class CoordinateAttention(AttentionModule):
         self.conv_h = nn.Conv1d(hidden, channels, 1, bias=False, **kwargs)
         self.conv_w = nn.Conv1d(hidden, channels, 1, bias=False, **kwargs)
 
-    def gate(self, x: Tensor) -> Tensor:
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         strips = torch.cat([x.mean(3), x.mean(2)], 2)  # (B, C, H + W)
         f = F.hardswish(self.norm(self.conv1(strips)))
         f_h, f_w = f[:, :, : x.shape[2]], f[:, :, x.shape[2] :]
-        return torch.sigmoid(self.conv_h(f_h)).unsqueeze(3) * torch.sigmoid(self.conv_w(f_w)).unsqueeze(2)
+        return torch.sigmoid(self.conv_h(f_h)).unsqueeze(3), torch.sigmoid(self.conv_w(f_w)).unsqueeze(2)
+
+    def gate(self, x: Tensor) -> Tensor:
+        rows, columns = self._gates(x)
+        return rows * columns
+
+    def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        rows, columns = self._gates(x)
+        return fade_product(rows, columns, alpha)
 
     def graph(self) -> Graph:
         return _graph('shared conv, norm, hardswish; conv', 'y = x * sigmoid(a_h) * sigmoid(a_w)')
@@ -96,10 +106,18 @@ class EfficientLocalAttention(AttentionModule):
         self.norm_h = GroupNorm(math.gcd(channels, 16), channels, **kwargs)
         self.norm_w = GroupNorm(math.gcd(channels, 16), channels, **kwargs)
 
-    def gate(self, x: Tensor) -> Tensor:
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         gate_h = torch.sigmoid(self.norm_h(self.conv_h(x.mean(3))))
         gate_w = torch.sigmoid(self.norm_w(self.conv_w(x.mean(2))))
-        return gate_h.unsqueeze(3) * gate_w.unsqueeze(2)
+        return gate_h.unsqueeze(3), gate_w.unsqueeze(2)
+
+    def gate(self, x: Tensor) -> Tensor:
+        rows, columns = self._gates(x)
+        return rows * columns
+
+    def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        rows, columns = self._gates(x)
+        return fade_product(rows, columns, alpha)
 
     def graph(self) -> Graph:
         return _graph('depthwise conv7, group norm', 'y = x * sigmoid(a_h) * sigmoid(a_w)')

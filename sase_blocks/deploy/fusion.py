@@ -1,4 +1,4 @@
-"""Batch norms of a trained network, folded into the layers before them.
+"""Batch norms of a trained network, folded into the layers before them, and identity starts that start no more.
 
 ``fuse`` goes by the FX graph of the network. Where that cannot be drawn (control flow that depends on data), it takes
 the graph of each child instead, and so on down; only plain Sequentials are then left alone, into which a parent may
@@ -19,8 +19,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from sase_blocks.blocks import AttentionModule
+from sase_blocks.convert import INSERTED
 from sase_blocks.insertion.checking import check_inserted
-from sase_blocks.insertion.surgery import hand_on, run_after
+from sase_blocks.insertion.surgery import RECORD, IdentityStart, detach, hand_on, run_after
 from sase_blocks.ops import BatchNorm2d, Conv2d, Linear
 from sase_blocks.ops.primitive import check_features, narrow
 
@@ -46,16 +47,19 @@ class FuseReport:
         network: class of the model.
         folded: name of each batch norm that is gone, and of the layer or block that took it in.
         left: name of each batch norm that stays, and why.
+        alphas: name of each inserted attention whose alpha is 0 or 1, and what became of it.
     """
 
     network: str
     folded: tuple[tuple[str, str], ...]
     left: tuple[tuple[str, str], ...]
+    alphas: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         lines = [f'{self.network}: {len(self.folded)} batch norms folded, {len(self.left)} left']
-        for reason in dict.fromkeys(reason for _, reason in self.left):
-            names = [name for name, other in self.left if other == reason]
+        told = (*self.alphas, *self.left)
+        for reason in dict.fromkeys(reason for _, reason in told):
+            names = [name for name, other in told if other == reason]
             more = f', ... ({len(names) - 3} more)' if len(names) > 3 else ''
             lines.append(f'  {reason}: {", ".join(names[:3])}{more}')
         return '\n'.join(lines)
@@ -67,8 +71,9 @@ def fuse(model: nn.Module) -> FuseReport:
     Folded are batch norms (torch's, timm's with an activation, which stays, frozen ones, ours) directly behind a
     convolution or a linear layer whose result nothing else reads, and the mixer of SASE's block
     (``AttentionModule.reparameterize``). The sums are in float64; a linear layer's result is taken as (B, features).
-    A folded layer has a bias, and the norm's parameters are gone: load checkpoints and insert attention before;
-    compile, quantise and export afterwards. A second call folds nothing.
+    An inserted block whose alpha is 1 stands alone from here on, and one whose alpha is 0 is taken out; any other alpha
+    stays, in the gate of the block. A folded layer has a bias, and the norm's parameters are gone: load checkpoints and
+    insert attention before; compile, quantise and export afterwards. A second call folds nothing.
 
     Args:
         model: the network, in eval mode.
@@ -88,6 +93,8 @@ def fuse(model: nn.Module) -> FuseReport:
             f'call model.eval() first'
         )
     check_inserted(model)
+    alphas = _fold_alphas(model)
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, ANY_NORM)}
     for module in list(model.modules()):
         if isinstance(module, AttentionModule):
             module.reparameterize()
@@ -109,7 +116,31 @@ def fuse(model: nn.Module) -> FuseReport:
             if held is norm:
                 setattr(parent, child, rest)
         folded.append((name, calls.paths[layer][0]))
-    return FuseReport(type(model).__name__, tuple(folded), tuple(left))
+    return FuseReport(type(model).__name__, tuple(folded), tuple(left), alphas)
+
+
+def _fold_alphas(model: nn.Module) -> tuple[tuple[str, str], ...]:
+    """Take out the identity starts that give x or their block, except those with hooks, which may read anything."""
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, IdentityStart) and m is not model]
+    done = []
+    for name, start in found:
+        alpha = start.alpha.item()
+        if alpha not in (0.0, 1.0) or start._forward_hooks or start._forward_pre_hooks:
+            continue
+        for parent in list(model.modules()):
+            for child in [child for child, held in parent._modules.items() if held is start]:
+                if alpha == 1:
+                    start.block.__dict__.update({k: v for k, v in start.__dict__.items() if k == INSERTED})
+                    setattr(parent, child, start.block)
+                elif INSERTED in start.__dict__:
+                    detach(parent)
+                else:
+                    setattr(parent, child, nn.Identity().train(start.training))
+        done.append((name, f'alpha was {alpha:g}, the {"block stands alone" if alpha == 1 else "attention is gone"}'))
+    for module in model.modules():
+        if all(mark.removed for mark in module.__dict__.get(RECORD, ())):
+            module.__dict__.pop(RECORD, None)
+    return tuple(done)
 
 
 def _fold(layer: Any, norm: Any) -> None:

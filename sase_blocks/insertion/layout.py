@@ -7,6 +7,7 @@ shows less: then the map must have the image's proportions in one reading alone.
 """
 
 # No `from __future__ import annotations`: TorchScript compiles the functions of this file.
+import inspect
 import math
 import re
 from functools import lru_cache
@@ -14,6 +15,8 @@ from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
+
+from sase_blocks.blocks import AttentionModule, SequentialAttention
 
 LAYOUTS = ('NCHW', 'NHWC', 'tokens')
 MOST_PREFIX = 16  # a class token and eight registers are the most that we know of
@@ -46,12 +49,31 @@ class Layout(NamedTuple):
         return OnTokens(block, self.prefix, self.grid) if self.kind == 'tokens' else block
 
 
+def takes_alpha(block: nn.Module) -> bool:
+    """Whether a block takes the alpha of an identity start into its gate, as those of this library do from here on."""
+    if isinstance(block, _Turned):
+        return block.in_gate
+    if isinstance(block, SequentialAttention):
+        block.in_gate = all(map(takes_alpha, block))
+        return block.in_gate
+    return isinstance(block, AttentionModule) and 'alpha' in inspect.signature(block.forward).parameters
+
+
 class _Turned(nn.Module):
     """A block between two turns of the layout; timm's initialisation finds the block's own."""
+
+    __constants__ = ('in_gate',)  # of the two calls TorchScript compiles one
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
+        self.in_gate = takes_alpha(block)
+
+    def run(self, x: Tensor, alpha: Optional[Tensor]) -> Tensor:  # noqa: UP045
+        if self.in_gate:
+            return self.block(x, alpha)
+        else:
+            return self.block(x)
 
     def reset_parameters(self) -> None:
         if not hasattr(self.block, 'zero_init_last') and hasattr(self.block, 'reset_parameters'):
@@ -61,8 +83,9 @@ class _Turned(nn.Module):
 class OnChannelsLast(_Turned):
     """A block of (B, C, H, W) on (B, H, W, C)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+    def forward(self, x: Tensor, alpha: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
+        y = self.run(x.permute(0, 3, 1, 2), alpha).permute(0, 2, 3, 1)
+        return y.contiguous() if alpha is None else y  # with alpha it lies as x does, as the network goes on
 
 
 class OnTokens(_Turned):
@@ -85,9 +108,9 @@ class OnTokens(_Turned):
     def extra_repr(self) -> str:
         return f'prefix={self.prefix}, grid={(self.height, self.width)}'
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.block(tokens_to_map(x, self.prefix, self.height, self.width))
-        return map_to_tokens(x, y, self.prefix)
+    def forward(self, x: Tensor, alpha: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
+        y = self.run(tokens_to_map(x, self.prefix, self.height, self.width), alpha)
+        return map_to_tokens(x, y, self.prefix, alpha is not None)
 
 
 # torch.fx.wrap keeps both whole in a symbolic trace: they depend on the number of tokens.
@@ -108,10 +131,14 @@ def tokens_to_map(x: Tensor, prefix: int, height: int, width: int) -> Tensor:
 
 
 @torch.fx.wrap
-def map_to_tokens(x: Tensor, y: Tensor, prefix: int) -> Tensor:
-    """The tokens ``x`` with the map ``y`` in place of all but the first ``prefix``."""
+def map_to_tokens(x: Tensor, y: Tensor, prefix: int, as_x: bool) -> Tensor:
+    """The tokens ``x`` with the map ``y`` in place of all but the first ``prefix``; laid out as x if ``as_x``."""
     y = y.flatten(2).transpose(1, 2)
-    return torch.cat([x[:, :prefix], y.to(x.dtype)], dim=1) if prefix > 0 else y.contiguous()
+    if prefix > 0:
+        y = torch.cat([x[:, :prefix], y.to(x.dtype)], dim=1)
+    if not as_x:
+        return y.contiguous()
+    return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
 
 
 def parse_layout(layout: Optional[str]) -> tuple[Optional[str], Optional[int]]:  # noqa: UP045

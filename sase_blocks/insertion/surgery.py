@@ -26,7 +26,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils.parametrize import is_parametrized
 from torchvision.ops import FrozenBatchNorm2d
 
+from sase_blocks.blocks import SequentialAttention
 from sase_blocks.convert import INSERTED
+
+from .layout import takes_alpha
 
 CHILD = 'inserted_attention'  # the name of the new child; in a slot it is the slot's
 RECORD = '_inserted_attention_record'  # on the network that insert was called with
@@ -39,6 +42,9 @@ FUSED = 'torch.ao.nn.intrinsic'
 class IdentityStart(nn.Module):
     """y = x + alpha (block(x) - x) with one alpha that starts at 0: exactly x, whatever the block.
 
+    A block of this library, y = x * gate, does it in its gate, y = x * (1 + alpha (gate - 1)), which is the same and no
+    pass over x more; of a sequence of them, such as cbam, each does. Any other block costs one interpolation.
+
     The first step of training moves alpha, from the second on the block's own parameters have a gradient. Shape:
     (B, C, H, W) -> (B, C, H, W).
 
@@ -46,9 +52,12 @@ class IdentityStart(nn.Module):
         block: any module that keeps the shape of its input. What it gives must be finite: 0 times infinity is not 0.
     """
 
+    __constants__ = ('in_gate',)  # of the two calls TorchScript compiles one
+
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
+        self.in_gate = takes_alpha(block)
         self.alpha = nn.Parameter(torch.zeros(1))  # not 0-d: FSDP takes no scalars
 
     def zero_init_last(self) -> None:
@@ -58,8 +67,10 @@ class IdentityStart(nn.Module):
             self.block.reset_parameters()  # type: ignore[operator]
 
     def forward(self, x: Tensor) -> Tensor:
-        # lerp is one pass, and at weight 0 it is x to the bit. The casts are for autocast and mixed precision.
-        return torch.lerp(x, self.block(x).to(x.dtype), self.alpha.to(x.dtype))
+        if self.in_gate:
+            return self.block(x, self.alpha)
+        else:  # lerp is one pass, and at weight 0 it is x to the bit. The casts are for autocast and mixed precision.
+            return torch.lerp(x, self.block(x).to(x.dtype), self.alpha.to(x.dtype))
 
 
 def _run_after_first(holder: Any, result: Any) -> Any:
@@ -132,7 +143,10 @@ def why_not(module: nn.Module) -> str | None:
 
 def is_plain_sequential(module: nn.Module) -> bool:
     """Whether a module runs its children one after the other, and no more."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return isinstance(module, nn.Sequential) and type(module).forward in (
+        nn.Sequential.forward,
+        SequentialAttention.forward,
+    )
 
 
 def attach(holder: nn.Module, attention: nn.Module, mark: Mark, slot: str = '') -> None:

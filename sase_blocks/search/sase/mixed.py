@@ -150,7 +150,7 @@ class MixedBlock(AttentionModule):
         weights = self.probabilities[edge].to(stack.dtype)
         return torch.tensordot(weights, stack, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # without the alpha of insert: it is searched
         if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
             # Sums over positions, and products with them, take about twice as long in channels_last.
             return _laid_out(self._attended(_laid_out(x, torch.contiguous_format)), torch.channels_last)
