@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ Result = dict[str, Any]
 T = TypeVar('T')
 
 RESULT = 'result.json'  # in the folder of a job
+ANSWERS = 10.0  # seconds within which the head of a cluster has to
 JOBS = 'jobs.json'  # beside the folders: the jobs and what they have in common
 
 
@@ -124,8 +126,9 @@ class Ray:
         if not ray.is_initialized():
             more: dict[str, Any] = {'include_dashboard': False} if self.address == 'local' else {}
             try:
+                self._knock()
                 ray.init(self.address, log_to_driver=False, logging_level='error', **more)
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 raise ValueError(
                     f'there is no Ray cluster at {quoted(self.address)} ({one_line(error, 300)}); start one with `ray '
                     f"start --head`, or use this machine alone with 'local'"
@@ -135,6 +138,13 @@ class Ray:
         if self.gpus is not None and self.gpus > most:
             raise ValueError(f'ray gpus: a job asks for {self.gpus:g}, and no machine of the cluster has over {most:g}')
         return machines
+
+    def _knock(self) -> None:
+        """Raise OSError or ValueError unless something answers at HOST:PORT; Ray would wait for minutes."""
+        host, colon, port = self.address.rpartition(':')
+        if colon and '://' not in self.address:
+            with socket.create_connection((host, int(port)), timeout=ANSWERS):
+                pass
 
     def describe(self) -> str:
         """The cluster in a few words; joins it."""
