@@ -21,14 +21,12 @@ PYTEST_ARGS ?= -n logical --maxprocesses 4 --dist worksteal --durations 10
 MODELS ?=
 # A clone of timm's repository for test-timm-scripts, which otherwise clones it.
 TIMM_REPO ?=
-# The URL of an empty database for test-database; its driver, such as psycopg[binary], has to be in .venv.
-TEST_DATABASE ?=
 BENCH_ARGS ?= --quick
 DEMO_ARGS ?= --out demo_out
 COMMA := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-search test test-lowest test-slow test-ecosystem test-database test-timm test-timm-scripts docs lint format bench gpu gpu-compile build install clean
+.PHONY: help demo demo-search test test-lowest test-slow test-ecosystem test-timm test-timm-scripts docs lint format bench gpu gpu-compile build install clean
 
 # $(call installed,EXTRAS): install the package with these. Only uv resolves to the lowest versions.
 ifeq ($(LOWEST),)
@@ -79,10 +77,6 @@ test-slow: $(STAMP)  ## run the tests marked slow: more kinds, kills and process
 
 test-ecosystem: $(ECOSYSTEM)  ## run the tests with other libraries: segmentation, detection, transformers, the Hub, ...
 	$(BIN)/python -m pytest -m 'ecosystem and not gpu' $(PYTEST_ARGS)
-
-test-database: $(STAMP)  ## run the tests of the queue in a database and empty it: TEST_DATABASE=postgresql+psycopg://USER@HOST/NAME
-	@test -n '$(TEST_DATABASE)' || { echo "make test-database TEST_DATABASE=URL, a database of its own: all its tables are dropped" >&2; exit 1; }
-	SASE_BLOCKS_TEST_DATABASE='$(TEST_DATABASE)' $(BIN)/python -m pytest -k database tests/test_search_tasks.py
 
 test-timm: $(STAMP)  ## run timm's own model tests for ours: make test-timm MODELS='resnet50_sase resnet20_cifar'
 	$(BIN)/python tests/timm_upstream.py $(MODELS)

@@ -4,7 +4,7 @@
     python benchmarks/sase_search.py --data cifar10 --protocol reduced --cpu          on a CPU: a subset, few epochs
 
 DIR holds train/CLASS/*.png (or jpg) and test/CLASS/*. Every step is resumable: the same command again does what is
-missing, and several processes that run it at once share the work. Into --out go the runs; into --results, which is
+missing, and --ray runs many of them at once. Into --out go the runs; into --results, which is
 small enough to keep, the settings, the results as JSON, the tables and the pictures.
 """
 
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from sase_blocks.jobs import Ray
 from sase_blocks.runs import write_text
 from sase_blocks.search.sase.agreement import format_agreement
 from sase_blocks.search.sase.campaigns import campaign, evaluation_budget
@@ -66,11 +67,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--protocol', choices=tuple(PROTOCOLS), default='reduced')
     parser.add_argument('--out', default='runs/sase_search', metavar='DIR', help='folder of the runs')
     parser.add_argument('--results', metavar='DIR', help='folder of what is kept (default: results in --out)')
-    parser.add_argument('--storage', help='of the tasks: a file or a URL (default: in --out)')
+    parser.add_argument('--ray', metavar='ADDRESS', help='the runs on a Ray cluster: auto, HOST:PORT or local')
     parser.add_argument('--cpu', action='store_true', help='use the CPU though there is a GPU')
     parser.add_argument('--workers', type=int, default=1, help='processes that load images (default: 1)')
     options = parser.parse_args(argv)
     protocol = PROTOCOLS[options.protocol]
+    ray = Ray(options.ray, 0 if options.cpu else None) if options.ray else None
     out = Path(options.out)
     results = Path(options.results) if options.results else out / 'results'
     results.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             **common,
         )
         print(f'== search, {mixing} mixing', flush=True)
-        found[mixing] = campaign(config, seeds=protocol.seeds, null=True, storage=options.storage)
+        found[mixing] = campaign(config, seeds=protocol.seeds, null=True, ray=ray)
 
     print('== from scratch', flush=True)
     config = SearchConfig(
@@ -103,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         baselines=[f'paper-mixing={found["paper"]["genotype"]}', 'none', 'se', 'eca', 'cbam', 'sase'],
         randoms=protocol.randoms,
         seeds=range(protocol.evaluations),
-        storage=options.storage,
+        ray=ray,
     )
     if os.environ.get('RANK', '0') == '0':
         keep(results, options, protocol, found, evaluation, out)

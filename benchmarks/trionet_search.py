@@ -7,8 +7,8 @@ Supernets with and without Hierarchical Sampling, with and without Multi-head Sh
 dozen networks (the pure ones, then random ones) are trained alone; Kendall's tau compares their accuracy with each
 supernet's score. Then what each search found, and the pure networks at the same limit, are trained alone as well.
 
-DIR holds train/CLASS/*.png (or jpg) and test/CLASS/*. The same command again does what is missing, and several
-processes that run it at once share the trainings. Into --out go the runs; into --results what is worth keeping.
+DIR holds train/CLASS/*.png (or jpg) and test/CLASS/*. The same command again does what is missing, and
+--ray runs scoring and trainings on many machines. Into --out go the runs; into --results what is worth keeping.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import contextlib
 import json
 import os
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,10 +29,10 @@ import torch
 from sase_search import subset
 
 from sase_blocks.data import derive_seed, open_training_data
+from sase_blocks.jobs import Ray, job_folder, run_jobs
 from sase_blocks.models import Architecture
 from sase_blocks.runs import write_text
 from sase_blocks.search.halves import halves
-from sase_blocks.search.tasks import run_tasks
 from sase_blocks.search.trionet import TrioConfig, TrioSpace, draw, hierarchical, load_supernet, search
 from sase_blocks.search.trionet.cost import macs
 from sase_blocks.search.trionet.score import accuracy, batches_of, recalibrate, resize
@@ -91,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--results', metavar='DIR', help='folder of what is kept (default: results in --out)')
     parser.add_argument('--cpu', action='store_true', help='use the CPU though there is a GPU')
     parser.add_argument('--workers', type=int, default=1, help='processes that load images (default: 1)')
+    parser.add_argument('--ray', metavar='ADDRESS', help='runs on a Ray cluster: auto, HOST:PORT or local')
     options = parser.parse_args(argv)
+    ray = Ray(options.ray, 0 if options.cpu else None) if options.ray else None
     protocol = PROTOCOLS[options.protocol]
     out = Path(options.out)
     results = Path(options.results) if options.results else out / 'results'
@@ -112,10 +113,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             evaluations=protocol.evaluations, population=protocol.population, calibration=1024,
             cpu=options.cpu, workers=options.workers, tensorboard=False, **VARIANTS[name],
         )  # fmt: skip
-        found[name] = search(config)
+        found[name] = search(config, ray=ray)
     networks = choose(space, found, protocol)
     scores = {name: score(config_of(out, name), data, networks, options.cpu) for name in protocol.variants}
-    alone = train_alone(networks, data, out, protocol, options)
+    alone = train_alone(networks, data, out, protocol, options, ray)
     report(results, options, protocol, found, networks, scores, alone)
 
 
@@ -152,35 +153,37 @@ def score(folder: Path, data: Path, networks: Mapping[str, str], cpu: bool) -> d
 
 
 def train_alone(
-    networks: Mapping[str, str], data: Path, out: Path, protocol: Protocol, options: argparse.Namespace
+    networks: Mapping[str, str],
+    data: Path,
+    out: Path,
+    protocol: Protocol,
+    options: argparse.Namespace,
+    ray: Ray | None = None,
 ) -> dict[str, list[float]]:
     """Test accuracy after the last epoch of each network trained from scratch, with each seed."""
     texts = sorted(set(networks.values()))
-    tasks = [
-        {'key': f'{seed}: {text}', 'architecture': text, 'seed': seed} for seed in protocol.seeds for text in texts
-    ]
+    jobs = [{'key': f'{seed}: {text}', 'architecture': text, 'seed': seed} for seed in protocol.seeds for text in texts]
 
-    def work(task: dict[str, Any]) -> dict[str, Any]:
-        folder = out / 'alone' / re.sub(r'[^\w.-]+', '_', task['key'])
-        folder.mkdir(parents=True, exist_ok=True)
+    def work(job: dict[str, Any]) -> dict[str, Any]:
+        folder = job_folder(out / 'alone', job['key'])
         config = TrainConfig(
             data=str(data), out=str(folder), resume=True, model='trionet',
-            model_args={'architecture': task['architecture'], 'zero_init_last': False}, epochs=protocol.alone_epochs,
+            model_args={'architecture': job['architecture'], 'zero_init_last': False}, epochs=protocol.alone_epochs,
             batch_size=protocol.alone_batch_size, opt='adamw', lr=protocol.alone_lr, weight_decay=0.05,
-            label_smoothing=0.1, clip_grad=5.0, seed=task['seed'], eval_every=0, cpu=options.cpu,
+            label_smoothing=0.1, clip_grad=5.0, seed=job['seed'], eval_every=0, cpu=options.cpu,
             workers=options.workers, tensorboard=False,
         )  # fmt: skip
         with (folder / 'log.txt').open('a', encoding='utf-8') as log, contextlib.redirect_stdout(log):
             return {'accuracy': train(config)['acc1']}
 
-    print(f'== {len(tasks)} networks alone', flush=True)
-    outcome = run_tasks(
-        tasks,
+    print(f'== {len(jobs)} networks alone', flush=True)
+    outcome = run_jobs(
+        jobs,
         work,
-        out / 'alone.db',
-        'alone',
-        settings=json.loads(json.dumps(asdict(protocol))),
-        describe=lambda task, result: f'accuracy {result["accuracy"]:.2f} %',
+        out / 'alone',
+        settings=asdict(protocol),
+        describe=lambda job, result: f'accuracy {result["accuracy"]:.2f} %',
+        ray=ray,
         cpu=options.cpu,
     )
     return {

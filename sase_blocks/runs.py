@@ -334,7 +334,7 @@ def alone_in(config: Any, accelerator: Any) -> Iterator[None]:
     check_writable(out)
     with contextlib.ExitStack() as stack:
         while True:
-            found = [_lock(out, stack) if accelerator.is_main_process else None]
+            found = [lock_folder(out, stack) if accelerator.is_main_process else None]
             broadcast_object_list(found)
             if found[0] is None:
                 break
@@ -350,7 +350,7 @@ def alone_in(config: Any, accelerator: Any) -> Iterator[None]:
         yield
 
 
-def _lock(out: Path, stack: contextlib.ExitStack) -> str | None:
+def lock_folder(out: Path, stack: contextlib.ExitStack) -> str | None:
     """Lock a folder until the stack is closed. -> who has it, if somebody else has."""
     file, owner = out / '.lock', out / '.lock-owner'
     try:

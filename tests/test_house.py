@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / 'sase_blocks'
 # and `__init__` is what `import sase_blocks` runs.
 ROOMS = (
     'reading', 'checkpoint', 'ops', 'blocks', 'selfattention', 'convert', 'models', 'insertion', 'deploy', '__init__',
-    'images', 'data', 'runs', 'viz', 'train', 'search', 'demo', 'cli', '__main__',
+    'images', 'data', 'runs', 'jobs', 'viz', 'train', 'search', 'demo', 'cli', '__main__',
 )  # fmt: skip
 
 # What every installation has, by the name it is imported by: the three dependencies and what these bring along (tqdm
@@ -169,7 +169,7 @@ def test_the_map_names_every_room():
 def test_import_stays_light():
     """What `import sase_blocks` loads beyond timm: the package itself, nothing of the extras."""
     late = ('matplotlib', 'accelerate', 'sklearn', 'tensorboard', 'onnx', 'triton', 'torch._dynamo', 'torch._inductor')
-    late += ('tqdm', 'transformers', 'pandas')
+    late += ('tqdm', 'transformers', 'pandas', 'ray', 'optuna')
     code = (
         'import sys, timm\n'
         'before = set(sys.modules)\n'

@@ -91,10 +91,10 @@ def test_a_campaign(tmp_path, capsys, monkeypatch):
         (['--data', '.', '--evaluate-epochs', '3'], '--evaluate-epochs is for the evaluation'),
         (['--data', '.', '--evaluate-lr', '0.1'], '--evaluate-lr is for the evaluation'),
         (['--data', '.', '--baselines', 'se'], '--baselines is for the evaluation'),
-        (['--data', '.', '--storage', 'a.db'], '--storage is for the tasks of several --seeds, --null or --evaluate N'),
-        (['--data', '.', '--seeds', '1,1', '--storage', 'a.db'], '--storage is for the tasks'),
+        (['--data', '.', '--ray', 'auto'], '--ray is for several runs at once'),
         (['--data', '.', '--train-split', 'extra'], "train_split must be left at 'train' without a dataset"),
         (['--demo'], '--demo has its own settings, and takes --out and --seed alone: leave --cpu out'),
+        (['--demo', '--ray', 'auto'], '--demo has its own settings, and takes --out and --seed alone: leave --ray out'),
         (['--data', '.', '--space', 'gate_excite='], 'gate_excite: no operation is left'),
         (['--data', '.', '--order', '2', '--compile'], 'compile must be off for order 2'),
         (['--data', '.', '--epochs', '0'], 'epochs must be at least 1'),
@@ -127,7 +127,8 @@ def in_the_way(path):
         (None, ['--model', 'resnet18', '--model-args', 'layers=[1,1,1,1]'], 'resnet18 takes no genotype='),
         (None, ['--evaluate-lr', '-1'], 'lr must be above 0'),
         (None, ['--evaluate-epochs', '0'], 'epochs must be at least 1'),
-        (None, ['--storage', 'nowhere://x'], "a storage is a SQLite file, .* got 'nowhere://x'"),
+        (None, ['--ray-gpus', '1'], '--ray-gpus goes with --ray ADDRESS'),
+        (None, ['--ray', ''], "ray: expected 'auto', 'local' or HOST:PORT, got ''"),
         (lambda root: shutil.rmtree(root / 'val'), [], 'has no folder val'),
         (lambda root: shutil.rmtree(root / 'val' / 'dog'), [], 'the classes of train and val differ'),
         (lambda root: truncate(root / 'val' / 'dog' / '1.png'), [], r'broken image .*val.dog.1\.png'),
@@ -185,7 +186,7 @@ def test_all_trainings_failed(tmp_path, capsys, monkeypatch, error, says):
     assert said == f'sase-blocks: error: all 2 trainings failed; the first one, found, seed 0: {says}'
 
 
-@pytest.mark.parametrize('missing', ['optuna', 'accelerate'])
+@pytest.mark.parametrize('missing', ['scipy', 'accelerate'])
 def test_missing_library_of_an_evaluation_is_told_first(tmp_path, capsys, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))

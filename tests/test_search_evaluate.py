@@ -201,7 +201,7 @@ def test_another_budget_is_not_mixed_in(budget, trained):
     evaluate(FOUND, budget, baselines=[], seeds=[0], say=[].append)
     with pytest.raises(ValueError, match=r'other settings: lr was 0\.1 and is 0\.2'):
         evaluate(FOUND, replace(budget, lr=0.2), baselines=[], seeds=[0])
-    with pytest.raises(ValueError, match=f'other tasks: found, seed 0 was .*{FOUND}.* and is .*{OTHER}'):
+    with pytest.raises(ValueError, match=f'another job: found, seed 0 was .*{FOUND}.* and is .*{OTHER}'):
         evaluate(OTHER, budget, baselines=[], seeds=[0])
 
 

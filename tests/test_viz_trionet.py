@@ -5,7 +5,7 @@ import re
 import pytest
 
 from sase_blocks.models import Architecture
-from sase_blocks.search.problem import Candidate
+from sase_blocks.search.evolution import Candidate
 from sase_blocks.search.trionet.cost import Limits
 from sase_blocks.search.trionet.result import describe_result, draw_result, format_result
 from sase_blocks.search.trionet.space import TrioSpace

@@ -7,7 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-__all__ = ['add_model_options', 'add_settings', 'check_demo']
+from sase_blocks.jobs import Ray
+
+__all__ = ['add_model_options', 'add_ray_options', 'add_settings', 'check_demo', 'ray_of']
 
 
 def add_settings(parser: argparse.ArgumentParser, config: type[Any], leave_out: Collection[str] = ()) -> None:
@@ -58,6 +60,29 @@ def check_demo(config: type[Any], given: Mapping[str, Any]) -> None:
         if name not in ('out', 'seed') and value != default and (value or default is True):
             option = ('no-' if default is True else '') + name.replace('_', '-')
             raise ValueError(f'--demo has its own settings, and takes --out and --seed alone: leave --{option} out')
+
+
+def add_ray_options(parser: argparse.ArgumentParser, what: str) -> None:
+    """What ``ray_of`` reads; ``what`` runs there."""
+    group = parser.add_argument_group('many machines')
+    group.add_argument(
+        '--ray',
+        metavar='ADDRESS',
+        help=f"run {what} on a Ray cluster: 'auto' for the one of this machine, HOST:PORT, or 'local' for this machine",
+    )
+    group.add_argument('--ray-gpus', type=float, metavar='X', help='GPUs of each run (default: 1 where there are any)')
+    group.add_argument(
+        '--ray-retries', type=int, default=3, metavar='N', help='further tries after a machine died (default: 3)'
+    )
+
+
+def ray_of(address: str | None, gpus: float | None, retries: int, cpu: bool) -> Ray | None:
+    """The machines that the options name; None without them."""
+    if address is None:
+        if gpus is not None:
+            raise ValueError('--ray-gpus goes with --ray ADDRESS; give both, or neither')
+        return None
+    return Ray(address, 0 if cpu and gpus is None else gpus, retries)
 
 
 def _metavar(setting: Field[Any]) -> str:

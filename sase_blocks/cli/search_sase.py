@@ -11,7 +11,7 @@ from sase_blocks.reading import quoted
 from sase_blocks.runs import is_main, say
 
 from .model_args import model_arguments
-from .options import add_model_options, add_settings, check_demo
+from .options import add_model_options, add_ray_options, add_settings, check_demo, ray_of
 
 __all__ = ['add_sase']
 
@@ -23,12 +23,13 @@ examples:
   sase-blocks search sase --data DIR --out runs/search ... --resume
   sase-blocks search sase --data DIR --space 'channel_excite=conv3,conv5,affine; gate_excite=affine'
   sase-blocks search sase --data DIR --seeds 0,1,2,3 --null --evaluate 5 --random 19
+  sase-blocks search sase --data DIR --seeds 0,1,2,3 --null --evaluate 5 --ray auto
   torchrun --nproc-per-node 8 -m sase_blocks search sase --data DIR ...
 
 DIR holds train/CLASS/*.jpg; --evaluate reads val/CLASS/*.jpg (or validation/ or test/) as well, which nothing else
 does. The result is genotype.json in --out: timm.create_model('resnet50_sase', genotype='runs/search/genotype.json').
-Several seeds, null searches and evaluations are tasks: the same command run again does what is missing, and run by
-several processes, with one --storage for all machines, shares them.
+Several seeds, null searches and evaluations are runs of their own: the same command run again does what is missing, and
+--ray runs them at once on many GPUs and machines.
 """
 
 
@@ -61,9 +62,7 @@ def add_sase(
         help=f'blocks or genotypes to compare with (default: {",".join(BASELINES)})',
     )
     trust.add_argument('--random', type=int, default=0, metavar='N', help='random genotypes to compare with')
-    trust.add_argument(
-        '--storage', metavar='WHERE', help="of the tasks: a file or a database's URL (default: tasks.db in --out)"
-    )
+    add_ray_options(sub, 'several searches, and trainings from scratch,')
 
 
 def _search_sase(
@@ -77,7 +76,9 @@ def _search_sase(
     evaluate_lr: float | None,
     baselines: Sequence[str] | None,
     random: int,
-    storage: str | None,
+    ray: str | None,
+    ray_gpus: float | None,
+    ray_retries: int,
     **settings: Any,
 ) -> None:
     from sase_blocks.search.sase.campaigns import campaign, evaluation_budget
@@ -91,8 +92,8 @@ def _search_sase(
         'baselines': baselines,
     }
     if demo:
-        tasks = {'seeds': seeds, 'null': null, 'evaluate': evaluate, 'storage': storage}
-        check_demo(SearchConfig, {'data': data, 'model_args': model_args, **tasks, **evaluation, **settings})
+        runs = {'seeds': seeds, 'null': null, 'evaluate': evaluate, 'ray': ray, 'ray_gpus': ray_gpus}
+        check_demo(SearchConfig, {'data': data, 'model_args': model_args, **runs, **evaluation, **settings})
         from sase_blocks.demo import run_search_demo
 
         run_search_demo(settings['out'], seed=settings['seed'])
@@ -106,8 +107,6 @@ def _search_sase(
         if given is not None and not evaluate:
             raise ValueError(f'--{name} is for the evaluation, which --evaluate N asks for; give it too, or neither')
     numbers = None if seeds is None else _numbers(seeds)
-    if storage is not None and not (evaluate or null or len(set(numbers or [0])) > 1):
-        raise ValueError('--storage is for the tasks of several --seeds, --null or --evaluate N; give one of them, too')
     config = SearchConfig(data=data, model_args=model_arguments(model_args, None, None), **settings)
     budget = None
     if evaluate:
@@ -120,7 +119,7 @@ def _search_sase(
         evaluations=evaluate,
         baselines=BASELINES if baselines is None else _blocks(baselines),
         randoms=random,
-        storage=storage,
+        ray=ray_of(ray, ray_gpus, ray_retries, config.cpu),
     )
     if is_main():
         say(f'found: {result["genotype"]}\n{result["verdict"]}\nwritten: {config.out}/genotype.json')

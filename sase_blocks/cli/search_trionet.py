@@ -8,7 +8,7 @@ from typing import Any
 
 from sase_blocks.runs import is_main, say
 
-from .options import add_settings, check_demo
+from .options import add_ray_options, add_settings, check_demo, ray_of
 
 __all__ = ['add_trionet']
 
@@ -20,13 +20,14 @@ examples:
   sase-blocks search trionet --data DIR --max-ms 5 --resume          another budget, the same supernet
   sase-blocks search trionet --data DIR --space my_space.json --max-params 2M
   sase-blocks search trionet --data DIR --max-macs 300M --algorithm random --resume
+  sase-blocks search trionet --data DIR --max-macs 300M --resume --ray auto
   torchrun --nproc-per-node 8 -m sase_blocks search trionet --data DIR ...
 
 DIR holds train/CLASS/*.jpg, and val/CLASS/*.jpg (or validation/ or test/) for one test at the end. The result is
 architecture.json and network.pt in --out:
   timm.create_model('trionet', architecture='OUT/architecture.json', checkpoint_path='OUT/network.pt', num_classes=N)
-The supernet is trained first, then networks of it are scored. The same command with --resume goes on where it stopped;
-once the supernet is trained, more processes that run it, with one --storage for all machines, share the scoring.
+The supernet is trained first, then networks of it are scored, with --ray on many GPUs and machines. The same command
+with --resume goes on where it stopped.
 """
 
 
@@ -38,16 +39,16 @@ def add_trionet(command: Callable[..., argparse.ArgumentParser]) -> None:
     add_settings(sub, TrioConfig, leave_out=('data',))
     sub.add_argument('--data', metavar='DIR', help='folder with train/CLASS/* in it, or the root of --dataset')
     sub.add_argument('--demo', action='store_true', help='a small search on handwritten digits, with its own settings')
-    sub.add_argument(
-        '--storage', metavar='WHERE', help="of the scores: a file or a database's URL (default: study.db in --out)"
-    )
+    add_ray_options(sub, 'the scoring of networks')
 
 
-def _search_trionet(demo: bool, data: str | None, storage: str | None, **settings: Any) -> None:
+def _search_trionet(
+    demo: bool, data: str | None, ray: str | None, ray_gpus: float | None, ray_retries: int, **settings: Any
+) -> None:
     from sase_blocks.search.trionet import TrioConfig, search
 
     if demo:
-        check_demo(TrioConfig, {'data': data, 'storage': storage, **settings})
+        check_demo(TrioConfig, {'data': data, 'ray': ray, 'ray_gpus': ray_gpus, **settings})
         from sase_blocks.demo import run_trionet_demo
 
         run_trionet_demo(settings['out'], seed=settings['seed'])
@@ -55,6 +56,6 @@ def _search_trionet(demo: bool, data: str | None, storage: str | None, **setting
     if data is None:
         raise ValueError('--data DIR is missing: a folder with train/CLASS/* in it; --demo needs none')
     config = TrioConfig(data=data, **settings)
-    search(config, storage=storage)
+    search(config, ray=ray_of(ray, ray_gpus, ray_retries, config.cpu))
     if is_main():
         say(f'written: {config.out}/architecture.json and network.pt')

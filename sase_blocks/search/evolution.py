@@ -1,45 +1,126 @@
-"""Evolution (NSGA-II) and random search over genes with few choices each, by any number of workers in one study.
+"""Evolution (NSGA-II) and random search over genes with few choices each.
 
 The engine is Optuna's NSGA-II (Deb et al., "A fast and elitist multiobjective genetic algorithm: NSGA-II", 2002): the
 score is maximised, the cost minimised. Ours around it:
 
-- Limits are hard: what does not fit is drawn again before anything is paid for it, and never stands in the study.
+- Limits are hard: what does not fit is drawn again before anything is paid for it, and is never written down.
 - No network is scored twice: genomes are compared by the text of the network that they stand for.
-- A candidate is written with its whole genome before a worker takes it, so that a killed worker's is taken up again.
-- What is drawn is a function of the seed, the worker's number and what the study holds: no random state is stored, and
-  one worker that is killed and started again ends with the trials of one that was not.
-- A candidate belongs to the generation in which it is finished: no late worker's result is lost to the selection.
+- A generation is drawn at once and scored in any order, in this process or on many machines. What is drawn is a
+  function of the seed, the texts before it and the generations before its own, so the order changes nothing.
+- Candidates are lines of a file, written before and after they are scored: a search that is killed and started again
+  ends with the candidates of one that was not.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from sase_blocks.jobs import Each, check_settings, each_in_turn
+from sase_blocks.reading import one_line
+from sase_blocks.runs import append_row, write_rows
 from sase_blocks.runs import say as print_line
-from sase_blocks.search.problem import Candidate, Genome, Problem, best, front
-from sase_blocks.search.study import State, Study, beating, describe_owner
 
-__all__ = ['ALGORITHMS', 'Candidate', 'Problem', 'best', 'check_storage', 'evolve', 'front']
+__all__ = ['ALGORITHMS', 'Candidate', 'Genome', 'Problem', 'best', 'evolve', 'front', 'load_optuna']
 
 ALGORITHMS = ('nsga2', 'random')
-DIRECTIONS = ('maximize', 'minimize')  # score, cost
 FAILURES = 3  # candidates in a row that may fail
 LINES = 20  # progress lines of a whole search
+
+Genome = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is searched: the genes, and functions of them.
+
+    Args:
+        genes: from the name of a gene to its choices.
+        decode: the text of the network that a genome stands for. Several genomes may give the same: genes that are of
+            no effect are ignored here.
+        fits: do the hard limits allow this network? Cheap: asked of all that is drawn.
+        cost: of a network; less is better.
+        score: of a network; more is better. Expensive: asked once of each.
+        draw: a random genome of the law by which the first generation, or all of a random search, is drawn.
+    """
+
+    genes: Mapping[str, Sequence[str]]
+    decode: Callable[[Genome], str]
+    fits: Callable[[str], bool]
+    cost: Callable[[str], float]
+    score: Callable[[str], float]
+    draw: Callable[[np.random.Generator], Genome]
+
+    def check(self) -> None:
+        """Refuse genes that are none."""
+        if not self.genes:
+            raise ValueError('there are no genes to search')
+        for name, choices in self.genes.items():
+            if isinstance(choices, str) or not choices or not all(isinstance(choice, str) for choice in choices):
+                raise ValueError(f'gene {name}: expected a list of texts to choose from, got {choices!r}')
+            if len(set(choices)) < len(choices):
+                raise ValueError(f'gene {name}: a choice stands twice in {list(choices)}')
+
+    def check_genome(self, genome: Mapping[str, str], what: str) -> Genome:
+        """The genome, with its genes in their order; ``what`` says in an error whose it is."""
+        if genome.keys() != self.genes.keys():
+            differing = sorted(genome.keys() ^ self.genes.keys())
+            raise ValueError(f'{what} has other genes than are searched: {", ".join(differing)}')
+        for name, choices in self.genes.items():
+            if genome[name] not in choices:
+                raise ValueError(f'{what}: gene {name} is {genome[name]!r}, expected one of {", ".join(choices)}')
+        return {name: genome[name] for name in self.genes}
+
+
+class Candidate(NamedTuple):
+    """A network that was scored: its text, values, a genome of it and the number of its trial in the study."""
+
+    text: str
+    score: float
+    cost: float
+    genome: Genome
+    number: int
+
+
+def front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that no other one beats, that is, equals or betters in score and cost and betters in one of them.
+
+    Returns:
+        Sorted by cost; equals in cost and score all stay, sorted by text.
+    """
+    chosen: list[Candidate] = []
+    for one in sorted(candidates, key=lambda one: (one.cost, -one.score, one.text)):
+        if not chosen or one.score > chosen[-1].score or (one.score, one.cost) == (chosen[-1].score, chosen[-1].cost):
+            chosen.append(one)
+    return chosen
+
+
+def best(candidates: Sequence[Candidate]) -> Candidate:
+    """The highest score; of equals the cheapest, then the first by text."""
+    if not candidates:
+        raise ValueError('there are no candidates')
+    return min(candidates, key=lambda one: (-one.score, one.cost, one.text))
+
+
+def load_optuna() -> Any:
+    """Optuna. Raises ImportError that names the extra."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError(f'an evolution needs Optuna ({error}): pip install "sase-blocks[search]"') from error
+    return optuna
 
 
 def evolve(
     problem: Problem,
-    storage: str | Path,
-    study_name: str,
+    file: str | Path,
     *,
     evaluations: int,
     algorithm: str = 'nsga2',
@@ -48,53 +129,44 @@ def evolve(
     seeds: Sequence[Mapping[str, str]] = (),
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
-    worker: int = 0,
+    each: Each = each_in_turn,
     say: Callable[[str], None] | None = None,
     tries: int = 2000,
-    heartbeat: float = 15.0,
-    patience: float = 90.0,
-    poll: float = 2.0,
-    timeout: float = 60.0,
-    deaths: int = 3,
 ) -> list[Candidate]:
-    """Search, together with every other process that runs the same command, until ``evaluations`` networks are scored.
+    """Search until ``evaluations`` networks are scored.
 
-    Run again, the command continues; with more evaluations it goes on from there. What failed since the last success
-    is then tried again.
+    Called again, this continues; with more evaluations it goes on from there. What failed since the last success is
+    then tried again.
 
     Args:
         problem: what is searched.
-        storage: a SQLite file, a '.journal' file or the URL of a database; see ``search.study.Study``.
-        study_name: of the study in the storage.
-        evaluations: networks to score, by all workers together. Candidates that failed do not count.
+        file: of the candidates, one JSON a line; its folder is made. One call at a time may write it.
+        evaluations: networks to score. Candidates that failed do not count.
         algorithm: 'nsga2', or 'random' for ``problem.draw`` alone, the baseline.
         population: scored networks of a generation, and parents of the next one; more than 1, fewer than evaluations.
         mutation: probability that a gene of a child is drawn anew, uniformly. Default: 1 / number of genes.
         seeds: genomes that are scored first, in this order.
-        settings: what else the scores depend on, as JSON can hold it; a study with other settings is refused, as is one
+        settings: what else the scores depend on, as JSON can hold it; a file with other settings is refused, as is one
             with other genes, seeds, algorithm, population, mutation or seed.
         seed: of all that is drawn; not negative.
-        worker: a number that no other worker has; not negative. Equal ones do no harm but draw more in vain.
+        each: calls ``problem.score`` with each of several texts. Default: one after another in this process.
         say: prints a line. Default: print.
         tries: draws in vain after which the search ends, for NSGA-II first of children, then of ``problem.draw``.
-        heartbeat, patience, poll, timeout: seconds, as in ``search.tasks.run_tasks``.
-        deaths: after as many workers have died over one candidate, it has failed.
 
     Returns:
-        All networks scored so far by anyone, each once, in the order of their trials.
+        All networks scored so far, each once, in the order in which they were drawn.
 
     Raises:
-        ImportError: Optuna, or the driver of the database, is missing (extra ``search``).
-        ValueError: a wrong argument, a study with other settings, or limits under which nothing was found at all.
-        OSError: the storage is locked, gone, damaged or not writable.
-        RuntimeError: three candidates in a row have failed. A FloatingPointError of ``problem.score`` passes through,
-            and its candidate is left to the next worker, as by Ctrl-C.
+        ImportError: Optuna is missing (extra ``search``).
+        ValueError: a wrong argument, a file with other settings, or limits under which nothing was found at all.
+        OSError: the file cannot be written.
+        RuntimeError: three candidates in a row have failed.
     """
     problem.check()
     if algorithm not in ALGORITHMS:
         raise ValueError(f'algorithm: expected {" or ".join(ALGORITHMS)}, got {algorithm!r}')
-    least = {'evaluations': 1, 'population': 2, 'seed': 0, 'worker': 0, 'tries': 1}
-    for what, value in zip(least, (evaluations, population, seed, worker, tries), strict=True):
+    least = {'evaluations': 1, 'population': 2, 'seed': 0, 'tries': 1}
+    for what, value in zip(least, (evaluations, population, seed, tries), strict=True):
         if value < least[what]:
             raise ValueError(f'{what}: expected at least {least[what]}, got {value}')
     if algorithm == 'nsga2' and population >= evaluations:
@@ -104,7 +176,6 @@ def evolve(
         )
     if mutation is not None and not 0 <= mutation <= 1:
         raise ValueError(f'mutation: expected a probability, got {mutation}')
-    say = say or print_line
     planned = [problem.check_genome(genome, 'a seed') for genome in seeds]
     ours: dict[str, Any] = {
         'algorithm': algorithm,
@@ -121,111 +192,12 @@ def evolve(
     for text in ours['seeds']:
         if not problem.fits(text):
             raise ValueError(f'a seed is over the limits: {text}')
-    study = Study(
-        storage,
-        study_name,
-        mark='text',
-        directions=DIRECTIONS,
-        patience=patience,
-        timeout=timeout,
-        deaths=deaths,
-    )
+    drawn = _Drawn(Path(file), {**theirs, **ours})
     search = _Search(
-        problem, study, evaluations, algorithm == 'nsga2', population, mutation, (seed, worker), tries, planned
+        problem, load_optuna(), drawn, evaluations, algorithm == 'nsga2', population, mutation, seed, tries, planned
     )
-    study.open({**theirs, **ours})
-    search.retry_failed()
-    _work(search, say, heartbeat, poll)
-    return search.candidates()
-
-
-def check_storage(storage: str | Path, study_name: str, timeout: float = 60.0) -> None:
-    """Raise now what ``evolve`` would raise about Optuna, the storage, or a study of that name that is another kind."""
-    Study(storage, study_name, mark='text', directions=DIRECTIONS, timeout=timeout).connect()
-
-
-def _work(search: _Search, say: Callable[[str], None], heartbeat: float, poll: float) -> None:
-    """What a worker does until enough is evaluated, or nothing new is to be found."""
-    study = search.study
-    total, told, waiting, failures = search.evaluations, 0, False, 0
-    empty: _Empty | None = None
-    empty_at = -1  # how much was evaluated when nothing was found
-    while True:
-        study.bury_the_dead()
-        states = search.revive()
-        done = [state for state in states.values() if state.status == 'done']
-        running = [state for state in states.values() if state.status == 'running']
-        if len(done) >= total:
-            break
-        taken = None
-        if len(done) + len(running) < total:
-            if empty_at != len(done) and not any(state.status == 'waiting' for state in states.values()):
-                try:
-                    search.propose()
-                except _Empty as reason:  # others may still find something that has new children
-                    empty, empty_at = reason, len(done)
-            taken = search.take()
-        if taken is not None:
-            waiting = False
-            with beating(taken, heartbeat):
-                attrs, values, error = _attempt(search.problem, taken.user_attrs['text'])
-                if values is not None:
-                    attrs.update(search.membership())
-                if not study.end(taken, attrs, values):
-                    say(f'trial {taken.number}: another worker took this one for dead and may score it as well')
-            if error is not None and 'error' not in attrs:
-                raise error
-            if error is None:
-                failures = 0
-                told = _tell(search.candidates(), total, told, say)
-                continue
-            failures += 1
-            say(f'trial {taken.number} failed: {attrs["error"]} ({taken.user_attrs["text"]})')
-            if failures == FAILURES:
-                raise RuntimeError(
-                    f'{failures} candidates in a row failed, the last one, {taken.user_attrs["text"]}: {attrs["error"]}'
-                ) from error
-        elif running:
-            if not waiting:
-                waiting = True
-                names = ', '.join(describe_owner(state.attrs) for state in running[:3])
-                more = f' and {len(running) - 3} more' if len(running) > 3 else ''
-                say(f'waiting for what other workers score: {names}{more}')
-            time.sleep(poll)
-        elif empty is not None and empty_at == len(done):
-            if not done:
-                raise ValueError(f'nothing was found: {empty}')
-            say(f'the search ends after {len(done)} of {total} evaluations: {empty}')
-            return
-    _tell(search.candidates(), total, told, say)
-
-
-def _tell(candidates: list[Candidate], total: int, told: int, say: Callable[[str], None]) -> int:
-    """A line when another twentieth of the search is over, and how much is told of then."""
-    now = len(candidates)
-    if now * LINES // total > told * LINES // total:
-        first = best(candidates)
-        cost = f'{first.cost:,.0f}' if first.cost >= 1000 else f'{first.cost:.4g}'
-        say(f'{now} of {total} evaluated, best score {first.score:.6g} at cost {cost}')
-        return now
-    return told
-
-
-def _attempt(problem: Problem, text: str) -> tuple[dict[str, Any], list[float] | None, BaseException | None]:
-    """What to store of one candidate, its values, and what was raised."""
-    began = time.monotonic()
-    try:
-        cost, score = float(problem.cost(text)), float(problem.score(text))
-        for name, value in (('cost', cost), ('score', score)):
-            if not math.isfinite(value):
-                raise ValueError(f'the {name} is {value}')
-    except FloatingPointError as error:
-        return {'interrupted': True}, None, error
-    except Exception as error:
-        return {'error': f'{type(error).__name__}: {" ".join(str(error).split())}'[:1000]}, None, error
-    except BaseException as error:  # Ctrl-C or sys.exit: the worker stops, and the candidate is left to the next one
-        return {'interrupted': True}, None, error
-    return {'seconds': round(time.monotonic() - began, 3)}, [score, cost], None
+    drawn.open()
+    return search.run(each, say or print_line)
 
 
 class _Empty(Exception):
@@ -233,111 +205,168 @@ class _Empty(Exception):
 
 
 @dataclass
-class _Search:
-    """The candidates in their study. Their trials have the genome as parameters, and the attributes text and, if they
-    are complete, seconds and generation; or cached, the number of another trial for this text, with its values."""
+class _One:
+    """A candidate: drawn, then scored or failed."""
 
+    text: str
+    genome: Genome
+    score: float | None = None
+    cost: float | None = None
+    error: str = ''
+
+
+class _Drawn:
+    """The candidates in their file, in the order of their numbers.
+
+    Its first line is {'settings'}; each other one {'number', 'text', 'genome'} of a candidate that was drawn,
+    {'number', 'score', 'cost'} of one that was scored, or {'number', 'error'}.
+    """
+
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+        self.file, self.settings = file, settings
+        self.all: list[_One] = []
+
+    def open(self) -> None:
+        """Read what there is, refuse what was made with other settings, and leave out what a killed run wrote in part.
+
+        What failed since the last success is forgotten, so that it is scored again.
+        """
+        rows = self._rows()
+        if rows:
+            check_settings(rows[0].get('settings', {}), self.settings, f'{self.file}')
+        try:
+            for row in rows[1:]:
+                if 'text' in row:
+                    self.all.append(_One(row['text'], dict(row['genome'])))
+                else:
+                    one = self.all[row['number']]
+                    one.score, one.cost, one.error = row.get('score'), row.get('cost'), row.get('error', '')
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f'{self.file} is damaged ({type(error).__name__}); delete it, and the networks are scored again'
+            ) from error
+        since = max((number for number, one in enumerate(self.all) if one.score is not None), default=-1)
+        for one in self.all[since + 1 :]:
+            one.error = ''
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(self.file, rows or [{'settings': self.settings}])
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        lines = self.file.read_text(encoding='utf-8', errors='replace').splitlines() if self.file.exists() else []
+        for line in lines:
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                if line is not lines[-1]:
+                    raise ValueError(f'{self.file} is damaged; delete it, and the networks are scored again') from None
+        if rows and 'settings' not in rows[0]:
+            raise ValueError(f'{self.file} holds no candidates of a search; delete it, or change --out')
+        return rows
+
+    def add(self, genome: Genome, text: str) -> None:
+        append_row(self.file, {'number': len(self.all), 'text': text, 'genome': genome})
+        self.all.append(_One(text, genome))
+
+    def end(self, number: int, **what: Any) -> None:
+        append_row(self.file, {'number': number, **what})
+        for name, value in what.items():
+            setattr(self.all[number], name, value)
+
+
+@dataclass
+class _Search:
     problem: Problem
-    study: Study
+    optuna: Any
+    drawn: _Drawn
     evaluations: int
     evolving: bool
     population: int
     mutation: float | None
-    seed: tuple[int, int]  # of the search, of the worker
+    seed: int
     tries: int
-    seeds: Sequence[Genome] = ()
+    seeds: Sequence[Genome]
+    parents: dict[int, list[Any]] = field(default_factory=dict)  # of each generation
+    trials: dict[int, Any] = field(default_factory=dict)  # the scored candidates as Optuna has them, by number
 
-    def __post_init__(self) -> None:
-        categorical = self.study.optuna.distributions.CategoricalDistribution
-        self.parents: dict[int, list[Any]] = {}  # of each generation
-        self.distributions = {name: categorical(tuple(choices)) for name, choices in self.problem.genes.items()}
+    def run(self, each: Each, say: Callable[[str], None]) -> list[Candidate]:
+        total, told, failures = self.evaluations, 0, 0
+        while (left := total - len(done := self.candidates())) > 0:
+            waiting = [number for number, one in enumerate(self.drawn.all) if one.score is None and not one.error]
+            # The rest of the generation, whose parents are known; a random search has one generation.
+            batch = min(left, self.population - len(done) % self.population) if self.evolving else left
+            empty: _Empty | None = None
+            while len(waiting) < batch and empty is None:
+                try:
+                    self.propose()
+                    waiting.append(len(self.drawn.all) - 1)
+                except _Empty as reason:
+                    empty = reason
+            if not waiting:
+                if not done:
+                    raise ValueError(f'nothing was found: {empty}')
+                say(f'the search ends after {len(done)} of {total} evaluations: {empty}')
+                return done
+            for at, ended in each(self.problem.score, [self.drawn.all[number].text for number in waiting[:batch]]):
+                number = waiting[at]
+                if (error := self._end(number, ended.value, ended.error)) is None:
+                    failures = 0
+                    told = self._tell(told, say)
+                    continue
+                failures += 1
+                text = self.drawn.all[number].text
+                say(f'network {number} failed: {error} ({text})')
+                if failures == FAILURES:
+                    raise RuntimeError(f'{failures} candidates in a row failed, the last one, {text}: {error}')
+        self._tell(told, say)
+        return self.candidates()
 
-    def retry_failed(self) -> None:
-        """Queue again what failed since the last success."""
-        held = self.study.states()
-        since = max((trial.number for trial in self.complete()), default=-1)
-        for trial in self.study.trials():
-            text = trial.user_attrs['text']
-            if trial.number > since and text in held and held[text].status == 'failed':
-                held[text] = State('waiting', {})
-                self._add(trial.params, text, again=True)
-
-    def _add(self, genome: Genome, text: str, **attrs: Any) -> None:
-        self.study.add({'text': text, **attrs}, genome, self.distributions)
-
-    def revive(self) -> dict[str, State]:
-        """Queue again what workers have left behind, and where each text stands."""
-        states = self.study.states()
-        missing = [text for text, state in states.items() if state.status == 'missing']
-        if missing:
-            genomes = {trial.user_attrs['text']: trial.params for trial in self.study.trials()}
-            for text in missing:
-                self._add(genomes[text], text)
-            states = self.study.states()
-        return states
-
-    def take(self) -> Any | None:
-        """Claim a candidate to score; None if there is none, or others already score as many as are missing."""
-        states = self.study.states_of_trials
-        while (taken := self.study.take()) is not None:
-            trial, same = taken
-            if same is not None and same.state == states.COMPLETE:
-                self.study.end(trial, {'cached': same.number}, same.values)
-            elif same is not None:
-                self.study.end(trial, {'duplicate': True})
+    def _end(self, number: int, score: Any, error: str) -> str | None:
+        """Write how a candidate ended. -> its error."""
+        if not error:
+            try:
+                cost, score = float(self.problem.cost(self.drawn.all[number].text)), float(score)
+                for name, value in (('cost', cost), ('score', score)):
+                    if not math.isfinite(value):
+                        raise ValueError(f'the {name} is {value}')
+            except Exception as wrong:
+                error = f'{type(wrong).__name__}: {one_line(wrong)}'
             else:
-                # The first waiting trial is taken first: every other worker that counts this one has a higher number.
-                busy = {
-                    other.user_attrs['text']
-                    for other in self.study.trials()
-                    if other.state == states.COMPLETE or (other.state == states.RUNNING and other.number < trial.number)
-                }
-                if len(busy) < self.evaluations:
-                    return trial
-                self.study.end(trial, {'interrupted': True})
+                self.drawn.end(number, score=score, cost=cost)
                 return None
-        return None
+        self.drawn.end(number, error=error)
+        return error
 
-    def complete(self) -> list[Any]:
-        """The first trial that was scored for each text, in the order of their numbers."""
-        trials: dict[str, Any] = {}
-        for trial in self.study.trials():
-            if trial.state == self.study.states_of_trials.COMPLETE and 'cached' not in trial.user_attrs:
-                trials.setdefault(trial.user_attrs['text'], trial)
-        return list(trials.values())
+    def _tell(self, told: int, say: Callable[[str], None]) -> int:
+        """A line when another twentieth of the search is over, and how much is told of then."""
+        candidates, total = self.candidates(), self.evaluations
+        now = len(candidates)
+        if now * LINES // total > told * LINES // total:
+            first = best(candidates)
+            cost = f'{first.cost:,.0f}' if first.cost >= 1000 else f'{first.cost:.4g}'
+            say(f'{now} of {total} evaluated, best score {first.score:.6g} at cost {cost}')
+            return now
+        return told
 
     def candidates(self) -> list[Candidate]:
-        found = []
-        for trial in self.complete():
-            score, cost = trial.values
-            genome = {name: trial.params[name] for name in self.problem.genes}
-            found.append(Candidate(trial.user_attrs['text'], score, cost, genome, trial.number))
-        return found
-
-    def generation(self, complete: Sequence[Any]) -> int:
-        """The generation that is being filled."""
-        sizes = Counter(trial.user_attrs['generation'] for trial in complete)
-        last = max(sizes, default=0)
-        return last + (sizes[last] >= self.population)
-
-    def membership(self) -> dict[str, int]:
-        return {'generation': self.generation(self.complete())} if self.evolving else {}
+        return [
+            Candidate(one.text, one.score, one.cost, one.genome, number)
+            for number, one in enumerate(self.drawn.all)
+            if one.score is not None and one.cost is not None
+        ]
 
     def propose(self) -> None:
-        """Queue a new candidate: the first seed that is missing, or what is drawn. Any worker may take it.
-
-        One at a time: what a dead worker leaves is queued behind all that waits, and would change the order.
+        """Write down a new candidate: the first seed that is missing, or what is drawn.
 
         Raises:
             _Empty: nothing new that fits was drawn.
         """
-        known = {trial.user_attrs['text'] for trial in self.study.trials()}
+        known = {one.text for one in self.drawn.all}
         for genome in self.seeds:
             if (text := self.problem.decode(genome)) not in known:
-                self._add(genome, text)
+                self.drawn.add(genome, text)
                 return
-        # The number of texts, unlike that of trials, is the same whether or not a worker died on the way.
-        sequence = np.random.SeedSequence([*self.seed, len(known)])
+        sequence = np.random.SeedSequence([self.seed, 0, len(known)])
         rng = np.random.default_rng(sequence)
         drawn = Counter[str]()
 
@@ -350,9 +379,7 @@ class _Search:
 
         child: Genome | None = None
         if self.evolving:
-            sampler = _sampler(self, rng, int(sequence.generate_state(1)[0]), new)
-            trial = self.study.optuna.trial.create_trial(state=self.study.states_of_trials.WAITING)
-            child = sampler.sample_relative(self.study.study, trial, self.distributions) or None
+            child = next(self._children(rng, int(sequence.generate_state(1)[0]), new), None)
         for _ in range(self.tries):
             child = child or new(self.problem.draw(rng))
         if child is None:
@@ -360,43 +387,57 @@ class _Search:
                 f'of {drawn.total()} networks drawn {drawn["over the limits"]} were over the limits and '
                 f'{drawn["known"]} known already; widen the limits or the space'
             )
-        self._add(child, self.problem.decode(child))
+        self.drawn.add(child, self.problem.decode(child))
 
+    def _children(
+        self, rng: np.random.Generator, seed: int, new: Callable[[Mapping[str, str]], Genome | None]
+    ) -> Iterator[Genome]:
+        """The children that Optuna's NSGA-II draws and that are new and fit; none in the first generation."""
+        optuna, parents, size = self.optuna, self.parents, self.population
+        distributions = {
+            name: optuna.distributions.CategoricalDistribution(tuple(choices))
+            for name, choices in self.problem.genes.items()
+        }
+        members = self.candidates()
+        generation = len(members) // size
+        if not generation:
+            return
+        for one in members:
+            if one.number not in self.trials:
+                self.trials[one.number] = optuna.trial.create_trial(
+                    values=[one.score, one.cost], params=one.genome, distributions=distributions
+                )
+                self.trials[one.number].number = one.number
+        trials = [self.trials[one.number] for one in members]
 
-def _sampler(
-    search: _Search, rng: np.random.Generator, seed: int, new: Callable[[Mapping[str, str]], Genome | None]
-) -> Any:
-    """Optuna's NSGA-II, made for the next candidate of a search, which it draws again until it is new and fits."""
-    members = search.complete()
-    generation = search.generation(members)
-    genes = {name: list(choices) for name, choices in search.problem.genes.items()}
+        class Sampler(optuna.samplers.NSGAIISampler):  # type: ignore[name-defined]
+            def get_trial_generation(self, study: Any, trial: Any) -> int:
+                return generation
 
-    class Sampler(search.study.optuna.samplers.NSGAIISampler):  # type: ignore[name-defined]
-        def get_trial_generation(self, study: Any, trial: Any) -> int:
-            return generation
+            def get_population(self, study: Any, generation: int) -> list[Any]:
+                return trials[generation * size : (generation + 1) * size]
 
-        def get_population(self, study: Any, generation: int) -> list[Any]:
-            return [trial for trial in members if trial.user_attrs['generation'] == generation]
+            def get_parent_population(self, study: Any, generation: int) -> list[Any]:
+                # Optuna keeps them in a storage, in another order than at first and, before 4.4, by wrong numbers.
+                if generation and generation not in parents:
+                    parents[generation] = sorted(self.select_parent(study, generation), key=lambda one: one.number)
+                return parents.get(generation, [])
 
-        def get_parent_population(self, study: Any, generation: int) -> list[Any]:
-            # Optuna keeps them in the storage, in another order than at first and, before 4.4, by wrong numbers.
-            if generation and generation not in search.parents:
-                search.parents[generation] = sorted(self.select_parent(study, generation), key=lambda one: one.number)
-            return search.parents.get(generation, [])
-
-        def sample_relative(self, study: Any, trial: Any, search_space: dict[str, Any]) -> Genome:
-            """A genome, or none in the first generation and after too many draws in vain."""
-            if not generation:
-                return {}
-            for _ in range(search.tries):
-                child = super().sample_relative(study, trial, search_space)
-                # Genes that mutation dropped are drawn anew.
-                whole = {name: child[name] if name in child else str(rng.choice(genes[name])) for name in genes}
-                if (genome := new(whole)) is not None:
-                    return genome
-            return {}
-
-    sampler = Sampler(population_size=search.population, mutation_prob=search.mutation, seed=seed)
-    for before in range(1, generation):  # each stands on the one before it
-        sampler.get_parent_population(search.study.study, before)
-    return sampler
+        verbosity = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        sampler = Sampler(population_size=size, mutation_prob=self.mutation, seed=seed)
+        # Only for its directions: the trials are given above.
+        study = optuna.create_study(directions=['maximize', 'minimize'], sampler=sampler)
+        optuna.logging.set_verbosity(verbosity)
+        for before in range(1, generation):  # each stands on the one before it
+            sampler.get_parent_population(study, before)
+        trial = optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING)
+        for _ in range(self.tries):
+            child = sampler.sample_relative(study, trial, distributions)
+            # Genes that mutation dropped are drawn anew.
+            whole = {
+                name: child[name] if name in child else str(rng.choice(list(choices)))
+                for name, choices in self.problem.genes.items()
+            }
+            if (genome := new(whole)) is not None:
+                yield genome

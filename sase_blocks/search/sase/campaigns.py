@@ -1,6 +1,6 @@
 """Several searches and what they are worth: over seeds, on random labels, and from scratch against other blocks.
 
-One command does it all; run again it continues, and run by several processes at once it shares the work (``tasks.py``).
+One command does it all, and run again it does what is missing (``jobs.py``).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from sase_blocks.data import Samples, name_data
+from sase_blocks.jobs import Ray, job_folder, run_jobs
 from sase_blocks.runs import check_writable, is_main, launched, leave_out_broken, say, write_text
 from sase_blocks.search.halves import Arrays, find_samples
 from sase_blocks.search.significance import load_stats
-from sase_blocks.search.tasks import run_tasks
 from sase_blocks.train import TrainConfig, build_model
 from sase_blocks.viz import missing_matplotlib, plot_evaluation, save_figure
 
@@ -41,7 +41,7 @@ def campaign(
     evaluations: int = 0,
     baselines: Sequence[str] = BASELINES,
     randoms: int = 0,
-    storage: str | None = None,
+    ray: Ray | None = None,
     images: Arrays | None = None,
 ) -> dict[str, Any]:
     """Search with each seed, on random labels if asked, compare the results, and train the found block from scratch.
@@ -56,8 +56,8 @@ def campaign(
         budget: the from-scratch training; default: ``evaluation_budget(config)``.
         evaluations: from-scratch trainings of each candidate, with the seeds 0, 1, ...; 0 for no comparison.
         baselines, randoms: see ``evaluate``.
-        storage: see ``run_tasks``; default: a SQLite file in ``config.out``. The study is called 'searches', in a
-            database 'searches in OUT'.
+        ray: the machines on which several searches, and trainings, run. Default: one after another in this process. A
+            single search always runs in this process.
         images: see ``search``.
 
     Returns:
@@ -65,13 +65,18 @@ def campaign(
         'agreement' (None for a single search) and 'evaluation' (None without one).
 
     Raises:
-        ValueError, OSError, ImportError, FloatingPointError: as ``search``, ``run_tasks`` and ``evaluate``.
+        ValueError, OSError, ImportError, FloatingPointError: as ``search``, ``run_jobs`` and ``evaluate``.
+        RuntimeError: a search or a training has failed, after the others are done; the text names it and its error.
     """
     seeds = [config.seed] if seeds is None else list(dict.fromkeys(seeds))
     if not seeds:
         raise ValueError('seeds is empty: give at least one')
     configs = {seed: replace(config, seed=seed) for seed in seeds}  # which checks each seed
     out, single = Path(config.out), len(seeds) == 1 and not null
+    if ray is not None and single and not evaluations:
+        raise ValueError(
+            '--ray is for several runs at once: ask for more --seeds, for --null or --evaluate, or leave it'
+        )
     if is_main():
         check_writable(out)
     if single:
@@ -84,7 +89,7 @@ def campaign(
         # The first block of the space stands in for what the searches are to find.
         found = _stand_in(config, space)
         candidates = [*baselines, *(_named(dict.fromkeys(seeds, found)) if len(seeds) > 1 else [])]
-        data = check_evaluation(found, budget, baselines=candidates, randoms=randoms, space=space, storage=storage)
+        data = check_evaluation(found, budget, baselines=candidates, randoms=randoms, space=space, ray=ray)
     given: Arrays | Samples | None = images
     if images is None and (data or not single):
         given = data[0] if data else _checked(config)
@@ -94,7 +99,7 @@ def campaign(
         agreement = None
         genotype, verdict = (searches[seeds[0]][name] for name in ('genotype', 'verdict'))
     else:
-        searches, nulls = _searches(config, seeds, null, storage, given)
+        searches, nulls = _searches(config, seeds, null, ray, given)
         agreement = compare_searches(list(searches.values()), list(nulls.values()) or None)
         genotype, verdict = agreement['genotype'], agreement['verdict']
         if is_main():
@@ -113,13 +118,18 @@ def campaign(
             randoms=randoms,
             space=SearchSpace.parse(config.space),
             seeds=range(evaluations),
-            storage=storage,
+            ray=ray,
             data=data,
         )
         if is_main():
             say(format_table(evaluation))
             if missing_matplotlib() is None:  # which the searches have said
                 save_figure(plot_evaluation(evaluation), out / 'evaluation.png')
+        if evaluation['errors']:
+            key, text = next(iter(evaluation['errors'].items()))
+            raise RuntimeError(
+                f'{len(evaluation["errors"])} jobs of the evaluation failed; the first one, {key}: {text}'
+            )
     return {
         'genotype': genotype,
         'verdict': verdict,
@@ -148,32 +158,30 @@ def evaluation_budget(config: SearchConfig, epochs: int | None = None, lr: float
 
 
 def _searches(
-    config: SearchConfig, seeds: Sequence[int], null: bool, storage: str | None, images: Arrays | Samples | None
+    config: SearchConfig, seeds: Sequence[int], null: bool, ray: Ray | None, images: Arrays | Samples | None
 ) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
     out = Path(config.out)
-    tasks: list[dict[str, Any]] = [
+    jobs: list[dict[str, Any]] = [
         {'key': f'{"null" if random else "seed"}-{seed}', 'seed': seed, 'null': random}
         for random in ([False, True] if null else [False])
         for seed in seeds
     ]
 
-    def work(task: dict[str, Any]) -> dict[str, Any]:
-        one = replace(config, seed=task['seed'], null=task['null'], out=str(out / task['key']), resume=True)
+    def work(job: dict[str, Any]) -> dict[str, Any]:
+        folder = str(job_folder(out, job['key']))
+        one = replace(config, seed=job['seed'], null=job['null'], out=folder, resume=True)
         return {'genotype': search(one, images)['genotype']}
 
-    outcome = run_tasks(
-        tasks,
+    run_jobs(
+        jobs,
         work,
-        out / 'tasks.db' if storage is None else storage,
-        f'searches in {config.out}' if '://' in str(storage) else 'searches',
+        out,
         settings={**_settings(config), **({'images': name_data(images)} if isinstance(images, Samples) else {})},
-        describe=lambda task, result: str(result['genotype']),
+        describe=lambda job, result: str(result['genotype']),
+        ray=ray,
         cpu=config.cpu,
-    )
-    if outcome.errors:
-        key, text = next(iter(outcome.errors.items()))
-        raise RuntimeError(f'{len(outcome.errors)} of {len(tasks)} searches failed; {key}: {text}')
-    results = {task['key']: read_result(out / task['key']) for task in tasks}
+    ).check('searches')
+    results = {job['key']: read_result(job_folder(out, job['key'])) for job in jobs}
     return (
         {seed: results[f'seed-{seed}'] for seed in seeds},
         {seed: results[f'null-{seed}'] for seed in seeds} if null else {},
@@ -181,7 +189,7 @@ def _searches(
 
 
 def _settings(config: SearchConfig) -> dict[str, Any]:
-    """What all searches of one study have in common."""
+    """What all searches of one command have in common."""
     own = {'seed', 'null'}
     different = {f.name for f in fields(config) if f.metadata.get('free') or f.metadata.get('place')}
     return {name: value for name, value in asdict(config).items() if name not in own | different}

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,10 @@ from sase_blocks import models  # noqa: F401  # registers our models with timm
 from sase_blocks.blocks import Genotype
 from sase_blocks.data import Samples, derive_seed, image_config, name_data
 from sase_blocks.insertion.measure import count_macs, milliseconds_per_image
+from sase_blocks.jobs import Ray, check_jobs, job_folder, run_jobs
 from sase_blocks.reading import quoted, shorten
 from sase_blocks.runs import check_writable, environment, is_main, launched, write_text
 from sase_blocks.search.significance import load_stats
-from sase_blocks.search.tasks import check_queue, run_tasks
 from sase_blocks.train import ADVICE, TrainConfig, build_model, check_model_name, checked_samples, open_samples, train
 
 from .comparison import compare, format_table
@@ -47,15 +46,14 @@ def evaluate(
     space: SearchSpace | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     random_seed: int = 0,
-    storage: str | Path | None = None,
     data: tuple[Samples, Samples] | None = None,
-    **queue: Any,
+    ray: Ray | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Train the found block, the baselines and random genotypes from scratch, and compare them.
 
-    Each training and each measurement of costs is a task of ``run_tasks``: every process that runs the same call with
-    the same ``budget.out`` takes its share, and a call that was stopped continues. More baselines, random genotypes or
-    seeds may be added to a finished evaluation.
+    Each training and each measurement of costs is a job of ``run_jobs``: a call that was stopped continues. More
+    baselines, random genotypes or seeds may be added to a finished evaluation.
 
     Args:
         found: the genotype, as text; several with semicolons between them are one for each stage.
@@ -67,10 +65,8 @@ def evaluate(
         space: of the random genotypes; the paper's by default.
         seeds: of the trainings, the same for all.
         random_seed: of the draw of the random genotypes; more of them begin with the same ones.
-        storage: see ``run_tasks``; by default tasks.db in ``budget.out``. The study is called 'evaluation', in a
-            database 'evaluation in OUT'.
         data: what ``check_evaluation`` returned; by default it is called here.
-        **queue: more arguments of ``run_tasks``.
+        ray, say: see ``run_jobs``.
 
     Returns:
         What ``evaluation.json`` in ``budget.out`` holds: 'candidates', a list of dicts with name, kind ('found',
@@ -79,13 +75,14 @@ def evaluate(
         found block's), 'interval' (its 95 % interval, [low, high]), 'p' and 'p_adjusted' (of baselines, see
         ``compare``), 'parameters', 'macs', 'ms_per_image', 'time_ratio' (to no attention, measured in turns);
         'verdicts', sentences; 'test', how they came about; 'rank', of the found block among the random ones: 'place',
-        'of', and 'p', how often a block drawn at random would have that place or a better one; 'errors' of tasks; the
-        settings. Unknown values, such as a spread over one seed, are None.
+        'of', and 'p', how often a block drawn at random would have that place or a better one; 'errors' of jobs that
+        failed; the settings. Unknown values, such as a spread over one seed, are None.
 
     Raises:
         ImportError: the extra ``train`` or ``search`` is missing.
         ValueError, FileNotFoundError: a wrong genotype, setting, or data; before any work.
-        OSError, RuntimeError: see ``run_tasks``.
+        OSError: ``budget.out`` cannot be written.
+        RuntimeError: every training has failed.
     """
     load_stats()
     candidates = _candidates(found, budget, baselines, randoms, space, random_seed)
@@ -94,7 +91,7 @@ def evaluate(
         raise ValueError('seeds is empty: an evaluation needs at least one seed')
     out = Path(budget.out)
     samples = data or check_evaluation(
-        found, budget, baselines=baselines, randoms=randoms, space=space, random_seed=random_seed, storage=storage
+        found, budget, baselines=baselines, randoms=randoms, space=space, random_seed=random_seed, ray=ray
     )
     trainings: list[dict[str, Any]] = [
         {'key': f'{c["name"]}, seed {seed}', 'name': c['name'], 'genotype': c['genotype'], 'seed': seed}
@@ -103,33 +100,34 @@ def evaluate(
     ]
     costs = [{'key': f'cost of {c["name"]}', 'name': c['name'], 'genotype': c['genotype']} for c in candidates]
 
-    def work(task: dict[str, Any]) -> dict[str, Any]:
-        return _train_one(budget, task, samples) if 'seed' in task else _measure_one(budget, task, samples)
+    def work(job: dict[str, Any]) -> dict[str, Any]:
+        return _train_one(budget, job, samples) if 'seed' in job else _measure_one(budget, job, samples)
 
-    def describe(task: dict[str, Any], result: dict[str, Any]) -> str:
-        if 'seed' in task:
+    def describe(job: dict[str, Any], result: dict[str, Any]) -> str:
+        if 'seed' in job:
             return f'accuracy {result["accuracy"]:.2f} %'
         return f'{result["parameters"]:,} parameters, {result["time_ratio"]:.2f} times the time of no attention'
 
-    outcome = run_tasks(
+    outcome = run_jobs(
         [*trainings, *costs],
         work,
-        *_queue_of(budget, storage),
+        out,
         settings={**_settings(budget), 'images': name_data(*samples)},
         describe=describe,
+        ray=ray,
+        say=say,
         cpu=budget.cpu,
-        **queue,
     )
-    if not any(task['key'] in outcome.results for task in trainings):
+    if not any(job['key'] in outcome.results for job in trainings):
         key, text = next(iter(outcome.errors.items()))
         raise RuntimeError(f'all {len(trainings)} trainings failed; the first one, {key}: {text}')
     rows: list[dict[str, Any]] = []
     images: list[int] = []
     for candidate in candidates:
         accuracies: dict[str, float] = {}
-        for task in trainings:
-            if task['name'] == candidate['name'] and (done := outcome.results.get(task['key'])):
-                accuracies[str(task['seed'])] = done['accuracy']
+        for job in trainings:
+            if job['name'] == candidate['name'] and (done := outcome.results.get(job['key'])):
+                accuracies[str(job['seed'])] = done['accuracy']
                 images.append(done['images'])
         cost = outcome.results.get(f'cost of {candidate["name"]}') or {}
         cost = {name: cost.get(name) for name in ('parameters', 'macs', 'ms_per_image', 'time_ratio', 'device')}
@@ -159,12 +157,12 @@ def check_evaluation(
     randoms: int = 0,
     space: SearchSpace | None = None,
     random_seed: int = 0,
-    storage: str | Path | None = None,
+    ray: Ray | None = None,
 ) -> tuple[Samples, Samples]:
     """Raise now what ``evaluate`` would raise before its first training, a broken image included.
 
     Args:
-        found, budget, baselines, randoms, space, random_seed, storage: see ``evaluate``. Any genotype of the space
+        found, budget, baselines, randoms, space, random_seed, ray: see ``evaluate``. Any genotype of the space
             stands in for one that is yet to be found.
 
     Returns:
@@ -180,7 +178,7 @@ def check_evaluation(
     with launched(budget, 'an evaluation', 'search') as accelerator:
         samples = checked_samples(budget, accelerator)
     if is_main():
-        check_queue(*_queue_of(budget, storage), {**_settings(budget), 'images': name_data(*samples)})
+        check_jobs(budget.out, {**_settings(budget), 'images': name_data(*samples)}, ray)
     return samples
 
 
@@ -209,12 +207,6 @@ def random_genotypes(
             drawn.append(text)
         number += 1
     return drawn
-
-
-def _queue_of(budget: TrainConfig, storage: str | Path | None) -> tuple[str | Path, str]:
-    """The storage and the name of the study; a database may hold the studies of many folders."""
-    name = f'evaluation in {budget.out}' if '://' in str(storage) else 'evaluation'
-    return Path(budget.out) / 'tasks.db' if storage is None else storage, name
 
 
 # ---- candidates ----
@@ -279,19 +271,19 @@ def _settings(budget: TrainConfig) -> dict[str, Any]:
     return {e.name: getattr(budget, e.name) for e in fields(budget) if e.name not in {*apart, 'seed'}}
 
 
-# ---- tasks ----
+# ---- jobs ----
 
 
-def _train_one(budget: TrainConfig, task: Mapping[str, Any], samples: tuple[Samples, Samples]) -> dict[str, Any]:
-    folder = Path(budget.out) / re.sub(r'[^\w.-]+', '_', task['key'])
+def _train_one(budget: TrainConfig, job: Mapping[str, Any], samples: tuple[Samples, Samples]) -> dict[str, Any]:
+    folder = job_folder(budget.out, job['key'])
     config = replace(
         budget,
-        model_args={**budget.model_args, 'genotype': task['genotype']},
-        seed=task['seed'],
+        model_args={**budget.model_args, 'genotype': job['genotype']},
+        seed=job['seed'],
         out=str(folder),
         resume=True,
     )
-    # Its lines would drown those of the queue.
+    # Its lines would drown those of the evaluation.
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / 'log.txt').open('a', encoding='utf-8') as log, contextlib.redirect_stdout(log):
         try:
@@ -306,7 +298,7 @@ def _train_one(budget: TrainConfig, task: Mapping[str, Any], samples: tuple[Samp
     }
 
 
-def _measure_one(budget: TrainConfig, task: Mapping[str, Any], samples: tuple[Samples, Samples]) -> dict[str, Any]:
+def _measure_one(budget: TrainConfig, job: Mapping[str, Any], samples: tuple[Samples, Samples]) -> dict[str, Any]:
     """Costs of one candidate, its time in turns with the network without attention."""
     if not is_main():
         return {}
@@ -314,9 +306,9 @@ def _measure_one(budget: TrainConfig, task: Mapping[str, Any], samples: tuple[Sa
     device = torch.device('cuda' if torch.cuda.is_available() and not budget.cpu else 'cpu')
     networks = {
         genotype: build_model(budget.model, classes, **_model_args(budget, genotype)).to(device).eval()
-        for genotype in ('none', task['genotype'])
+        for genotype in ('none', job['genotype'])
     }
-    model = networks[task['genotype']]
+    model = networks[job['genotype']]
     shape = image_config(model, budget.img_size)['input_size']
     batch = 32 if max(shape) <= 64 else 8
     images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
@@ -324,7 +316,7 @@ def _measure_one(budget: TrainConfig, task: Mapping[str, Any], samples: tuple[Sa
     return {
         'parameters': sum(parameter.numel() for parameter in model.parameters()),
         'macs': count_macs(model, shape),
-        'ms_per_image': milliseconds[task['genotype']],
-        'time_ratio': milliseconds[task['genotype']] / milliseconds['none'],
+        'ms_per_image': milliseconds[job['genotype']],
+        'time_ratio': milliseconds[job['genotype']] / milliseconds['none'],
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine(),
     }

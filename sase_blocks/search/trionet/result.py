@@ -10,7 +10,7 @@ from typing import Any
 from sase_blocks.checkpoint import save_checkpoint
 from sase_blocks.models import Architecture, TrioNet
 from sase_blocks.runs import environment, write_text
-from sase_blocks.search.problem import Candidate, best, front
+from sase_blocks.search.evolution import Candidate, best, front
 from sase_blocks.search.significance import not_worse
 
 from .cost import Limits, macs, parameters

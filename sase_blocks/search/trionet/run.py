@@ -1,14 +1,15 @@
 """One TrioNet search (arXiv 2111.07547; extra ``search``): supernet, evolution under a limit, extraction, a test.
 
 The steps are the paper's by its abstract; how each is done is ours, see the modules. The same command run again goes
-on where it stopped, and, once the supernet is trained, any number of processes that run it share the evolution.
+on where it stopped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from timm.data import resolve_data_config
 from torch import Tensor
 
 from sase_blocks.data import Samples, config_for, create_transforms, derive_seed
+from sase_blocks.jobs import Each, Ray, share
 from sase_blocks.models import Architecture
 from sase_blocks.models.trio_network import default_cfgs
 from sase_blocks.runs import alone_in, be_deterministic, check_writable, launched, leave_out_broken, say
 from sase_blocks.search.batches import Batches, LoadedBatches, MemoryBatches
-from sase_blocks.search.evolution import Problem, check_storage, evolve
-from sase_blocks.search.halves import Arrays, check_images, check_same_data, find_samples, open_halves
+from sase_blocks.search.evolution import Candidate, Problem, evolve, load_optuna
+from sase_blocks.search.halves import Arrays, Halves, check_images, check_same_data, find_samples, open_halves
 from sase_blocks.search.significance import load_stats
 from sase_blocks.train import TrainConfig, open_samples, train
 from sase_blocks.viz import missing_matplotlib
@@ -49,7 +51,7 @@ def search(
     images: Arrays | None = None,
     test: tuple[Tensor, Tensor] | None = None,
     *,
-    storage: str | None = None,
+    ray: Ray | None = None,
 ) -> dict[str, Any]:
     """Search a network for a data set and a budget.
 
@@ -61,7 +63,8 @@ def search(
         config: the settings.
         images: in place of ``config.data``: uint8 images (N, C, H, W), labels (N,) and the names of the classes.
         test: with ``images``: test images and labels of that kind; None for no test.
-        storage: of the evolution, see ``search.study.Study``; default: ``study.db`` in ``config.out``.
+        ray: the machines on which networks are scored, once this process has trained the supernet. Default: by this
+            process, or by all processes of its launch.
 
     Returns:
         What architecture.json holds, see ``describe_result``, with 'test_accuracy' and, if asked for, 'finetuned'
@@ -70,16 +73,16 @@ def search(
     Raises:
         ImportError: accelerate, tensorboard, Optuna or SciPy is missing.
         ValueError, FileNotFoundError: a wrong setting, a limit that no network or every network keeps, wrong data, a
-            run or a study that cannot be resumed, a supernet that another process trains (with ``config.resume`` this
-            one waits for it); before any work.
-        OSError: ``config.out`` or the storage cannot be written.
+            run that cannot be resumed, a folder that another process writes (with ``config.resume`` this one waits for
+            it); before any work.
+        OSError: ``config.out`` cannot be written.
         FloatingPointError: a loss is no longer finite; the text names the step, the network and the last checkpoint.
         RuntimeError: three networks in a row could not be scored.
     """
     if config.finetune and images is not None:
         raise ValueError('finetune reads class folders or a data set of timm; for images in memory write a loop')
     with launched(config, 'a search', 'search') as accelerator, be_deterministic(config.deterministic):
-        result, splits = _search(config, accelerator, images, test, storage)
+        result, splits = _search(config, accelerator, images, test, ray)
         main = accelerator.is_main_process
         accelerator.wait_for_everyone()
     if config.finetune:
@@ -93,7 +96,7 @@ def search(
 
 
 def _search(
-    config: TrioConfig, accelerator: Any, images: Arrays | None, test: Any, storage: str | None
+    config: TrioConfig, accelerator: Any, images: Arrays | None, test: Any, ray: Ray | None
 ) -> tuple[dict[str, Any], tuple[Samples, Samples] | None]:
     """The result, and the training and the test split, checked, where the images are files."""
     out, main = Path(config.out), accelerator.is_main_process
@@ -124,16 +127,12 @@ def _search(
         (tests,) = leave_out_broken(config.skip_broken, accelerator, tests.in_channels(in_chans))
     costs = _Costs(config.limits, len(classes), in_chans, accelerator.device)
     _check_limits(space, costs)
-    storage = str(out / 'study.db') if storage is None else storage
-    study_name = _study_name(config, storage)
-    check_storage(storage, study_name)
-    size = space.image_sizes[-1]
-    data_config = _data_config(size, in_chans)
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    halves = open_halves(config, accelerator, data, data_config, memory_format, trains_on_both=False, checked=True)
+    load_optuna()
+    if ray is not None:
+        tell(ray.describe())
+    halves = _open_halves(config, accelerator, data, space, in_chans)
     if (missing := missing_matplotlib()) is not None:
         tell(f'no pictures will be drawn: {missing}')
-    # Any number of runs share the evolution, but one at a time has the supernet; the others find it trained.
     with alone_in(config, accelerator):
         saved = saved_supernet(config)
         if saved:
@@ -148,27 +147,31 @@ def _search(
         )
         training.run().eval()
 
-    pure = pure_networks(space, costs, config.seed)
-    candidates = evolve(
-        Problem(
-            genes=space.genes,
-            decode=lambda genome: str(space.architecture(genome)),
-            fits=lambda text: costs.fit(Architecture.parse(text)),
-            cost=lambda text: costs.objective(Architecture.parse(text)),
-            score=partial(_score, training),
-            draw=lambda rng: draw(space, rng, config.law),
-        ),
-        storage,
-        study_name,
-        evaluations=config.evaluations,
-        algorithm=config.algorithm,
-        population=config.population,
-        seeds=list(pure.values()),
-        settings=_settings(config, space, training, costs.limits),
-        seed=config.seed,
-        worker=accelerator.process_index,
-        say=tell,
-    )
+        pure = pure_networks(space, costs, config.seed)
+        score = _Score(config, data, in_chans, training)
+
+        def drive(each: Each) -> list[Candidate]:
+            return evolve(
+                Problem(
+                    genes=space.genes,
+                    decode=lambda genome: str(space.architecture(genome)),
+                    fits=lambda text: costs.fit(Architecture.parse(text)),
+                    cost=lambda text: costs.objective(Architecture.parse(text)),
+                    score=score,
+                    draw=lambda rng: draw(space, rng, config.law),
+                ),
+                _candidates_file(config),
+                evaluations=config.evaluations,
+                algorithm=config.algorithm,
+                population=config.population,
+                seeds=list(pure.values()),
+                settings=_settings(config, space, training, costs.limits),
+                seed=config.seed,
+                each=each if ray is None else ray.each,
+                say=tell,
+            )
+
+        candidates = share(score, drive, config.cpu)
     result = describe_result(
         space,
         candidates,
@@ -280,15 +283,15 @@ def pure_networks(space: TrioSpace, costs: _Costs, seed: int = 0) -> dict[str, d
     return found
 
 
-def _study_name(config: TrioConfig, storage: str) -> str:
-    """Limits and algorithm may vary over one supernet: each has a study of its own."""
+def _candidates_file(config: TrioConfig) -> Path:
+    """Limits and algorithm may vary over one supernet: each has a file of its own."""
     limits = [f'{name}={getattr(config, name)}' for name in NAMES.values() if getattr(config, name) is not None]
-    name = ' '.join(['evolution', config.algorithm, *limits, f'population={config.population}'])
-    return f'{name} in {config.out}' if '://' in storage else name
+    name = '_'.join([config.algorithm, *limits, f'population={config.population}'])
+    return Path(config.out) / 'candidates' / f'{name}.jsonl'
 
 
 def _settings(config: TrioConfig, space: TrioSpace, training: SupernetTraining, limits: Limits) -> dict[str, Any]:
-    """What the scores of one study depend on."""
+    """What the scores depend on."""
     names = {f.name for f in fields(config) if not f.metadata.get('free') and not f.metadata.get('place')}
     return {
         **{name: value for name, value in asdict(config).items() if name in names - {'space'}},
@@ -308,12 +311,39 @@ def _fingerprint(state: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _score(training: SupernetTraining, text: str) -> float:
-    """The score of a network; one whose outputs are not finite fails alone, and does not end the search."""
-    try:
-        return training.score(Architecture.parse(text))
-    except FloatingPointError as error:
-        raise ValueError(str(error)) from error
+class _Score:
+    """The score of a network by its text; a machine of a cluster gets it without the supernet, and loads that once."""
+
+    def __init__(
+        self, config: TrioConfig, data: Samples | Arrays, in_chans: int, training: SupernetTraining | None
+    ) -> None:
+        self.config, self.data, self.in_chans, self.training = config, data, in_chans, training
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), 'training': None, 'config': replace(self.config, resume=True)}
+
+    def __call__(self, text: str) -> float:
+        with be_deterministic(self.config.deterministic):
+            if self.training is None:
+                self.training = self._load()
+            return self.training.score(Architecture.parse(text))
+
+    def _load(self) -> SupernetTraining:
+        config, space = self.config, TrioSpace.parse(self.config.space)
+        accelerator = contextlib.ExitStack().enter_context(launched(config, 'a search', 'search'))
+        halves = _open_halves(config, accelerator, self.data, space, self.in_chans)
+        training = SupernetTraining(config, accelerator, halves, self.in_chans, saved_supernet(config))
+        training.found.eval()
+        return training
+
+
+def _open_halves(
+    config: TrioConfig, accelerator: Any, data: Samples | Arrays, space: TrioSpace, in_chans: int
+) -> Halves:
+    """The halves of images that are checked already."""
+    data_config = _data_config(space.image_sizes[-1], in_chans)
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    return open_halves(config, accelerator, data, data_config, memory_format, trains_on_both=False, checked=True)
 
 
 def _data_config(size: int, in_chans: int) -> dict[str, Any]:
