@@ -226,6 +226,8 @@ def test_a_known_network(name):
     model = copy.deepcopy(plain)
     report = insert(model, 'se', input_size=64)
     assert report.places[0].name == first
+    holder = model.get_submodule(first.rpartition('.')[0])  # counters of MACs look at layers without children
+    assert isinstance(holder, nn.Conv2d) == ('densenet' in name)
     assert [k for k in plain.state_dict() if k not in model.state_dict()] == []
     assert all(isinstance(model.get_submodule(place.name), IdentityStart) for place in report.places)
 

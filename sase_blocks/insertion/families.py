@@ -81,6 +81,7 @@ _MBCONV = Family(
     lambda b: ('drop_path', BEFORE) if b.has_skip else ('', AFTER), lambda b: b.conv_pwl.out_channels, _BLOCKS, 'bn3'
 )
 _REGNET = Family(lambda b: None if b.downsample is None else ('drop_path', BEFORE), lambda b: b.conv3.out_channels, _S)
+# Not behind the layer: it takes a tensor or a list, and TorchScript takes no hook for both.
 _DENSE_LAYER = Family(_always('conv2', AFTER), lambda b: b.conv2.out_channels, _DENSE)
 _BEFORE_DROP = Family(_always('drop_path', BEFORE), lambda b: b.conv3.out_channels, _STAGES)
 _BYOB_1X1 = _BEFORE_DROP._replace(channels=lambda b: b.conv3_1x1.conv.out_channels, norm='conv3_1x1.bn')
