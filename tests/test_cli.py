@@ -47,7 +47,7 @@ def run(capsys, *argv):
         (['draw', 'avg,mlp', '-o', 'x.png'], 'six choices'),
         (['draw', 'image 32; stem 16; hads 4', '-o', 'x.png'], "'hads 4' is not image, stem or heads"),
         (['draw', 'nowhere.json', '-o', 'x.png'], 'the architecture file nowhere.json cannot be read'),
-        (['draw', 'se', '-o', 'x.jpg'], "a picture is written as .png, .svg or .pdf, got 'x.jpg'"),
+        (['draw', 'se', '-o', 'x.jpg'], "a picture must be .png, .svg or .pdf, got 'x.jpg'"),
         (['draw', 'se', '-o', 'nowhere/x.png'], 'nowhere'),
         (['attend', 'cat.jpg', '-o', 'maps'], 'give --model NAME'),
         (['attend', 'cat.jpg', '-o', 'maps', '--model', 'resnet20_cifer'], 'did you mean resnet20_cifar'),

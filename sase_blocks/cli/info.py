@@ -46,7 +46,7 @@ def show_info(
             f'there is no model or block {quoted(name)}{"; did you mean " + " or ".join(near) + "?" if near else ""} '
             f'(`sase-blocks list TEXT` searches)'
         )
-    # On the meta device nothing is computed or stored, only shapes.
+    # The meta device computes only shapes.
     with torch.device('meta'):
         if is_block:
             size = img_size or 56
@@ -93,7 +93,7 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def _measure(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, dict[str, tuple[int, ...]]]:
-    """MACs of one forward pass, and the output shapes of the module's children and of itself."""
+    """MACs of one forward pass, and the output shapes of the module and its children."""
     from torch.utils.flop_counter import FlopCounterMode
 
     shapes: dict[str, tuple[int, ...]] = {}
