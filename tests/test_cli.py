@@ -486,7 +486,7 @@ def broken(folder):
 @pytest.mark.parametrize(
     ('prepare', 'argv', 'says'),
     [
-        (lambda folder: (folder / 'dog.jpg').write_text('a text'), ['--genotype', 'se'], 'dog.jpg is no image'),
+        (lambda folder: (folder / 'dog.jpg').write_text('a text'), ['--genotype', 'se'], 'dog.jpg is not an image'),
         (broken, ['--genotype', 'se'], 'dog.jpg is a broken image'),
         (lambda folder: (folder / 'dog.jpg').mkdir(), ['--genotype', 'se'], 'dog.jpg is a folder'),
         (lambda folder: None, ['--genotype', 'se'], 'there is no image'),

@@ -88,7 +88,7 @@ def test_a_campaign(tmp_path, capsys, monkeypatch):
         (['--data', '.', '--seeds', ''], 'seeds is empty: give at least one'),
         (['--data', '.', '--evaluate', '-1'], '--evaluate must be at least 0, got -1'),
         (['--data', '.', '--random', '3'], '--random needs --evaluate N: give both or neither'),
-        (['--data', '.', '--evaluate-epochs', '3'], '--evaluate-epochs is for the evaluation'),
+        (['--data', '.', '--evaluate-epochs', '3'], '--evaluate-epochs needs --evaluate N'),
         (['--data', '.', '--space', 'gate_excite='], 'gate_excite: no operation is left'),
         (['--data', '.', '--order', '2', '--compile'], 'compile must be off for order 2'),
         (['--data', '.', '--epochs', '0'], 'epochs must be at least 1'),
