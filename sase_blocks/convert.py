@@ -1,7 +1,7 @@
-"""Load state dicts of other trainers, of the SASE authors and of plain ResNets into models of this library.
+"""Load state dicts from other trainers, the SASE authors and plain ResNets into models of this library.
 
-The authors' keys say which edge a tensor belongs to (``_ops.E...``) and what it is, so they map onto ours one to one
-for any genotype: ``layer1.0.attention._ops.5.0.weight`` is ``layer1.0.se.spatial_excite.convs.0.weight``.
+The authors' keys give a tensor's edge (``_ops.E...``) and role, so they map one to one to ours for any genotype:
+``layer1.0.attention._ops.5.0.weight`` is ``layer1.0.se.spatial_excite.convs.0.weight``.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from .reading import quoted
 
 StateDict = dict[str, Tensor]
 
-# What `insert` writes on an attention.
+# The attribute that `insert` sets on an attention.
 INSERTED = '_inserted_attention_mark'
 
-# Under which a checkpoint holds its weights, and averages of them over the training; one may be in another.
+# Keys of a checkpoint's weights, and of their averages over the training; they may be nested.
 WEIGHTS = ('state_dict', 'model', 'model_state_dict', 'module', 'checkpoint', 'net', 'network')
 AVERAGES = ('state_dict_ema', 'model_ema', 'ema_model', 'ema_state_dict', 'ema')
-DEPTH = 4  # of these names; a bound, since a file may hold a dict that is in itself
-# What trainers and compilers put before the names of a model, in any order and as often as they wrap it.
+DEPTH = 4  # maximum nesting of these keys, since a file may contain a dict inside itself
+# Prefixes that trainers and compilers add to the names of a model, in any order and number.
 PREFIXES = ('model.', 'module.', '_orig_mod.', 'backbone.', 'encoder.')
 PROFILED = ('total_ops', 'total_params')  # buffers that a profiler (thop) leaves in every module
 
 _PAPER_KEY = re.compile(r'^(?P<prefix>(?:.*?\.)??)(?P<rest>_ops\.(?P<edge>[0-5])\..+|mixer\.[01]\..+)$')
 _EDGES = tuple(Genotype.SET_OF)
 
-# What follows `_ops.E.` in the authors' keys: ours, whatever the operation, and the change of shape.
+# The part after `_ops.E.` in the authors' keys: our name for any operation, and the change of shape.
 _OPERATION = [
     (re.compile(r'(?:mixer\.)?mixer\.0\.weight'), 'weight', '1 two 1 1 -> two'),
     (re.compile(r'(?:instanceNorm|layerNorm)\.(weight|bias)'), r'\1', None),
@@ -47,7 +47,7 @@ _OPERATION = [
     (re.compile(r'conv1D_2\.0\.weight'), 'convs.1.weight', None),
     (re.compile(r'conv1D_3\.0\.weight'), 'convs.2.weight', None),
 ]
-# What a name means here depends on the set that the edge chooses from.
+# The meaning of these names depends on the edge's set of operations.
 _OF_SET: dict[str, dict[str, tuple[str, str | None]]] = {
     'channel_excite': {
         '0.weight': ('fc1.weight', 'o i 1 1 -> o i'),
@@ -66,7 +66,7 @@ _OF_SET: dict[str, dict[str, tuple[str, str | None]]] = {
 
 
 def _operation_key(edge: str, rest: str) -> tuple[str, str | None] | None:
-    """Our name for an operation's tensor and the einops pattern of its shape; None for a name that is not theirs."""
+    """Our name for an operation's tensor and the einops pattern of its shape; None if the authors have no such name."""
     of_set = _OF_SET.get(Genotype.SET_OF[edge], {})
     if rest in of_set:
         return of_set[rest]
@@ -82,11 +82,11 @@ def is_paper_state_dict(state_dict: Mapping[str, Any]) -> bool:
 
 
 def convert_paper_state_dict(state_dict: Mapping[str, Any]) -> StateDict:
-    """The authors' state dict in this library's names.
+    """Convert the authors' state dict to this library's names.
 
     Args:
-        state_dict: of their ImageNet ResNets, of a detector (``backbone.`` in front; the rest of the detector is left
-            out), with or without ``module.``, or of a single block (keys ``_ops.E...`` and ``mixer...``), for any
+        state_dict: from their ImageNet ResNets, a detector (prefix ``backbone.``; the rest of the detector is left
+            out), with or without ``module.``, or a single block (keys ``_ops.E...`` and ``mixer...``), for any
                     genotype. The file's outer dict with the key ``state_dict`` is taken too.
 
     Returns:
@@ -94,7 +94,7 @@ def convert_paper_state_dict(state_dict: Mapping[str, Any]) -> StateDict:
         ``AttentionBlock``. A detector's has no classifier: load it with ``num_classes=0``.
 
     Raises:
-        ValueError: no attention key of the authors in it, or one that is not known.
+        ValueError: it has no attention key of the authors, or an unknown one.
     """
     state, _, _ = _unwrap(state_dict, use_ema=False)
     state = {key: value for key, value in state.items() if not _is_profiled(key) and key != 'n_averaged'}
@@ -111,7 +111,7 @@ def convert_paper_state_dict(state_dict: Mapping[str, Any]) -> StateDict:
 
 
 def _rename(state: Mapping[str, Tensor]) -> StateDict:
-    """Rename the authors' keys, behind any prefix, to this library's; other keys stay."""
+    """The authors' keys in this library's names, with any prefix; other keys are unchanged."""
     out: StateDict = {}
     for key, value in state.items():
         match = _PAPER_KEY.match(key)
@@ -130,7 +130,7 @@ def _rename(state: Mapping[str, Tensor]) -> StateDict:
         else:
             found = (rest.replace('mixer.1.', 'norm.'), None)
         if found is None:
-            raise ValueError(f"unknown key {key!r} in a SASE authors' checkpoint: no operation of theirs has it")
+            raise ValueError(f"unknown key {key!r} in a SASE authors' checkpoint: none of their operations has it")
         name, shape = found
         try:
             out[prefix + name] = value if shape is None else rearrange(value, shape)
@@ -141,12 +141,12 @@ def _rename(state: Mapping[str, Tensor]) -> StateDict:
 
 @dataclass(frozen=True)
 class Extracted:
-    """The state dict that was found in a checkpoint for a model."""
+    """The state dict found in a checkpoint for a model."""
 
     state: StateDict
     entry: str  # where it was, such as 'state_dict'; empty if the checkpoint is the state dict
-    prefix: str  # what stood before its keys
-    left_out: list[str]  # other keys of it, and states beside it
+    prefix: str  # the prefix of its keys
+    left_out: list[str]  # its other keys, and other state dicts
 
 
 def extract_state_dict(
@@ -154,19 +154,19 @@ def extract_state_dict(
 ) -> Extracted:
     """The state dict inside a checkpoint, in the names of a model, as far as the checkpoint has them.
 
-    It is looked for under ``WEIGHTS``, then under ``AVERAGES``, and in these again, ``DEPTH`` deep. ``PREFIXES``
-    before its keys are taken off in any order and depth, such that most keys of the model are found; then what is not
-    under the prefix, and what profilers left, is left out. The authors' keys become ours.
+    Searches under ``WEIGHTS``, then under ``AVERAGES``, recursively to depth ``DEPTH``. Removes ``PREFIXES`` from its
+    keys, in any order and depth, so that most keys of the model are found, then leaves out keys without the prefix and
+    profilers' buffers. The authors' keys become ours.
 
     Args:
         checkpoint: a file's content.
-        keys: of the model.
-        prefix: a prefix of another name, or which of several; '' for none.
-        use_ema: take an average of the weights, not the weights.
+        keys: keys of the model.
+        prefix: another prefix, or the choice among several; '' for none.
+        use_ema: use an average of the weights instead of the weights.
 
     Raises:
-        ValueError: no state dict of tensors with names for keys, no average, no key under ``prefix``, or two prefixes
-            that fit alike.
+        ValueError: no state dict of tensors with string keys, no average, no key under ``prefix``, or two prefixes
+            that fit equally well.
     """
     state, entry, beside = _unwrap(checkpoint, use_ema)
     if is_paper_state_dict(state):
@@ -176,7 +176,7 @@ def extract_state_dict(
     taken, left_out = {}, list(beside)
     for key, value in state.items():
         name = key.removeprefix(found)
-        another = any(name[len(p) :] in own for p in _leading(name, PREFIXES))  # of a second copy of the model
+        another = any(name[len(p) :] in own for p in _leading(name, PREFIXES))  # a second copy of the model
         if key.startswith(found) and (name in own or not (another or _is_profiled(key))):
             taken[name] = value
         else:
@@ -189,7 +189,7 @@ def _is_profiled(key: str) -> bool:
 
 
 def _unwrap(checkpoint: Mapping[str, Any], use_ema: bool) -> tuple[StateDict, str, list[str]]:
-    """The state dict of tensors in a checkpoint, the entries that lead to it, and other states beside these."""
+    """The state dict of tensors in a checkpoint, the path of keys to it, and the other state dicts."""
     state: Any = checkpoint
     path: list[str] = []
     beside: list[str] = []
@@ -211,14 +211,14 @@ def _unwrap(checkpoint: Mapping[str, Any], use_ema: bool) -> tuple[StateDict, st
         )
     for key in state:
         if not isinstance(key, str):
-            raise ValueError(f'expected a state dict with names for keys, got {quoted(key)} ({type(key).__name__})')
+            raise ValueError(f'expected a state dict with string keys, got {quoted(key)} ({type(key).__name__})')
     if use_ema and not averaged:
         raise ValueError(f'use_ema=True, but there is no average of the weights under {", ".join(AVERAGES)}')
     return dict(state), '.'.join(path), beside
 
 
 def _holds_state(value: Any, depth: int) -> bool:
-    """Whether it is a state dict, or has one less than ``depth`` names deep; a dict of settings is none."""
+    """Whether it is a state dict, or has one less than ``depth`` keys deep; a dict of settings does not count."""
     if not isinstance(value, Mapping):
         return False
     nested = depth > 1 and any(_holds_state(value.get(name), depth - 1) for name in (*WEIGHTS, *AVERAGES))
@@ -226,7 +226,7 @@ def _holds_state(value: Any, depth: int) -> bool:
 
 
 def _choose_prefix(state: Mapping[str, Any], own: Set[str], given: str | None) -> str:
-    """What to take off the keys of ``state``: the prefix under which most keys of the model are."""
+    """The prefix to remove from the keys of ``state``: the one with the most keys of the model."""
     if given:
         given = given.rstrip('.') + '.'
     names = (*((given,) if given else ()), *PREFIXES)
@@ -242,20 +242,20 @@ def _choose_prefix(state: Mapping[str, Any], own: Set[str], given: str | None) -
         candidates = exact if given == '' or any(exact.values()) else inside
         if not any(candidates.values()):
             first = ', '.join(list(state)[:3])
-            raise ValueError(f'no key of the model is there under prefix={given!r}; first keys: {first}')
+            raise ValueError(f'no key of the model has prefix={given!r}; first keys: {first}')
         found = candidates
     best = max(found, key=lambda p: len(found[p]))
     alike = [p for p, fits in found.items() if fits and fits == found[best]]
     if len(alike) > 1:
         raise ValueError(
-            f'the keys under {" and under ".join(map(repr, alike))} fit the model alike: choose one with '
+            f'the keys under {" and under ".join(map(repr, alike))} fit the model equally well: choose one with '
             f'prefix={alike[-1]!r}'
         )
     return best
 
 
 def _leading(key: str, names: tuple[str, ...]) -> Iterator[str]:
-    """Every prefix of a key that is made of ``names``, the empty one first."""
+    """All prefixes of a key made of ``names``, the empty one first."""
     at = 0
     yield ''
     while name := next((n for n in names if key.startswith(n, at)), ''):
@@ -264,9 +264,9 @@ def _leading(key: str, names: tuple[str, ...]) -> Iterator[str]:
 
 
 def _attention_keys(model: nn.Module) -> list[list[str]]:
-    """State-dict keys of attention: what was inserted, whatever its class, and this library's own blocks elsewhere.
+    """State-dict keys of attention: inserted modules of any class, and this library's own blocks elsewhere.
 
-    Two groups, for a checkpoint from before an insertion has all keys of the one and none of the other.
+    Two groups, since a checkpoint from before an insertion has all keys of one and none of the other.
     """
     modules = list(model.named_modules())
     inserted = tuple(f'{name}.' for name, m in modules if INSERTED in m.__dict__)
@@ -277,7 +277,7 @@ def _attention_keys(model: nn.Module) -> list[list[str]]:
 
 
 def _fill_up(state: StateDict, model: nn.Module) -> list[str]:
-    """Give ``state`` the model's values for each group of attention that it has no key of. -> these keys."""
+    """Add the model's values to ``state`` for each attention group without any key in it. -> these keys."""
     own = model.state_dict()
     added = [key for group in _attention_keys(model) if not any(k in state for k in group) for key in group]
     state.update({key: own[key] for key in added})
@@ -285,10 +285,10 @@ def _fill_up(state: StateDict, model: nn.Module) -> list[str]:
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
-    """What timm calls before it loads a file: the authors' keys become ours, a file without attention is filled up.
+    """timm calls this before it loads a file: convert the authors' keys, and add attention if the file has none.
 
-    It is filled from the model's present values, and only when it holds no attention key at all: a file that has
-    some of them is damaged, and loading it fails with the missing keys named.
+    The model's present values are added only if the file has no attention key at all: a file with only some of them is
+    damaged, and loading it fails with an error that names the missing keys.
     """
     state = extract_state_dict(state_dict, model.state_dict()).state
     _fill_up(state, model)
@@ -297,23 +297,23 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Sta
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What ``load_checkpoint`` did: state-dict keys that were loaded, kept from the model, and left out of the file."""
+    """The result of ``load_checkpoint``: state-dict keys loaded, kept from the model, and left out of the file."""
 
     source: str
     loaded: list[str] = field(repr=False)
-    added: list[str] = field(repr=False)  # attention the file did not have: the model keeps its own values
+    added: list[str] = field(repr=False)  # attention missing in the file: the model keeps its own values
     kept_head: list[str] = field(repr=False)  # the model's own classifier, with keep_head=True
-    left_out: list[str] = field(default_factory=list, repr=False)  # of the file: other keys, and states beside
-    entry: str = ''  # where in the file the state dict was, such as 'state_dict_ema'
-    prefix: str = ''  # what was taken off its keys, such as 'module.'
+    left_out: list[str] = field(default_factory=list, repr=False)  # other keys and state dicts of the file
+    entry: str = ''  # the state dict's key in the file, such as 'state_dict_ema'
+    prefix: str = ''  # the prefix removed from its keys, such as 'module.'
 
     def __str__(self) -> str:
         where = f' from {self.entry!r}' if self.entry else ''
-        without = f', {self.prefix!r} taken off their names' if self.prefix else ''
+        without = f', {self.prefix!r} removed from their names' if self.prefix else ''
         lines = [f'{self.source}: {len(self.loaded)} tensors loaded{where}{without}']
         for what, keys in (
             ('added attention, kept at its initial values', self.added),
-            ("classifier, kept the model's own", self.kept_head),
+            ('classifier, kept from the model', self.kept_head),
             ('left out of the file', self.left_out),
         ):
             if keys:
@@ -331,26 +331,26 @@ def load_checkpoint(
     prefix: str | None = None,
     use_ema: bool = False,
 ) -> LoadReport:
-    """Load weights into ``model``, in place and all or nothing: a file of ours, of another trainer, or the authors'.
+    """Load weights into ``model``, in place and all or nothing: from our files, another trainer's or the authors'.
 
     Args:
         model: any model; one with blocks of this library takes the authors' files and plain ones too.
-        source: a file (``.pt``, ``.pth``, ``.safetensors``; read without running any code in it) or a state dict. It
-            may be a trainer's, with ``model.``, ``module.``, ``_orig_mod.``, ``backbone.`` or ``encoder.`` before its
-            keys, in any order and depth; what is then not under that prefix is left out.
-        keep_head: leave the model's own classifier where the file has none, or one for other classes.
-        prefix: another prefix, such as ``'student.'``, or which of several that fit; '' for none.
+        source: a file (``.pt``, ``.pth``, ``.safetensors``; read without running any code in it) or a state dict. Its
+            keys may have a trainer's prefixes ``model.``, ``module.``, ``_orig_mod.``, ``backbone.`` or ``encoder.``,
+            in any order and depth; keys without that prefix are then left out.
+        keep_head: keep the model's own classifier if the file has none, or one for other classes.
+        prefix: another prefix, such as ``'student.'``, or the choice among several that fit; '' for none.
         use_ema: load the average of the weights (``state_dict_ema``, ``model_ema``, ...) of a file that has both.
-            Without it such an average is loaded only where the file has nothing else.
+            By default the average is loaded only if the file has nothing else.
 
     Returns:
         A report; printed, it says what was loaded, from where in the file, what was added and what was left out.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a truncated or hostile file, keys missing (a damaged checkpoint, or another model's), keys that
-            the model does not have, other shapes, or prefixes that fit alike; the first of them are named and the
-            model is unchanged.
+        ValueError: a truncated or hostile file, missing keys (a damaged checkpoint, or another model's), keys that the
+            model does not have, other shapes, or prefixes that fit equally well. The message names the first of them,
+            and the model is unchanged.
     """
     if isinstance(source, Mapping):
         label, raw = 'state dict', source
@@ -402,7 +402,7 @@ def load_checkpoint(
 
 
 def _other_prefix(state: Mapping[str, Any], own: Collection[str]) -> str:
-    """A prefix that is none of ``PREFIXES`` under which at least half of the model's keys are; '' if there is none."""
+    """A prefix not in ``PREFIXES`` that at least half of the model's keys have; '' if there is none."""
     found = Counter(key[: at.end()] for key in state for at in re.finditer(r'\.', key) if key[at.end() :] in own)
     prefix, count = max(found.items(), key=lambda item: item[1], default=('', 0))
     return prefix if 2 * count >= len(own) else ''

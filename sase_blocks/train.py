@@ -1,8 +1,8 @@
-"""Training of any timm model on image data: one readable loop on accelerate (extra ``train``).
+"""Train any timm model on image data: one readable loop on accelerate (extra ``train``).
 
-The same command runs on one CPU, one GPU, or under ``torchrun`` / ``accelerate launch`` on many machines. Everything
-random is a function of the seed and of the place in the run, so the checkpoint at the end of an epoch is all that a
-resumed run needs to arrive at the weights of an uninterrupted one.
+The same command runs on one CPU, one GPU, or under ``torchrun`` / ``accelerate launch`` on many machines. All
+randomness depends only on the seed and the step, so a run resumed from the checkpoint at the end of an epoch reaches
+the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -71,54 +71,54 @@ ADVICE = 'Try a lower --lr, a longer --warmup or --clip-grad.'
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a training run; each is also an option of ``sase-blocks train``, where its help text shows."""
+    """Settings of a training run; each is also an option of ``sase-blocks train``, whose help describes it."""
 
     data: str = field(
         metadata={'place': True, 'help': 'folder with train/CLASS/* and val/CLASS/* (or validation/, test/) in it'}
     )
-    model: str = setting('resnet50_sase', 'any timm model by name')
+    model: str = setting('resnet50_sase', 'name of any timm model')
     out: str = setting('runs/train', 'folder for checkpoints, metrics.jsonl and the TensorBoard log', place=True)
     resume: bool = setting(
-        False, 'continue the run in --out, after one that still writes there; or start it', free=True
+        False, 'resume the run in --out, waiting for a live one to finish; start a new run if there is none', free=True
     )
 
-    model_args: dict[str, Any] = field(default_factory=dict, metadata={'help': 'arguments of the model'})
+    model_args: dict[str, Any] = field(default_factory=dict, metadata={'help': 'model arguments'})
     pretrained: bool = setting(False, "start from timm's pretrained weights (may download)")
     checkpoint: str | None = setting(None, 'start from the weights in this file (.pt, .pth, .safetensors)', place=True)
     img_size: int | None = setting(None, "image height and width in px (default: the model's)")
 
-    dataset: str = setting('', "a data set by timm's name for it, such as torch/cifar10; --data is then its root")
+    dataset: str = setting('', "timm's name of a data set, such as torch/cifar10; --data is then its root")
     train_split: str = setting('train', 'training split of a --dataset')
     val_split: str = setting('validation', 'validation split of a --dataset')
-    num_classes: int | None = setting(None, 'number of classes, where a --dataset does not tell')
+    num_classes: int | None = setting(None, 'number of classes, if the --dataset does not define it')
     download: bool = setting(False, 'let a --dataset download itself', free=True)
     check: bool = setting(True, 'decode every image once before training', free=True)
     skip_broken: bool = setting(False, 'leave broken images out, with a warning')
     hflip: float = setting(0.5, 'probability of a horizontal flip; 0 for text and digits')
-    auto_augment: str | None = setting(None, "a policy of timm for images above 64 px, such as 'rand-m9-mstd0.5'")
+    auto_augment: str | None = setting(None, "timm's policy for images above 64 px, such as 'rand-m9-mstd0.5'")
 
     epochs: int = setting(100, 'passes over the training images')
     batch_size: int = setting(128, 'images a step, over all processes together')
     opt: str = setting('sgd', 'optimizer', choices=('sgd', 'adamw'))
     lr: float = setting(0.1, 'highest learning rate')
-    warmup: float = setting(0.05, 'part of all steps in which the learning rate rises; it then falls as a cosine to 0')
+    warmup: float = setting(0.05, 'fraction of all steps for warm-up; then cosine decay to 0')
     momentum: float = setting(0.9, 'momentum of SGD')
-    weight_decay: float = setting(1e-4, 'weight decay, of all parameters but vectors and what blocks leave out')
+    weight_decay: float = setting(1e-4, 'weight decay, except for vectors and parameters that blocks exclude')
     label_smoothing: float = setting(0.0, 'label smoothing')
-    clip_grad: float | None = setting(None, 'largest norm of the gradient')
+    clip_grad: float | None = setting(None, 'maximum gradient norm')
     ema_decay: float | None = setting(
         None,
         'keep and evaluate an average of the weights whose decay rises as 1 - step^(-2/3) to this, e.g. 0.9999',
     )
 
-    eval_every: int = setting(1, 'epochs between looks at the validation images; 0 for one look, after the last')
-    seed: int = setting(0, 'seed of everything random')
+    eval_every: int = setting(1, 'validate every N epochs; 0: only after the last')
+    seed: int = setting(0, 'random seed')
     mixed_precision: str = setting('no', 'arithmetic below fp32', choices=('no', 'bf16', 'fp16'))
     channels_last: bool = setting(False, 'channels_last memory format; often faster on GPUs and in bf16')
     compile: bool = setting(False, 'compile the attention blocks of the model')
-    deterministic: bool = setting(False, 'only algorithms that give the same result every time; slower on GPUs')
-    cpu: bool = setting(False, 'train on the CPU though there is a GPU', free=True)
-    workers: int = setting(4, 'processes that load images, for each training process', free=True)
+    deterministic: bool = setting(False, 'use only deterministic algorithms; slower on GPUs')
+    cpu: bool = setting(False, 'train on the CPU even if there is a GPU', free=True)
+    workers: int = setting(4, 'loader processes per training process', free=True)
     tensorboard: bool = setting(True, 'write a TensorBoard log', free=True)
 
     def __post_init__(self) -> None:
@@ -145,14 +145,14 @@ class TrainConfig:
 
 def check_model_name(name: str) -> None:
     """Raise a ValueError that suggests the nearest names unless timm knows the model ``name``."""
-    if ':' not in name and not timm.is_model(name):  # 'hf-hub:...' and 'local-dir:...' are for timm to judge
+    if ':' not in name and not timm.is_model(name):  # timm checks 'hf-hub:...' and 'local-dir:...' itself
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f'; did you mean {" or ".join(near)}?' if near else ''
         raise ValueError(f'there is no model {quoted(name)}{hint}')
 
 
 def build_model(name: str, num_classes: int | None = None, **model_args: Any) -> nn.Module:
-    """``timm.create_model``, where wrong names and arguments are a ValueError of one line."""
+    """``timm.create_model``, with a one-line ValueError for wrong names and arguments."""
     check_model_name(name)
     if num_classes is not None:
         model_args['num_classes'] = num_classes
@@ -163,11 +163,11 @@ def build_model(name: str, num_classes: int | None = None, **model_args: Any) ->
     except Exception as error:  # a file of weights fails as RuntimeError, EOFError, KeyError, UnpicklingError, ...
         reason = one_line(error)
         if not isinstance(error, (ValueError, TypeError, OSError)):
-            # Of a file of weights that torch refuses, its text goes on to recommend what runs the file.
+            # torch's message about a rejected weights file goes on to recommend running the file's code.
             reason = f'{type(error).__name__}: {shorten(reason.split(". ")[0], 300)}'
         kind = OSError if isinstance(error, OSError) else ValueError
         text = f'{name} cannot be built with {quoted(model_args)}: {reason}'
-        # Files of weights, as timm takes them; the arguments above may be shortened.
+        # Weights files in timm's arguments; the text above may be shortened.
         places = [model_args, model_args.get('pretrained_cfg'), model_args.get('pretrained_cfg_overlay')]
         files = [p[key] for p in places if isinstance(p, Mapping) for key in ('checkpoint_path', 'file') if p.get(key)]
         more = [f'; the file is {file}' for file in files if str(file) not in text]
@@ -178,24 +178,24 @@ def build_model(name: str, num_classes: int | None = None, **model_args: Any) ->
 def train(config: TrainConfig, data: tuple[Samples, Samples] | None = None) -> dict[str, Any]:
     """Train a model and keep its checkpoints.
 
-    Writes into ``config.out``: ``last.pt`` (everything needed to resume) and ``best.pt`` (weights of the best epoch so
-    far) after each epoch, ``metrics.jsonl`` (one line an epoch) and ``tensorboard/``.
+    Writes to ``config.out``: ``last.pt`` (everything needed to resume) and ``best.pt`` (weights of the best epoch so
+    far) after each epoch, ``metrics.jsonl`` (one line per epoch) and ``tensorboard/``.
 
     Args:
         config: the settings.
-        data: what ``checked_samples`` returns for them, if that was done already; default: it is done here.
+        data: result of ``checked_samples`` for these settings, if already computed; default: computed here.
 
     Returns:
-        Of the last and the best epoch: 'epochs', 'acc1' (percent), 'loss', 'best_acc1', 'best_epoch'; 'history', the
+        For the last and the best epoch: 'epochs', 'acc1' (percent), 'loss', 'best_acc1', 'best_epoch'; 'history', the
         lines of metrics.jsonl; 'checkpoint', the path of last.pt.
 
     Raises:
         ImportError: accelerate or tensorboard is missing (extra ``train``).
-        ValueError, FileNotFoundError: a wrong setting, wrong data, a run that cannot be resumed, or
-            that another process writes (with ``config.resume`` this one waits for it); before any work.
-        OSError: ``config.out`` cannot be written, before any work; a full disk, after which the last good checkpoint
-            is still there.
-        RuntimeError: a place in the model that ``insert`` filled does not run (see ``check``), before any work.
+        ValueError, FileNotFoundError: a wrong setting, wrong data, a run that cannot be resumed or that another process
+            writes (with ``config.resume`` this one waits for it); before any work.
+        OSError: ``config.out`` cannot be written, before any work; or the disk is full, which keeps the last good
+            checkpoint.
+        RuntimeError: an inserted attention does not run (see ``check``), before any work.
         FloatingPointError: the loss is no longer finite.
     """
     deterministic = be_deterministic(config.deterministic)
@@ -208,12 +208,12 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     out = Path(config.out)
     last, best_path, metrics = out / 'last.pt', out / 'best.pt', out / 'metrics.jsonl'
 
-    # What can be wrong is found out first, and what takes long to find out last.
+    # Cheap checks first, slow ones last.
     needed = ['config', 'data', 'epoch', 'best', 'scores', 'state_dict', 'optimizer', 'scaler']
     needed += ['state_dict_ema'] if config.ema_decay else []
     saved = saved_run(config, last, needed, 'sase-blocks train')
     if config.batch_size % accelerator.num_processes:
-        raise ValueError(f'batch_size {config.batch_size} cannot be cut among {accelerator.num_processes} processes')
+        raise ValueError(f'batch_size {config.batch_size} cannot be split over {accelerator.num_processes} processes')
     check_model_name(config.model)
     train_samples, val_samples = data or open_in_turn(config, accelerator)
     classes = train_samples.classes
@@ -232,7 +232,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
         'classes': classes,
         'train': len(train_samples),
         'val': len(val_samples),
-        # Names and sizes stand in for the contents where one of two runs has not read all images.
+        # Compare names and sizes instead of contents if either run has not read all images.
         'listing': f'{listing(train_samples)}+{listing(val_samples)}',
         'fingerprint': f'{train_samples.fingerprint}+{val_samples.fingerprint}' if config.check else None,
     }
@@ -248,12 +248,12 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     optimizer = make_optimizer(config, model)
     steps = config.epochs * steps_per_epoch
     warmup = round(config.warmup * steps)
-    # The learning rate is a function of the step, so there is no state of it to save.
+    # The learning rate depends only on the step, so it has no state to save.
     scheduler = CosineLRScheduler(
         optimizer, steps, warmup_t=warmup, warmup_lr_init=config.lr / max(warmup, 1), t_in_epochs=False
     )
-    # Without the warm-up the average of a short run is what it started from. The decay is a function of the step, so
-    # there is no state of it to save, either.
+    # Without the warm-up the average of a short run would stay at its initial weights. The decay depends only on the
+    # step, so it has no state to save, either.
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     if config.compile:
         compile_blocks(model)
@@ -284,7 +284,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
             epoch = whole_number(saved['best']['epoch'], 'epoch of the best', start)
             best = {'acc1': float(saved['best']['acc1']), 'epoch': epoch}
             scores = {name: float(value) for name, value in dict(saved['scores']).items()}
-            if start == config.epochs:  # nothing is left to do but to tell these
+            if start == config.epochs:  # only the result is left to report
                 scores['acc1'], scores['val_loss']
             model.load_state_dict(saved['state_dict'])
             load_optimizer(optimizer, saved['optimizer'])
@@ -298,7 +298,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     history = rows_until(metrics, start)
     writer = None
     if main:
-        # What a killed run wrote after its last checkpoint is written again, so it goes.
+        # Remove what a killed run logged after its last checkpoint; it is written again.
         write_rows(metrics, history)
         writer = open_log(config, out, start * steps_per_epoch)
     progress = Progress(steps, start * steps_per_epoch, enabled=main)
@@ -319,9 +319,9 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
         began, loss_sum = time.perf_counter(), 0.0
         sampler.epoch = epoch
         parallel.train()
-        unseen: list[Tensor] = []  # losses since the last look
+        unseen: list[Tensor] = []  # losses not yet read
         for images, labels in named_errors(train_loader):
-            # Dropout and the like: a function of the step, too, whatever drew random numbers in between.
+            # Dropout etc. also depend only on the step, whatever drew random numbers in between.
             torch.manual_seed(derive_seed(config.seed, MODEL, step, accelerator.process_index))
             scheduler.step_update(step)
             logits = parallel(images.contiguous(memory_format=memory_format))
@@ -353,7 +353,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
         improved = False
         if epoch + 1 == config.epochs or (config.eval_every and (epoch + 1) % config.eval_every == 0):
             evaluated = ema.module if ema else model
-            if accelerator.num_processes > 1:  # batch-norm statistics: the main process's, which are the ones saved
+            if accelerator.num_processes > 1:  # use the main process's batch-norm statistics, which are saved
                 for buffer in [*model.buffers(), *evaluated.buffers()]:
                     torch.distributed.broadcast(buffer, 0)
             scores = evaluate(evaluated, val_loader, accelerator, memory_format)
@@ -374,7 +374,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
                 'config': asdict(config),
                 'data': facts,
             }
-            # In this order: whatever a kill leaves undone is done again, the same, by the resumed epoch.
+            # In this order, the resumed epoch redoes whatever a kill leaves undone, with the same result.
             append_row(metrics, row)
             if improved:
                 save_checkpoint(weights, best_path)
@@ -409,10 +409,10 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
 
 
 def make_optimizer(config: Any, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of a configuration; vectors and what ``no_weight_decay`` names take no weight decay."""
+    """The optimiser of a configuration; no weight decay for vectors and parameters in ``no_weight_decay``."""
     return create_optimizer_v2(
         param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=no_weight_decay(model)),
-        opt={'sgd': 'momentum'}.get(config.opt, config.opt),  # what timm calls sgd is Nesterov's
+        opt={'sgd': 'momentum'}.get(config.opt, config.opt),  # timm's sgd uses Nesterov momentum
         lr=config.lr,
         momentum=config.momentum,
     )
@@ -432,7 +432,7 @@ def evaluate(
         logits = logits.float()
         losses = F.cross_entropy(logits, labels, reduction='none')
         rows = torch.stack([hits(logits, labels), hits(logits, labels, 5)], 1)
-        losses, rows = accelerator.gather_for_metrics((losses, rows))  # less what fills up the last batch
+        losses, rows = accelerator.gather_for_metrics((losses, rows))  # drops the padding of the last batch
         loss_sum += losses.double().sum()
         right.append(rows)
     top1, top5 = (100 * torch.cat(right).double().mean(0)).tolist()
@@ -443,7 +443,7 @@ def evaluate(
 
 
 def hits(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
-    """Which images are right: the label is among the k classes with the largest logits.
+    """Whether each image is correct: its label is among the k classes with the largest logits.
 
     Of equal logits the first class counts, as in ``argmax``, so constant logits score chance. An image with a NaN logit
     is wrong.
@@ -451,7 +451,7 @@ def hits(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
     Args:
         logits: (N, classes).
         labels: (N,).
-        k: how many classes count; at least 1, and all if there are fewer.
+        k: number of classes that count; at least 1; all if there are fewer.
 
     Returns:
         (N,) of bool.
@@ -461,9 +461,9 @@ def hits(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
 
 
 def checked_samples(config: TrainConfig, accelerator: Any) -> tuple[Samples, Samples]:
-    """Both splits of a training, without broken images if ``config`` says so, for the argument ``data`` of ``train``.
+    """Both splits of a training, without broken images if ``config`` says so; the argument ``data`` of ``train``.
 
-    Raises as ``open_samples``, and ValueError for a broken image.
+    Raises the errors of ``open_samples``, and ValueError for a broken image.
     """
     train_samples, val_samples = open_in_turn(config, accelerator)
     if config.check:
@@ -472,15 +472,15 @@ def checked_samples(config: TrainConfig, accelerator: Any) -> tuple[Samples, Sam
 
 
 def open_in_turn(config: Any, accelerator: Any) -> tuple[Samples, Samples]:
-    """``open_samples`` in the processes of a launch: the first one may download."""
+    """``open_samples`` for distributed processes: only the first downloads."""
     with accelerator.main_process_first():
         return open_samples(config)
 
 
 def open_samples(config: Any) -> tuple[Samples, Samples]:
-    """The training and the validation split that a training's or a search's configuration names.
+    """The training and the validation split named in the configuration of a training or a search.
 
-    Raises as ``data.open_data``.
+    Raises the errors of ``data.open_data``.
     """
     return open_data(
         config.data,
@@ -497,7 +497,7 @@ def _model_args(config: TrainConfig) -> dict[str, Any]:
     if config.img_size is not None and timm.is_model(config.model):
         cfg = timm.get_pretrained_cfg(config.model)
         ours = timm.model_entrypoint(config.model).__module__.startswith('sase_blocks.')
-        if ours or (cfg is not None and cfg.fixed_input_size):  # these are laid out for one image size
+        if ours or (cfg is not None and cfg.fixed_input_size):  # these are built for one image size
             args.setdefault('img_size', config.img_size)
     return args
 

@@ -59,7 +59,7 @@ def run(capsys, *argv):
         (['draw', 'avg,mlp', '-o', 'x.png'], 'six choices'),
         (['draw', 'image 32; stem 16; hads 4', '-o', 'x.png'], "'hads 4' is not image, stem or heads"),
         (['draw', 'nowhere.json', '-o', 'x.png'], 'the architecture file nowhere.json cannot be read'),
-        (['draw', 'se', '-o', 'x.jpg'], "a picture is written as .png, .svg or .pdf, got 'x.jpg'"),
+        (['draw', 'se', '-o', 'x.jpg'], "a picture must be .png, .svg or .pdf, got 'x.jpg'"),
         (['draw', 'se', '-o', 'nowhere/x.png'], 'nowhere'),
         (['attend', 'cat.jpg', '-o', 'maps'], 'give --model NAME'),
         (['attend', 'cat.jpg', '-o', 'maps', '--model', 'resnet20_cifer'], 'did you mean resnet20_cifar'),
@@ -498,7 +498,7 @@ def broken(folder):
 @pytest.mark.parametrize(
     ('prepare', 'argv', 'says'),
     [
-        (lambda folder: (folder / 'dog.jpg').write_text('a text'), ['--genotype', 'se'], 'dog.jpg is no image'),
+        (lambda folder: (folder / 'dog.jpg').write_text('a text'), ['--genotype', 'se'], 'dog.jpg is not an image'),
         (broken, ['--genotype', 'se'], 'dog.jpg is a broken image'),
         (lambda folder: (folder / 'dog.jpg').mkdir(), ['--genotype', 'se'], 'dog.jpg is a folder'),
         (lambda folder: None, ['--genotype', 'se'], 'there is no image'),

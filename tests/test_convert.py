@@ -317,7 +317,7 @@ def test_other_trainers_files(wrap, entry, prefix, left_out, arguments, tmp_path
     if entry:
         assert f'tensors loaded from {entry!r}' in str(report)
     if prefix:
-        assert f'{prefix!r} taken off their names' in str(report)
+        assert f'{prefix!r} removed from their names' in str(report)
     if report.left_out:
         assert f'left out of the file: {len(report.left_out)} entries: {report.left_out[0]}' in str(report)
 
@@ -334,12 +334,12 @@ def test_names_of_the_model_itself_are_no_prefixes():
 REFUSED = {
     'two that fit': (
         lambda m, s: {**before('model.', s), **before('module.', s)}, {},
-        r"^state dict: the keys under 'model\.' and under 'module\.' fit the model alike: choose .* prefix='module\.'$",
+        r"^state dict: the keys under 'model\.' and under 'module\.' fit .* equally well: choose .* prefix='module\.'$",
     ),
     'none and another': (lambda m, s: {**s, **before('encoder.', s)}, {}, r"under '' and under 'encoder\.' fit"),
     'not a prefix of it': (
         lambda m, s: before('model.', s), {'prefix': 'student'},
-        r"no key of the model is there under prefix='student\.'; first keys: model\.conv1\.weight, ",
+        r"no key of the model has prefix='student\.'; first keys: model\.conv1\.weight, ",
     ),
     'none, where there is one': (lambda m, s: before('model.', s), {'prefix': ''}, r"prefix=''; first keys: model\."),
     'one that nobody knows': (lambda m, s: before('student.', s), {}, r"; its keys fit with prefix='student\.'$"),
@@ -361,10 +361,10 @@ REFUSED = {
         lambda m, s: {'model': {'model': {'model': {'model': {'model': s}}}}}, {}, r' at most 4 deep, got model: dict$',
     ),
     'numbers for names': (
-        lambda m, s: {1: s['conv1.weight']}, {}, r'^state dict: expected .* with names for keys, got 1 \(int\)',
+        lambda m, s: {1: s['conv1.weight']}, {}, r'^state dict: expected .* with string keys, got 1 \(int\)',
     ),
     'numbers for names in an entry': (
-        lambda m, s: {'model': {**s, 2: s['conv1.weight']}}, {}, r'with names for keys, got 2 \(int\)$',
+        lambda m, s: {'model': {**s, 2: s['conv1.weight']}}, {}, r'with string keys, got 2 \(int\)$',
     ),
 }  # fmt: skip
 
@@ -382,7 +382,7 @@ def test_what_does_not_fit_is_refused(wrap, arguments, text):
 
 def test_a_refused_file_is_named(tmp_path):
     torch.save({1: torch.ones(1)}, tmp_path / 'w.pt')
-    with pytest.raises(ValueError, match=r'^\S*w\.pt: expected a state dict with names for keys, got 1 \(int\)$'):
+    with pytest.raises(ValueError, match=r'^\S*w\.pt: expected a state dict with string keys, got 1 \(int\)$'):
         load_checkpoint(small(), tmp_path / 'w.pt')
 
 

@@ -215,14 +215,14 @@ WRONG = {
     'opset too old': ({'opset_version': 17}, ValueError, 'opset_version must be an int of at least 18.*got 17'),
     'no opset': ({'opset_version': '18'}, ValueError, "at least 18.*got '18'"),
     'dynamic': ({'dynamic': 'height'}, ValueError, "dynamic must be True, False or 'batch', got 'height'"),
-    'no size': ({'input_size': None}, ValueError, r'Small does not say for which images it is: give input_size'),
+    'no size': ({'input_size': None}, ValueError, r'Small does not say its input size: give input_size'),
     'size': ({'input_size': (0, 8)}, ValueError, r'input_size must be an int, \(H, W\) or .*got \(0, 8\)'),
     'size too small': ({'input_size': 2}, ValueError, r'the forward of Small fails .*\(2, 3, 2, 2\)'),
     'channels': ({'input_size': (4, 9, 9)}, ValueError, r'the forward of Small fails .*\(2, 4, 9, 9\).*4 channels'),
-    'folder': ({'file': 'no/model.onnx'}, FileNotFoundError, 'is in no folder that exists'),
+    'folder': ({'file': 'no/model.onnx'}, FileNotFoundError, 'is in a folder that does not exist'),
     'a folder': ({'file': '.'}, FileNotFoundError, 'is a folder'),
     'half': ({'model': Small().half()}, ValueError, r'export model.float\(\), or give check=False'),
-    'control flow': ({'model': Data()}, RuntimeError, r"Data cannot be exported.*dynamic='batch' asks for less"),
+    'control flow': ({'model': Data()}, RuntimeError, r"Data cannot be exported.*try dynamic='batch'"),
     'new opset': ({'opset_version': 99}, ValueError, 'opset_version=99 cannot be written.*the exporter gave'),
 }
 

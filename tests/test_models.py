@@ -147,7 +147,7 @@ def test_register_resnet():
         (('class', 'sase'), {}, "identifier such as resnet50_mine, got 'class'"),
         ((50, 'sase'), {}, 'identifier such as resnet50_mine, got 50'),
         # An entry point becomes a name of its module, whose own names it must not take.
-        (('ResNet', 'se'), {}, "'ResNet' is a name that the code of .*; choose another name, such as resnet50_mine"),
+        (('ResNet', 'se'), {}, "'ResNet' is used by the code of .*; choose another name, such as resnet50_mine"),
         (('default_cfgs', 'se'), {}, "'default_cfgs' is a name"),
         (('_register', 'se'), {'depth': 101}, "'_register' is a name .* such as resnet101_mine"),
         (('__name__', 'se'), {}, "'__name__' is a name"),

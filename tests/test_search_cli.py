@@ -84,7 +84,7 @@ def test_a_campaign(tmp_path, capsys, monkeypatch):
     [
         ([], '--data DIR is missing'),
         (['--data', 'nowhere'], 'there is no data folder nowhere'),
-        (['--data', '.', '--seeds', '0,x'], "--seeds takes numbers with commas between them, such as 0,1,2, got '0,x'"),
+        (['--data', '.', '--seeds', '0,x'], "--seeds takes comma-separated numbers, such as 0,1,2, got '0,x'"),
         (['--data', '.', '--seeds', ''], 'seeds is empty: give at least one'),
         (['--data', '.', '--evaluate', '-1'], '--evaluate must be at least 0, got -1'),
         (['--data', '.', '--random', '3'], '--random is for the evaluation, which --evaluate N asks for'),

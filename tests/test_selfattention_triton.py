@@ -130,7 +130,7 @@ REFUSED = [
     ('two dtypes', mixed, r'one dtype.* got torch.float16, torch.float32, torch.float32 on cpu'),
     ('table in fp64', lambda: [*arguments()[:3], arguments()[3].double()], r'tables torch.float64'),
     ('window', lambda: arguments(size=27), r'windows up to 25 .*k = 27'),
-    ('channels', lambda: arguments(d=66), r'up to 64 channels a head; .*d = 66'),
+    ('channels', lambda: arguments(d=66), r'up to 64 channels per head; .*d = 66'),
     ('meta', lambda: [x.to('meta') for x in arguments()], r'runs on CUDA; got torch.float32.* on meta'),
 ]
 
@@ -158,7 +158,7 @@ def test_no_compiler_no_script_no_transform():
     layer, x, inputs = LocalSelfAttention(8, 2, 3, route='triton'), torch.randn(1, 8, 7, 7), arguments()[1:]
     with pytest.raises(Exception, match='cannot be captured'):
         torch.export.export(layer.eval(), (x,))
-    with pytest.raises(torch.jit.Error, match="'triton' is an autograd function, TorchScript has none"):
+    with pytest.raises(torch.jit.Error, match="'triton' is an autograd function, which TorchScript cannot run"):
         torch.jit.script(layer)(x)
     with pytest.raises(ValueError, match=r'torch\.func'):
         torch.func.vmap(lambda q: local_attention(q, *inputs, route='triton'))(torch.randn(3, 1, 2, 4, 5, 5))
@@ -208,7 +208,7 @@ def test_not_chosen_where_it_cannot_run(on_cuda, monkeypatch):
     assert 'plain tensors' in local_triton.refusal(*on_cuda())
     assert eager_route(*on_cuda(), False) == 'shifts'
     huge = torch.empty(1, 2, 4, 2**15, 2**15, device='cuda:0')
-    assert '2**31 numbers' in local_triton.refusal(huge, huge, huge, on_cuda()[3])
+    assert '2**31 elements' in local_triton.refusal(huge, huge, huge, on_cuda()[3])
     monkeypatch.setattr(local_triton, 'capability', lambda device: (7, 5))
     with pytest.raises(ValueError, match=r'compute capability 8\.0 or newer; got torch.float32.* on cuda'):
         local_attention(*on_cuda(), route='triton')

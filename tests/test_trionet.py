@@ -60,13 +60,13 @@ def test_notation(text, expected):
     ('text', 'says'),
     [
         ('conv,conv', 'operators has 2 entries, expected one for all blocks or one for each of the 4 stages'),
-        ('conv,conv,lcal*3+axial*3,axial', r"'lcal\*3' is no operator; .*, at character 11 of"),
-        ('conv,conv,local*3+axal*3,axial', r"'axal\*3' is no operator; .*, at character 19 of"),
-        ('conv,conv,local*3+axial*2,axial', r"'local\*3\+axial\*2' names 5 blocks, the stage has 6, at character 11"),
-        ('conv,conv4,local,axial', "'conv4': a size is odd, at character 6"),
-        ('conv,conv,local,axial3', "'axial3': axial has no size, at character 17"),
-        ('', "'' is no operator"),
-        ('conv,,conv,conv', "'' is no operator; .*, at character 6"),
+        ('conv,conv,lcal*3+axial*3,axial', r"'lcal\*3' is not an operator; .*, at character 11 of"),
+        ('conv,conv,local*3+axal*3,axial', r"'axal\*3' is not an operator; .*, at character 19 of"),
+        ('conv,conv,local*3+axial*2,axial', r"'local\*3\+axial\*2' names 5 blocks, but the stage has 6, at"),
+        ('conv,conv4,local,axial', "'conv4': a size must be odd, at character 6"),
+        ('conv,conv,local,axial3', "'axial3': axial takes no size, at character 17"),
+        ('', "'' is not an operator"),
+        ('conv,,conv,conv', "'' is not an operator; .*, at character 6"),
         ('local*2', 'operators has 1 entries'),
     ],
 )
@@ -76,7 +76,7 @@ def test_wrong_notation(text, says):
 
 
 def test_notation_that_is_no_text():
-    with pytest.raises(TypeError, match=r'operators is a text such as .*got 5'):
+    with pytest.raises(TypeError, match=r'operators must be a text such as .*got 5'):
         parse_operators(5, LAYERS)
 
 
@@ -195,7 +195,7 @@ def test_an_epoch_of_digits(name, precision):
     [
         ({'heads': 7}, 'multiple of 2 x heads = 14'),
         ({'img_size': 0}, 'img_size'),
-        ({'operators': 'global'}, "'global' is no operator"),
+        ({'operators': 'global'}, "'global' is not an operator"),
         ({'operators': 'local', 'cardinality': 2}, 'plain 3x3 convolution'),
     ],
 )

@@ -141,7 +141,7 @@ def test_json(tmp_path, space):
         ('imagnet', None, "there is no space 'imagnet': give imagenet, cifar or a .json file"),
         ('missing.json', None, r'the space .*missing\.json cannot be read: No such file'),
         ('a.json', '{"stem": ', r'a\.json: not a space: .* is no valid JSON \(Expecting value'),
-        ('a.json', '[1]', r'a\.json: a space is a JSON object of image_sizes, .*, got \[1\]'),
+        ('a.json', '[1]', r'a\.json: a space must be a JSON object of image_sizes, .*, got \[1\]'),
         ('a.json', '{"stem": 3, "hats": 1, "caps": 2}', r'a\.json: a space has no caps, hats; it has image_sizes, '),
         ('a.json', '{"stem": 3}', r"a\.json: not a space: missing .* 'image_sizes'"),
     ],
@@ -239,7 +239,7 @@ POINT = 'image 16; stem 16; heads 2; 16: conv3/8*2; 24: local3/12'
 def test_what_is_foreign_is_named(old, new, says):
     COINCIDING.check(Architecture.parse(POINT))
     assert old in POINT
-    with pytest.raises(ValueError, match=re.escape(f'the architecture is not of this space: {says}')):
+    with pytest.raises(ValueError, match=re.escape(f'the architecture is not in this space: {says}')):
         COINCIDING.check(Architecture.parse(POINT.replace(old, new)))
 
 
@@ -345,7 +345,7 @@ def test_a_law_of_ones_own():
     ids=str,
 )
 def test_wrong_laws(chances):
-    with pytest.raises(ValueError, match='a law gives 3 probabilities, got'):
+    with pytest.raises(ValueError, match='a law must return 3 probabilities, got'):
         draw(DISTINCT, np.random.default_rng(0), lambda rng, count: np.array(chances))
 
 
@@ -453,7 +453,7 @@ def test_counts(text, expected):
     'text', ['', 'M', 'many', '-3M', '0', '0.2', 'inf', 'nan', 'infM', '3MM', '3 000', 'True', True]
 )
 def test_wrong_counts(text):
-    with pytest.raises(ValueError, match=re.escape(f'a count is a number such as 300M, 1.2G or 250000, got {text!r}')):
+    with pytest.raises(ValueError, match=re.escape(f'such as 300M, 1.2G or 250000, got {text!r}')):
         count_number(text)
 
 

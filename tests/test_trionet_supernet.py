@@ -602,7 +602,7 @@ def test_channels_and_a_large_stem():
 )
 @pytest.mark.parametrize('method', ['activate', 'extract'])
 def test_foreign_architectures(method, text, says):
-    with pytest.raises(ValueError, match=f'the architecture is not of this space: {says}'):
+    with pytest.raises(ValueError, match=f'the architecture is not in this space: {says}'):
         getattr(supernet(), method)(Architecture.parse(text))
 
 

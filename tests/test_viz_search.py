@@ -124,8 +124,8 @@ def test_one_set_without_an_axis_for_it_and_times_of_ones_own():
         (np.zeros(TOTAL), {}, 'must be'),
         (np.zeros((0, 1, TOTAL)), {}, 'must be'),
         (np.full((2, 1, TOTAL), np.nan), {}, 'not finite'),
-        (np.zeros((2, 1, TOTAL)), {'epochs': [0, 1, 2]}, 'holds 2 times, and epochs 3'),
-        (np.zeros((2, 1, TOTAL)), {'decided': [{}, {}]}, 'holds 1 sets, and decided 2'),
+        (np.zeros((2, 1, TOTAL)), {'epochs': [0, 1, 2]}, 'has 2 times, but epochs has 3'),
+        (np.zeros((2, 1, TOTAL)), {'decided': [{}, {}]}, 'has 1 sets, but decided has 2'),
     ],
 )
 def test_logits_refused(logits, options, says):

@@ -1,7 +1,7 @@
 """The command line, ``sase-blocks`` or ``python -m sase_blocks``: list, info, draw, attend, demo, train, search, run.
 
-An error ends with exit code 2 and one line on stderr, an interruption with 130; ``--traceback`` shows where an error
-came from. What looks like a fault of this package says so.
+An error exits with code 2 and prints one line to stderr; an interruption exits with 130. ``--traceback`` shows where an
+error came from. An error that looks like a bug of this package says so.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ examples:
     'list': """
 examples:
   sase-blocks list
-  sase-blocks list norm                     whatever has "norm" in its name or its key in the paper
+  sase-blocks list norm                     everything with "norm" in its name or its key in the paper
   sase-blocks list resnet50                 all models of timm with "resnet50" in their name
 """,
     'info': """
@@ -57,7 +57,7 @@ examples:
   sase-blocks info sase --channels 256 --img-size 56
   sase-blocks info avg,conv3,affine,p_norm,avg,conv7x7
 
-MACs are counted over convolutions and matrix products; squeezes are none of these and cost time all the same.
+MACs count convolutions and matrix products. Squeezes are neither, but cost time too.
 """,
     'draw': """
 examples:
@@ -67,7 +67,7 @@ examples:
   sase-blocks draw runs/trionet/architecture.json -o network.png
   sase-blocks draw 'image 32; stem 16; heads 4; 64: conv3/16*2; 128: local5/32 + axial/32' -o network.png
 
-Each list in the picture is a set of operations, with the chosen one filled.
+Each list in the picture is a set of operations; the chosen one is filled.
 """,
     'attend': """
 examples:
@@ -76,8 +76,8 @@ examples:
   sase-blocks attend --model resnet20_cifar --genotype cbam --checkpoint best.pt cat.jpg -o maps
   sase-blocks attend --model convnext_tiny --insert se --checkpoint tuned.pth cat.jpg -o maps
 
-One picture an image: the last block at each resolution, its spatial gate over the image and its channel gates as
-bars. Images are brought to the model's size and normalisation by timm's transforms for evaluation.
+One picture per image: the last block at each resolution, its spatial gate over the image and its channel gates as
+bars. timm's evaluation transforms resize and normalise the images for the model.
 """,
     'demo': """
 examples:
@@ -95,19 +95,19 @@ examples:
   torchrun --nproc-per-node 8 -m sase_blocks train --data imagenet ...
 
 DIR holds train/CLASS/*.jpg and val/CLASS/*.jpg (or validation/ or test/). All images are decoded once before
-training, which takes about 2 ms for an ImageNet-sized JPEG and core; --no-check saves that, and a broken image then
-ends the run with its name when it is met.
-The batch size counts images over all processes, so the same command gives the same run on any number of them, but
-for batch norm's statistics and dropout, which each process has of its own.
+training, which takes about 2 ms per ImageNet-sized JPEG and core. --no-check skips that; the run then stops at the
+first broken image and names it.
+The batch size counts images over all processes, so the same command gives the same run on any number of processes,
+except for batch norm's statistics and dropout, which are separate for each process.
 """,
     'run': """
 examples:
-  sase-blocks run train.py DATA --model resnet50_sase       any of the scripts of timm, or your own
+  sase-blocks run train.py DATA --model resnet50_sase       any script of timm, or your own
   sase-blocks run validate.py DATA --model resnet50_cbam --checkpoint best.pth
   torchrun --nproc-per-node 8 -m sase_blocks run train.py DATA --model resnet50_sase
 
-What stands behind SCRIPT is the script's own, --help too. It runs as `python SCRIPT` does, except that the models of
-sase_blocks are in timm's registry.
+All arguments after SCRIPT go to the script, --help too. It runs as with `python SCRIPT`, but with the models of
+sase_blocks in timm's registry.
 """,
 }
 
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if show:
             raise
-        # Under torchrun every process gets here, and the first to leave ends the others: each must tell.
+        # Under torchrun every process gets here, and the first to exit ends the others: each must print its error.
         rank = os.environ.get('RANK', '0')
         who = PROG if rank == '0' else f'{PROG} (rank {rank})'
         print(printable(f'{who}: error: {_explain(error, args)}'), file=sys.stderr)
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# What a wrong argument, file, machine or network can lead to. RuntimeError is torch's for everything.
+# Errors that a wrong argument, file, machine or network can cause. torch raises RuntimeError for everything.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError)
 
 
@@ -152,7 +152,7 @@ def _explain(error: Exception, args: Mapping[str, Any]) -> str:
         return (
             f'there is not enough memory{"; lower " + " or ".join(smaller) if smaller else ""} ({shorten(text, 200)})'
         )
-    # Libraries assert what they are given, with a text.
+    # Libraries check arguments by assertions with a message.
     expected = isinstance(error, EXPECTED) and not isinstance(error, (RecursionError, NotImplementedError))
     if expected or (isinstance(error, AssertionError) and str(error)):
         return text
@@ -162,7 +162,7 @@ def _explain(error: Exception, args: Mapping[str, Any]) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, whose errors show names of files as all others do."""
+    """argparse's parser, with file names in errors shown as in all others."""
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(shorten(message, 300)))
@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument('--traceback', action='store_true', help='show the traceback of an error')
     parser = _Parser(
         prog=PROG,
-        description='Squeeze and excitation blocks for timm: look at them, try them, train with them.',
+        description='Squeeze and excitation blocks for timm: inspect them, try them, train with them.',
         epilog=EXAMPLES['main'],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -197,27 +197,29 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command('list', _list, 'list blocks, primitives and models')
-    sub.add_argument('filter', nargs='?', default='', help='show only names with this text in them')
+    sub.add_argument('filter', nargs='?', default='', help='show only names that contain this text')
 
     sub = command('info', _info, 'show the size of a model or block, and its genotype as a drawing')
-    sub.add_argument('name', help='a model of timm, a block, or the text of a genotype')
+    sub.add_argument('name', help='a timm model, a block, or a genotype as text')
     sub.add_argument('--img-size', type=int, help="height and width in px (default: the model's; 56 for a block)")
     sub.add_argument('--channels', type=int, help='channels of the input of a block (default: 256)')
     add_model_options(sub)
 
     sub = command('draw', _draw, "draw a block as a graph of its operations, or a network of TrioNet's blocks")
-    sub.add_argument('name', help='a block, the text of a genotype or of an architecture, or architecture.json')
+    sub.add_argument('name', help='a block, a genotype or architecture as text, or architecture.json')
     sub.add_argument('-o', '--out', required=True, metavar='FILE', help='the picture: .png, .svg or .pdf')
-    sub.add_argument('--no-sets', dest='sets', action='store_false', help='do not list what else could be chosen')
+    sub.add_argument('--no-sets', dest='sets', action='store_false', help='do not list the alternatives')
 
-    sub = command('attend', _attend, 'draw what the attention of a model does to images')
+    sub = command('attend', _attend, "draw a model's attention over images")
     sub.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
     sub.add_argument('-o', '--out', required=True, metavar='DIR', help='folder for the pictures')
-    sub.add_argument('--model', metavar='NAME', help='any timm model (default: that of a checkpoint of `train`)')
-    sub.add_argument('--checkpoint', metavar='FILE', help='its weights (.pt, .pth, .safetensors); without: untrained')
-    sub.add_argument('--insert', metavar='BLOCK', help='put this block into a model that has none, before its weights')
+    sub.add_argument('--model', metavar='NAME', help='any timm model (default: the one in a `train` checkpoint)')
+    sub.add_argument('--checkpoint', metavar='FILE', help='its weights (.pt, .pth, .safetensors); default: untrained')
     sub.add_argument(
-        '--start', choices=('identity', 'paper'), help='of --insert, as it was in training (default: identity)'
+        '--insert', metavar='BLOCK', help='insert this block into a model without one, before loading its weights'
+    )
+    sub.add_argument(
+        '--start', choices=('identity', 'paper'), help='start mode that --insert had in training (default: identity)'
     )
     sub.add_argument('--img-size', type=int, help="height and width in px (default: the model's)")
     add_model_options(sub)
@@ -225,13 +227,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = command('demo', _demo, 'train ResNet-20 with four kinds of attention on real images, and draw the results')
     sub.add_argument('--out', default='demo_out', help='folder for the pictures (default: demo_out)')
     sub.add_argument('--epochs', type=int, default=argparse.SUPPRESS, help='passes over the images (default: 2)')
-    sub.add_argument('--seed', type=int, default=0, help='seed of everything random (default: 0)')
+    sub.add_argument('--seed', type=int, default=0, help='random seed (default: 0)')
 
-    sub = command('train', _train, 'train any model of timm on your images')
+    sub = command('train', _train, 'train any timm model on your images')
     add_settings(sub, TrainConfig)
     add_model_options(sub)
 
-    sub = commands.add_parser('search', help='search an architecture on your images')
+    sub = commands.add_parser('search', help='search for an architecture on your images')
     searches = sub.add_subparsers(title='searches', required=True, metavar='SEARCH')
     add_sase(partial(command, parent=searches))
     add_trionet(partial(command, parent=searches))
@@ -262,7 +264,7 @@ def _list(filter: str) -> None:
             shown.append(f'{set_name.replace("_", " ")} (name, key in the paper)\n' + '\n'.join(lines))
     models = [name for name in timm.list_models() if wanted(name) and (filter or is_ours(name))]
     if models:
-        title = 'models of timm' if filter else 'models (and every other one of timm)'
+        title = 'timm models' if filter else 'models (besides all others of timm)'
         shown.append(f'{title}\n' + '\n'.join(f'  {name}' for name in models))
     if not shown:
         raise ValueError(f'no block, primitive or model has {quoted(filter)} in its name')

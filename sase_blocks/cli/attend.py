@@ -1,4 +1,4 @@
-"""``sase-blocks attend``: what the attention of a model does to images."""
+"""``sase-blocks attend``: draw a model's attention over images."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ def attend(
         config, classes = saved
         model, img_size = config['model'], img_size or config['img_size']
         args = {'num_classes': len(classes), **config['model_args'], **args}
-        if is_ours(model) and config['img_size']:  # per-position parameters were laid out for it
+        if is_ours(model) and config['img_size']:  # per-position parameters were built for it
             args.setdefault('img_size', config['img_size'])
     if model is None:
-        raise ValueError('give --model NAME: only a checkpoint of `sase-blocks train` says which model it is of')
+        raise ValueError('give --model NAME: only a checkpoint of `sase-blocks train` names its model')
     network = build_model(model, **args).eval()
     if insert is not None:
         insert_block(network, insert, start=start or 'identity')
     report = load_checkpoint(network, checkpoint) if checkpoint else None
-    batch, pictures = read_images(images, network, img_size)  # all of them, before anything is written
-    say(str(report or 'note: without --checkpoint the weights are those the model starts with'))
+    batch, pictures = read_images(images, network, img_size)  # read all before writing anything
+    say(str(report or 'note: without --checkpoint the model has its initial weights'))
     for i, (image, path) in enumerate(zip(images, _names_for(images, Path(out)), strict=True)):
         found = _prediction(network, batch[i : i + 1], classes)
         title = printable(Path(image).name) + (f'\n{found}' if found else '')
@@ -76,7 +76,7 @@ def _training_run(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
 
 
 def _names_for(images: Sequence[str], folder: Path) -> Iterator[Path]:
-    """A picture's name for each image, none of them twice and none an image's."""
+    """A unique picture name for each image, different from every image's name."""
     taken = {Path(image).resolve() for image in images}
     for image in images:
         stem, count = f'{Path(image).stem}_attention', 1
@@ -89,7 +89,7 @@ def _names_for(images: Sequence[str], folder: Path) -> Iterator[Path]:
 
 
 def _prediction(network: nn.Module, batch: Tensor, classes: Sequence[str]) -> str:
-    """The most probable class of the one image in the batch; empty for a network without a classifier."""
+    """The most probable class of a single-image batch; empty for a network without a classifier."""
     with torch.no_grad():
         logits = network(batch)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or not getattr(network, 'num_classes', logits.shape[1]):

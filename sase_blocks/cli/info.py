@@ -48,7 +48,7 @@ def show_info(
         )
     if channels is not None and not is_block:
         raise ValueError(f'--channels is for a block, and {quoted(name)} is a model; leave it out')
-    # On the meta device nothing is computed or stored, only shapes.
+    # The meta device computes only shapes.
     with torch.device('meta'):
         if is_block:
             size, channels = img_size or 56, 256 if channels is None else channels
@@ -95,7 +95,7 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def _measure(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, dict[str, tuple[int, ...]]]:
-    """MACs of one forward pass, and the output shapes of the module's children and of itself."""
+    """MACs of one forward pass, and the output shapes of the module and its children."""
     from torch.utils.flop_counter import FlopCounterMode
 
     shapes: dict[str, tuple[int, ...]] = {}

@@ -1,4 +1,4 @@
-"""Arguments of a model, as the commands take them."""
+"""Model arguments from the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ['is_ours', 'model_arguments']
 
 
 def model_arguments(pairs: Sequence[str], genotype: str | None, attn_stages: Sequence[int] | None) -> dict[str, Any]:
-    """The three options as keyword arguments of a model. Raises ValueError for what is not KEY=VALUE."""
+    """Convert the three options to keyword arguments of a model. Raises ValueError if a pair is not KEY=VALUE."""
     args: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition('=')
@@ -34,5 +34,5 @@ def model_arguments(pairs: Sequence[str], genotype: str | None, attn_stages: Seq
 
 
 def is_ours(name: str) -> bool:
-    """Whether a model of timm is one that this package registered."""
+    """Whether this package registered the timm model ``name``."""
     return bool(timm.model_entrypoint(name).__module__.startswith('sase_blocks.'))

@@ -1,4 +1,4 @@
-"""Options of a command from the fields of its configuration."""
+"""Command-line options from the fields of a configuration class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ['add_model_options', 'add_ray_options', 'add_settings', 'check_demo',
 
 
 def add_settings(parser: argparse.ArgumentParser, config: type[Any], leave_out: Collection[str] = ()) -> None:
-    """One option for each setting of a configuration class, with its default and its text."""
+    """Add an option for each setting of a configuration class, with its default and help text."""
     kinds = {'int': int, 'float': float, 'str': str}
     for setting in fields(config):
         if setting.name == 'model_args' or setting.name in leave_out:
@@ -38,9 +38,9 @@ def add_settings(parser: argparse.ArgumentParser, config: type[Any], leave_out: 
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, attention: bool = True) -> None:
-    """What ``model_args.model_arguments`` reads."""
+    """Add the options that ``model_args.model_arguments`` reads."""
     parser.add_argument(
-        '--model-args', nargs='+', default=[], metavar='KEY=VALUE', help='arguments of the model; values read as JSON'
+        '--model-args', nargs='+', default=[], metavar='KEY=VALUE', help='model arguments; values are JSON'
     )
     if attention:
         parser.add_argument(

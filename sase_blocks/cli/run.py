@@ -1,4 +1,4 @@
-"""``sase-blocks run``: any script, with our models in timm's registry."""
+"""``sase-blocks run``: run any script with our models in timm's registry."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ['run_script']
 
 
 def run_script(script: str, arguments: Sequence[str]) -> None:
-    """Run a script as `python SCRIPT ARGS...` would, in this process; its exit code becomes ours."""
+    """Run a script in this process as `python SCRIPT ARGS...` would, and exit with its code."""
     if not Path(script).is_file():
         raise FileNotFoundError(f'there is no script {script}')
     before = sys.argv, sys.path[:]
@@ -21,7 +21,7 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
     try:
         runpy.run_path(script, run_name='__main__')
     except Exception as error:
-        # What Python prints: the traceback from the script on, without the way to it.
+        # As Python prints it: drop the traceback frames above the script.
         trace = error.__traceback__
         while trace is not None and Path(trace.tb_frame.f_code.co_filename).absolute() != Path(script).absolute():
             trace = trace.tb_next

@@ -1,4 +1,4 @@
-"""``sase-blocks search sase``: find an attention block on one's own data."""
+"""``sase-blocks search sase``: find an attention block on your own data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLES = """
 examples:
   sase-blocks search sase --demo                                two minutes on handwritten digits
   sase-blocks search sase --data DIR --out runs/search          the paper's settings, first order, fair mixing
-  sase-blocks search sase --data DIR --order 2 --paper-mixing   as the paper's search was meant
+  sase-blocks search sase --data DIR --order 2 --paper-mixing   the search as the paper describes it
   sase-blocks search sase --data DIR --out runs/search ... --resume
   sase-blocks search sase --data DIR --space 'channel_excite=conv3,conv5,affine; gate_excite=affine'
   sase-blocks search sase --data DIR --seeds 0,1,2,3 --null --evaluate 5 --random 19
@@ -36,20 +36,18 @@ Several seeds, null searches and evaluations are runs of their own: the same com
 def add_sase(
     command: Callable[..., argparse.ArgumentParser],
 ) -> None:
-    """The command's parser; ``command(name, run, help, epilog, parent)`` makes one."""
+    """Add the command's parser; ``command(name, run, help, epilog, parent)`` makes one."""
     from sase_blocks.search.sase.config import SearchConfig
     from sase_blocks.search.sase.evaluate import BASELINES
 
-    sub = command('sase', _search_sase, 'search the six operations of a SASE block', EXAMPLES)
+    sub = command('sase', _search_sase, 'search for the six operations of a SASE block', EXAMPLES)
     add_settings(sub, SearchConfig, leave_out=('null', 'data'))
     sub.add_argument('--data', metavar='DIR', help='folder with train/CLASS/* in it, or the root of --dataset')
     add_model_options(sub, attention=False)
     sub.add_argument('--demo', action='store_true', help='a small search on handwritten digits, with its own settings')
     trust = sub.add_argument_group('trust')
-    trust.add_argument('--seeds', metavar='N,N,...', help='search with each of these seeds and tell where they agree')
-    trust.add_argument(
-        '--null', action='store_true', help='search on random labels as well, and tell what wins there, too'
-    )
+    trust.add_argument('--seeds', metavar='N,N,...', help='search with each of these seeds and report where they agree')
+    trust.add_argument('--null', action='store_true', help='also search on random labels, and report what wins there')
     trust.add_argument(
         '--evaluate', type=int, default=0, metavar='N', help='train the found block from scratch with N seeds'
     )
@@ -99,7 +97,7 @@ def _search_sase(
         run_search_demo(settings['out'], seed=settings['seed'])
         return
     if data is None:
-        raise ValueError('--data DIR is missing: a folder with train/CLASS/* in it; --demo needs none')
+        raise ValueError('--data DIR is missing: give a folder with train/CLASS/* in it, or use --demo')
     for name, value in (('evaluate', evaluate), ('random', random)):
         if value < 0:
             raise ValueError(f'--{name} must be at least 0, got {value}')
@@ -129,11 +127,11 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(',') if part.strip()]
     except ValueError:
-        raise ValueError(f'--seeds takes numbers with commas between them, such as 0,1,2, got {quoted(text)}') from None
+        raise ValueError(f'--seeds takes comma-separated numbers, such as 0,1,2, got {quoted(text)}') from None
 
 
 def _blocks(items: Sequence[str]) -> list[str]:
-    """Names may have commas between them; a genotype has five of its own."""
+    """Split comma-separated names; a genotype contains five commas and stays whole."""
     out: list[str] = []
     for item in items:
         parts = [part.strip() for part in item.split(',') if part.strip()]

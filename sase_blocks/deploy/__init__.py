@@ -1,4 +1,4 @@
-"""A trained network made ready for use: batch norms folded, and an ONNX file that was compared with torch."""
+"""Deploy a trained network: fold its batch norms, and export an ONNX file checked against torch."""
 
 from .fusion import FuseReport, fuse
 from .onnx_file import OnnxReport, export_onnx

@@ -1,4 +1,4 @@
-"""An ONNX file of a network, by torch's dynamo exporter, compared with torch before it is written."""
+"""Export a network to ONNX with torch's dynamo exporter, and compare it with torch before writing."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from sase_blocks.insertion.measure import quietly
 
 from .plain import check_plain
 
-MIN_OPSET = 18  # what torch's exporter writes by itself; for less it converts, and keeps 18 in silence where it cannot
+MIN_OPSET = 18  # the native opset of torch's exporter; it converts to lower ones, or silently keeps 18 if it cannot
 TOLERANCE = 1e-4
 MAX_BYTES = 2_000_000_000  # a protobuf holds 2 GB
 
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """What ``export_onnx`` wrote.
+    """The result of ``export_onnx``.
 
     Args:
         file: the ONNX file.
         opset: its operator set.
-        input_shape: of the input, a number or the name of what may change.
+        input_shape: shape of the input, with a number or the name of a dynamic axis per dimension.
         bytes: size of the file.
-        checks: shape of each input that onnxruntime and torch were given, and the largest difference of their outputs,
+        checks: shape of each input given to onnxruntime and torch, and the largest difference of their outputs,
             relative to the largest output or 1.
     """
 
@@ -63,27 +63,27 @@ def export_onnx(
     opset_version: int | None = None,
     check: bool = True,
 ) -> OnnxReport:
-    """Write a network as an ONNX file, in eval mode, by torch's dynamo exporter, and compare it with torch.
+    """Export a network to an ONNX file, in eval mode, with torch's dynamo exporter, and compare it with torch.
 
-    The file appears only when it is complete and has passed its check; an older one of the name is replaced. Its input
-    is called ``input``, its output ``output`` (``output0``, ... if there are several), and a node has the path of its
-    module in its name: ``layer1.0.se.spatial_excite.convs.0/node_conv2d_3``.
+    The file appears only once it is complete and has passed its check; it replaces an existing file. Its input is named
+    ``input``, its output ``output`` (``output0``, ... if there are several), and node names contain the path of their
+    module: ``layer1.0.se.spatial_excite.convs.0/node_conv2d_3``.
 
     Args:
-        model: the network, of one image batch (B, C, H, W); its mode stays as it is. ``fuse`` it first for a smaller
+        model: a network that takes one image batch (B, C, H, W); its mode is unchanged. ``fuse`` it first for a smaller
             file.
         file: where; its folder must exist.
         input_size: of an image: an int, (H, W) or (C, H, W). Default: what the model says of itself.
         dynamic: True: batch, height and width may change; 'batch': the batch alone; False: nothing (the batch is 1).
         opset_version: at least 18; default: the exporter's choice.
-        check: run it in onnxruntime on the CPU, at the exported size and, where sizes may change, at another size and
+        check: run it in onnxruntime on the CPU, at the exported size and, if sizes may change, at another size and
             batch; outputs must be within 1e-4 of torch's.
 
     Raises:
         ImportError: onnx, onnxscript or, for the check, onnxruntime is missing: the extra ``export``.
-        TypeError: not a module.
-        ValueError: an opset that cannot be written, an unknown input size, a network that cannot be exported (compiled,
-            scripted, lazy, on the meta device, wrapped in DDP or FSDP, over 2 GB), or half precision with ``check``.
+        TypeError: ``model`` is not a module.
+        ValueError: an unsupported opset, an unknown input size, a network that cannot be exported (compiled, scripted,
+            lazy, on the meta device, wrapped in DDP or FSDP, over 2 GB), or half precision with ``check``.
         FileNotFoundError: no such folder.
         RuntimeError: the exporter failed, onnxruntime's outputs differ, or an inserted attention is lost or does not
             run (see ``check``). Nothing is written.
@@ -94,15 +94,15 @@ def export_onnx(
         raise ValueError(f"dynamic must be True, False or 'batch', got {dynamic!r}")
     if opset_version is not None and (not isinstance(opset_version, int) or opset_version < MIN_OPSET):
         raise ValueError(
-            f'opset_version must be an int of at least {MIN_OPSET}, which onnxruntime reads from its version 1.14 on, '
-            f'got {opset_version!r}: what is older the exporter does not write'
+            f'opset_version must be an int of at least {MIN_OPSET}, which onnxruntime reads from version 1.14 on, '
+            f'got {opset_version!r}: the exporter does not write older opsets'
         )
     if target.is_dir() or not target.parent.is_dir():
-        what = 'is a folder' if target.is_dir() else 'is in no folder that exists'
+        what = 'is a folder' if target.is_dir() else 'is in a folder that does not exist'
         raise FileNotFoundError(f'{target} {what}: give a file in an existing folder')
     weights = [*model.parameters(), *model.buffers()]
     if sum(t.numel() * t.element_size() for t in weights) > MAX_BYTES:
-        raise ValueError('the network has more than 2 GB, which one ONNX file cannot hold: use torch.onnx.export')
+        raise ValueError('the network has more than 2 GB, too large for one ONNX file: use torch.onnx.export')
     if check and any(t.dtype in (torch.float16, torch.bfloat16) for t in weights):
         raise ValueError(f'half precision cannot agree to {TOLERANCE:g}: export model.float(), or give check=False')
     _import_onnx(check)
@@ -113,13 +113,13 @@ def export_onnx(
     image = example[0].repeat(2 if dynamic else 1, 1, 1, 1)
     check_inserted(model, image)
     with quietly(model), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of the exporter's own parts
+        warnings.simplefilter('ignore')  # from the exporter itself
         proto = _onnx_proto(model, image, dynamic, opset_version)
         opset = next(i.version for i in proto.opset_import if i.domain in ('', 'ai.onnx'))
         if opset_version is not None and opset != opset_version:
             raise ValueError(
                 f'opset_version={opset_version} cannot be written for this network: the exporter gave {opset}; '
-                f'leave opset_version out, or choose one from {MIN_OPSET} on that it has'
+                f'leave opset_version out, or choose a supported one, at least {MIN_OPSET}'
             )
         _tidy(proto.graph)
         proto.ClearField('metadata_props')
@@ -165,19 +165,19 @@ def _onnx_proto(model: nn.Module, image: Tensor, dynamic: bool | str, opset_vers
         _name_axes(proto.graph, dynamic)
         return proto
     except Exception as error:
-        smaller = {True: "; dynamic='batch' asks for less", 'batch': '; dynamic=False asks for less'}.get(dynamic, '')
+        smaller = {True: "; try dynamic='batch'", 'batch': '; try dynamic=False'}.get(dynamic, '')
         raise RuntimeError(
             f'{type(model).__name__} cannot be exported for an input of {tuple(image.shape)}: {_cause(error)}{smaller}'
         ) from error
 
 
 def _axes(dynamic: bool | str) -> dict[int, str]:
-    """The axes of the input that may change, with their names."""
+    """The dynamic axes of the input, with their names."""
     return {0: 'batch', 2: 'height', 3: 'width'} if dynamic is True else {0: 'batch'} if dynamic else {}
 
 
 def _name_axes(graph: Any, dynamic: bool | str) -> None:
-    """Give the axes that may change their names, in all shapes of the graph; a ValueError if the exporter fixed one."""
+    """Name the dynamic axes in all shapes of the graph; raises ValueError if the exporter fixed one."""
     dims = graph.input[0].type.tensor_type.shape.dim
     fixed = [f'{name} at {dims[axis].dim_value}' for axis, name in _axes(dynamic).items() if not dims[axis].dim_param]
     if fixed:
@@ -190,9 +190,9 @@ def _name_axes(graph: Any, dynamic: bool | str) -> None:
 
 
 def _tidy(graph: Any) -> None:
-    """Put the path of its module into the name of each node, and take the exporter's notes out.
+    """Add the path of its module to the name of each node, and remove the exporter's notes.
 
-    They are a third of a small file and hold the paths of source files on this machine.
+    The notes are a third of a small file and contain the paths of source files on this machine.
     """
     for node in graph.node:
         notes = {note.key: note.value for note in node.metadata_props}
@@ -204,7 +204,7 @@ def _tidy(graph: Any) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what went wrong first: the exporter wraps it in pages of advice."""
+    """The first line of the root cause, which the exporter wraps in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
@@ -213,14 +213,14 @@ def _cause(error: BaseException) -> str:
 def _checked(
     model: nn.Module, data: bytes, image: Tensor, dynamic: bool | str
 ) -> tuple[tuple[tuple[int, ...], float], ...]:
-    """Differences of onnxruntime from torch, for the exported shape and, if there may be others, for another one."""
+    """Differences of onnxruntime from torch, for the exported shape and, if it is dynamic, for another one."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(data, providers=['CPUExecutionProvider'])
     shapes = [tuple(image.shape)]
     if dynamic:
         _, channels, height, width = image.shape
-        # Multiples of 32 are added: many networks take no others.
+        # Add multiples of 32: many networks accept only those.
         shapes.append((1, channels, height + 32, width + 64) if dynamic is True else (1, channels, height, width))
     found = []
     for shape in shapes:
@@ -228,8 +228,8 @@ def _checked(
         expected = [y.cpu() for y in pytree.tree_leaves(model(x))]
         if not all(y.isfinite().all() for y in expected):
             raise RuntimeError(
-                f'torch itself gives values that are not finite for standard normal noise of {shape}, so that nothing '
-                f'can be compared: load trained weights first, or give check=False; nothing was written'
+                f'torch itself gives non-finite values for standard normal noise of {shape}, so the outputs '
+                f'cannot be compared: load trained weights first, or give check=False; nothing was written'
             )
         try:
             actual = [torch.from_numpy(y) for y in session.run(None, {'input': x.cpu().numpy()})]
@@ -243,8 +243,8 @@ def _checked(
             difference = (y - z).abs().max().item() / scale if y.shape == z.shape else math.inf
             if not difference <= TOLERANCE:
                 raise RuntimeError(
-                    f'onnxruntime differs from torch by {difference:.1e} for an input of {shape}, and {TOLERANCE:g} is '
-                    f'allowed; nothing was written'
+                    f'onnxruntime differs from torch by {difference:.1e} for an input of {shape}, but only '
+                    f'{TOLERANCE:g} is allowed; nothing was written'
                 )
             worst = max(worst, difference)
         found.append((shape, worst))
@@ -252,7 +252,7 @@ def _checked(
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that there is never half of one."""
+    """Write a file under a temporary name and rename it, so it is never half-written."""
     temporary = path.with_name(f'{path.name}.tmp')
     try:
         temporary.write_bytes(data)

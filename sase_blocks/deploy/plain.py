@@ -1,11 +1,11 @@
-"""Refusal of networks whose layers are not there as they are: compiled, scripted, quantised, wrapped, valueless."""
+"""Reject wrapped, compiled, scripted and quantised networks, and networks without values."""
 
 from __future__ import annotations
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-# Classes of torch, by name (importing them all is slow), and what a network or a part of it is then.
+# torch classes by name (importing them all is slow), and what the message calls such a network or part.
 NOT_PLAIN = {
     'ScriptModule': 'scripted',
     'OptimizedModule': 'compiled',
@@ -17,7 +17,7 @@ NOT_PLAIN = {
 
 
 def check_plain(model: nn.Module, doing: str) -> None:
-    """Raise for a network whose layers are not there as they are, with what to do; ``doing`` is a verb."""
+    """Raise for wrapped, compiled, scripted, quantised or valueless networks, with what to do; ``doing`` is a verb."""
     if not isinstance(model, nn.Module):
         raise TypeError(f'model must be an nn.Module, got {type(model).__name__}')
     for name, module in model.named_modules():

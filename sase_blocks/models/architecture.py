@@ -1,14 +1,14 @@
-"""An architecture of a TrioNet: every choice that makes one network, as a value to read, print, store and compare.
+"""The architecture of a TrioNet: all choices that define one network, as a value to read, print, store and compare.
 
-After the abstract and the figure of TrioNet (arXiv 2111.07547): blocks of two 1x1 convolutions with one of three
-operators between them. The notation is ours:
+From the abstract and the figure of TrioNet (arXiv 2111.07547): blocks of two 1x1 convolutions with one of three
+operators between them. Not in the paper: the notation
 
     image 32; stem 16; heads 4; 64: conv3/16*2; 128: local5/32 + axial/32; 256: axial/64
 
-The image size in px; the stem's width, where ``stem 64/4`` is ResNet's for large images, which reduces by 4; the heads
-of all attentions; then the stages. A stage is its width and its blocks, ``OPERATOR[SIZE]/WIDTH[*COUNT]`` with plus
-signs between them: the operator, its kernel or window (axial attention has none), its own width, and how often in a
-row. The first block of every stage but the first has stride 2.
+The image size in px; the stem's width (``stem 64/4`` is ResNet's stem for large images, which reduces by 4); the heads
+of all attentions; then the stages. A stage is its width and its blocks, ``OPERATOR[SIZE]/WIDTH[*COUNT]`` joined by plus
+signs: the operator, its kernel or window size (none for axial attention), its width, and the number of repetitions.
+The first block of every stage after the first has stride 2.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Block:
 
     Args:
         operator: 'conv', 'local' or 'axial'.
-        kernel_size: of the convolution or the local window, odd; None for axial attention.
+        kernel_size: size of the convolution or the local window, odd; None for axial attention.
         width: channels of the operator.
     """
 
@@ -59,7 +59,7 @@ class Block:
         _whole(str(self.operator), 'width', self.width)
         if self.operator == 'axial':
             if self.kernel_size is not None:
-                raise ValueError(f'axial attention has no size, got {self.kernel_size!r}')
+                raise ValueError(f'axial attention takes no size, got {self.kernel_size!r}')
         else:
             _whole(self.operator, 'its size', self.kernel_size)
             if self.kernel_size is not None and self.kernel_size % 2 == 0:
@@ -89,14 +89,14 @@ class Architecture:
     """One network.
 
     Args:
-        image_size: height and width in px that it is made for; it takes others, too.
+        image_size: height and width in px that it is built for; other sizes work, too.
         stem: width of the stem.
         reduction: 1 for a 3 x 3 stem at full resolution, 4 for ResNet's 7 x 7 with stride 2 and its max pool.
-        heads: of all attentions.
+        heads: number of heads of all attentions.
         stages: one or more.
 
     Raises:
-        ValueError: a wrong value; widths of attentions that are no multiple of 2 x heads.
+        ValueError: a wrong value; the width of an attention is not a multiple of 2 x heads.
 
     Examples:
         >>> a = Architecture.parse('image 32; stem 16; heads 4; 64: conv3/16*2; 128: axial/32')
@@ -117,7 +117,7 @@ class Architecture:
         for name in ('image_size', 'stem', 'heads'):
             _whole('architecture', name, getattr(self, name))
         if self.reduction not in REDUCTIONS:
-            raise ValueError(f'architecture: the stem reduces by 1 or 4, got {self.reduction!r}')
+            raise ValueError(f'architecture: the stem must reduce by 1 or 4, got {self.reduction!r}')
         if not self.stages:
             raise ValueError('architecture: there must be at least one stage')
         for number, stage in enumerate(self.stages, start=1):
@@ -140,9 +140,9 @@ class Architecture:
         return tuple(block.operator for stage in self.stages for block in stage.blocks)
 
     def places(self) -> Iterator[tuple[int, int, Block, int, int, int]]:
-        """Every block with where it stands: (stage, number in it, block, channels in, stride, map height and width).
+        """Every block with its position: (stage, number in it, block, channels in, stride, map height and width).
 
-        The map is the one that comes in. Counted from 0.
+        The map is the block's input. Stages and blocks are counted from 0.
         """
         channels, size = self.stem, math.ceil(self.image_size / self.reduction)
         for i, stage in enumerate(self.stages):
@@ -156,12 +156,12 @@ class Architecture:
         return asdict(self)
 
     def to_json(self) -> str:
-        """A JSON object of the arguments."""
+        """The arguments as a JSON object."""
         return json.dumps(self.to_dict())
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Architecture:
-        """From what ``to_dict`` gives. Raises ValueError for anything else."""
+        """Inverse of ``to_dict``. Raises ValueError for anything else."""
         try:
             stages = tuple(
                 Stage(**{**stage, 'blocks': tuple(Block(**b) for b in stage['blocks'])}) for stage in value['stages']
@@ -174,10 +174,10 @@ class Architecture:
 
     @classmethod
     def parse(cls, text: str) -> Architecture:
-        """From the text form, see the head of this module, or from JSON.
+        """Parse the text form (see the module docstring) or JSON.
 
         Raises:
-            ValueError: what is wrong, and the place in the text.
+            ValueError: the text is invalid; the message gives the position.
         """
         if not isinstance(text, str):
             raise TypeError(f'an architecture is a text such as "{EXAMPLE}", got {text!r}')
@@ -189,7 +189,7 @@ class Architecture:
             if (match := _HEAD.fullmatch(entry)) and not stages:
                 name = match['name']
                 if name in head or (match['reduction'] and name != 'stem'):
-                    raise _fail(text, at, f'{quoted(entry)} is given twice or has a number too many')
+                    raise _fail(text, at, f'{quoted(entry)} is given twice or has too many numbers')
                 head[name] = int(match['number'])
                 head['reduction'] = int(match['reduction'] or head['reduction'])
             elif match := _STAGE.fullmatch(entry):
@@ -211,10 +211,10 @@ class Architecture:
 
     @classmethod
     def read(cls, path: str | Path) -> Architecture:
-        """From a file: an architecture as text or JSON, or the result of a search, whose 'architecture' is one.
+        """Read a file: an architecture as text or JSON, or the result of a search, which has one in 'architecture'.
 
         Raises:
-            ValueError: no such file, or nothing of this kind in it; the text names the file.
+            ValueError: no such file, or no architecture in it; the message names the file.
         """
         text = read_text(path, 'architecture')
         try:
@@ -231,7 +231,7 @@ EXAMPLE = 'image 32; stem 16; heads 4; 64: conv3/16*2; 128: local5/32 + axial/32
 
 
 def _split(text: str, at: int, by: str) -> Iterator[tuple[int, str]]:
-    """The parts of a text without the blanks around them, each with its place."""
+    """The stripped parts of a text, each with its position."""
     for part in text.split(by):
         yield at + len(part) - len(part.lstrip()), part.strip()
         at += len(part) + 1
@@ -240,11 +240,11 @@ def _split(text: str, at: int, by: str) -> Iterator[tuple[int, str]]:
 def _blocks(text: str, at: int, term: str) -> list[Block]:
     match = _BLOCK.fullmatch(term)
     if match is None:
-        raise _fail(text, at, f'{quoted(term)} is no block, OPERATOR[SIZE]/WIDTH[*COUNT], such as local5/32*2')
+        raise _fail(text, at, f'{quoted(term)} is not a block OPERATOR[SIZE]/WIDTH[*COUNT], such as local5/32*2')
     count = int(match['count'] or 1)
     try:
         if not 1 <= count <= 1000:
-            raise ValueError('a count is from 1 to 1000')
+            raise ValueError('a count must be from 1 to 1000')
         return [Block(match['operator'], int(match['size']) if match['size'] else None, int(match['width']))] * count
     except ValueError as error:
         raise _fail(text, at, f'{quoted(term)}: {error}') from None

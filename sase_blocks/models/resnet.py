@@ -1,18 +1,18 @@
 """timm entries: ResNet-50/101 (arXiv 1512.03385) with an attention block in every bottleneck, as in SASE (2411.08333).
 
-timm's own ResNet is built and its attention slot, behind the last batch norm and before the shortcut is added, is
-filled. Every block of ``list_blocks()`` is ``resnet50_NAME`` and ``resnet101_NAME``; ``*_channel`` and ``*_spatial``
-reach the primitives by name. Arguments are plain strings and numbers, so a model's configuration can be written out:
+The block fills the attention slot of timm's own ResNet, after the last batch norm and before the shortcut is added.
+Every block in ``list_blocks()`` has ``resnet50_NAME`` and ``resnet101_NAME``; ``*_channel`` and ``*_spatial`` take
+primitives by name. Arguments are plain strings and numbers, so model configurations can be serialised:
 
     timm.create_model('resnet50_sase')
     timm.create_model('resnet50_sase', genotype='avg,conv3,affine,avg,avg,conv7x7', attn_stages=(3, 4))
     timm.create_model('resnet50_channel', squeeze='avg_std', excite='conv5')
 
-No pretrained weights are published; ``load_checkpoint`` takes the authors'.
+There are no pretrained weights; ``load_checkpoint`` reads the authors'.
 """
 
-# timm files a model under the last part of its module's name: this file's name puts ours beside timm's ResNets, which
-# gives them the tests and the feature tools of that family.
+# timm groups models by the last part of their module's name: this file's name puts ours into timm's ResNet family, with
+# its tests and feature tools.
 from __future__ import annotations
 
 import builtins
@@ -59,11 +59,11 @@ def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 class AttentionResNet(ResNet):
-    """timm's ResNet, which also tells timm's optimisers what in it takes no weight decay."""
+    """timm's ResNet, plus the list of parameters without weight decay for timm's optimisers."""
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that take no weight decay, beside vectors."""
+        """Parameters without weight decay, besides vectors."""
         return children_without_decay(self)
 
 
@@ -120,10 +120,10 @@ def _register_genotype(name: str, depth: int, default: str | Genotype, **default
 
         Args:
             pretrained: there are no published weights; False.
-            genotype: a block's name, a genotype's text or JSON, a search's .json file, or 'none'; several genotypes,
-                with semicolons between them, are one for each stage.
-            attn_stages: the stages that get the block, from 1 to 4; all by default.
-            img_size: the image size that per-position parameters are laid out for, 224 by default.
+            genotype: a block's name, a genotype as text or JSON, a search's .json file, or 'none'; several genotypes,
+                separated by semicolons, are one for each stage.
+            attn_stages: the stages that get the block, from 1 to 4; default: all.
+            img_size: image size for per-position parameters; default: 224.
             **kwargs: timm's ResNet arguments.
         """,
         create,
@@ -138,27 +138,25 @@ def register_resnet(
     attn_stages: tuple[int, ...] = ALL_STAGES,
     img_size: int | tuple[int, int] = 224,
 ) -> None:
-    """Register a ResNet with a block of your own; ``timm.create_model(name)`` builds it from then on, in this process.
+    """Register a ResNet with your own block; ``timm.create_model(name)`` then builds it, in this process.
 
     Args:
         name: a new model name, a valid identifier.
         genotype: a block's name, a ``Genotype``, or its text or JSON.
         depth: 50 or 101.
         attn_stages: the stages that get the block.
-        img_size: the image size that per-position parameters are laid out for.
+        img_size: image size for per-position parameters.
 
     Raises:
-        ValueError: a name that timm, Python or this module already has or that is no identifier, an unknown genotype
-            or depth.
+        ValueError: the name is taken by timm, Python or this module or is not an identifier, or the genotype or depth
+            is unknown.
     """
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise ValueError(f'a model name must be a valid identifier such as resnet50_mine, got {name!r}')
     if is_model(name):
-        raise ValueError(f'timm already has a model {name!r}; choose another name, none is overwritten')
+        raise ValueError(f'timm already has a model {name!r}; choose another name')
     if name in globals() or hasattr(builtins, name):  # the entry point becomes a name of this module
-        raise ValueError(
-            f'{name!r} is a name that the code of {__name__} uses; choose another name, such as resnet{depth}_mine'
-        )
+        raise ValueError(f'{name!r} is used by the code of {__name__}; choose another name, such as resnet{depth}_mine')
     if depth not in LAYERS:
         raise ValueError(f'depth must be one of {", ".join(map(str, LAYERS))}, got {depth!r}')
     if block_builder(genotype) is None:

@@ -1,8 +1,8 @@
 """The small ResNet for 32 x 32 images (arXiv 1512.03385, section 4.2), with timm's blocks and its attention slot.
 
-A 3x3 stem of 16 channels without pooling, then three stages of 16, 32 and 64 channels. Three basic blocks a stage
-make ResNet-20, the network of the SASE search; as there, a shortcut that changes width is a 1x1 projection with
-batch norm, where the ResNet paper pads with zeros.
+A 3x3 stem of 16 channels without pooling, then three stages of 16, 32 and 64 channels. Three basic blocks per stage
+make ResNet-20, the network of the SASE search. As in that search, a shortcut that changes width is a 1x1 projection
+with batch norm; the ResNet paper pads with zeros.
 """
 
 from functools import partial
@@ -32,11 +32,11 @@ class CifarResNet(StagedNetwork):
 
     Args:
         layers: basic blocks in each of the three stages.
-        num_classes: 0 for no classifier.
+        num_classes: number of classes; 0 for no classifier.
         in_chans: input channels.
-        channels: width of the three stages; the first is the stem's too.
+        channels: widths of the three stages; the stem has the first.
         global_pool, drop_rate, drop_path_rate, act_layer, norm_layer, zero_init_last, block_args: as timm's ResNet.
-        device, dtype: of the parameters.
+        device, dtype: device and dtype of the parameters.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class CifarResNet(StagedNetwork):
             **dd,
         )
         (_, self.layer1), (_, self.layer2), (_, self.layer3) = stages
-        # make_blocks counts from ResNet's stem, which has already reduced by 4.
+        # make_blocks assumes ResNet's stem, which reduces by 4.
         stem = {'num_chs': channels[0], 'reduction': 1, 'module': 'act1'}
         self.add_head([stem, *({**entry, 'reduction': entry['reduction'] // 4} for entry in info)], global_pool, **dd)
         self.init_weights(zero_init_last)
@@ -136,10 +136,10 @@ def resnet20_cifar(
 
     Args:
         pretrained: there are no published weights; False.
-        genotype: a block's name, a genotype's text or JSON, a search's .json file, or None for no attention; several
-            genotypes, with semicolons between them, are one for each stage.
-        attn_stages: the stages that get the block, from 1 to 3; all by default.
-        img_size: the image size that per-position parameters are laid out for, 32 by default.
+        genotype: a block's name, a genotype as text or JSON, a search's .json file, or None for no attention; several
+            genotypes, separated by semicolons, are one for each stage.
+        attn_stages: the stages that get the block, from 1 to 3; default: all.
+        img_size: image size for per-position parameters; default: 32.
         **kwargs: arguments of ``CifarResNet``.
     """
     return build_model_with_cfg(

@@ -1,4 +1,4 @@
-"""The attention slot of timm's residual blocks: what goes where, from plain strings and numbers."""
+"""Fill the attention slot of timm's residual blocks, from plain strings and numbers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Genotypes = str | Genotype | Sequence[str | Genotype] | None
 
 
 def block_builder(genotype: Genotypes) -> BlockBuilder | tuple[BlockBuilder, ...] | None:
-    """The callable of channels behind an entry point's ``genotype=``; None and 'none' mean no attention.
+    """Turn an entry point's ``genotype=`` into a function of channels; None and 'none' mean no attention.
 
-    Several genotypes, in a sequence, with semicolons between them or in a search's .json file, are one for each stage
-    and give a tuple.
+    Several genotypes (a sequence, separated by semicolons, or in a search's .json file) give a tuple, one for each
+    stage.
 
     Raises:
-        ValueError: an unknown block name, a bad genotype or file, with what is valid.
+        ValueError: an unknown block name, or a bad genotype or file; the message says what is valid.
     """
     if genotype is None or genotype == 'none':
         return None
@@ -36,13 +36,13 @@ def block_builder(genotype: Genotypes) -> BlockBuilder | tuple[BlockBuilder, ...
     if isinstance(genotype, (str, Genotype)):
         return resolve_block(genotype)
     if not isinstance(genotype, Sequence) or not genotype:
-        raise TypeError(f'genotype takes a block name, a genotype or a sequence of them, got {quoted(genotype)}')
+        raise TypeError(f'genotype must be a block name, a genotype or a sequence of them, got {quoted(genotype)}')
     builders = tuple(resolve_block(one) for one in genotype)
     return builders[0] if len(builders) == 1 else builders
 
 
 def check_stages(stages: Any, depth: int, argument: str = 'attn_stages') -> tuple[int, ...]:
-    """``stages`` as sorted distinct numbers from 1 to ``depth``. Raises ValueError with the argument and value."""
+    """``stages`` as sorted distinct numbers from 1 to ``depth``. Raises ValueError that names argument and value."""
     values = [stages] if isinstance(stages, int) else list(stages) if isinstance(stages, Iterable) else [stages]
     if any(isinstance(s, bool) or not isinstance(s, int) or not 1 <= s <= depth for s in values):
         raise ValueError(f'{argument} takes stage numbers from 1 to {depth}, got {stages!r}')
@@ -58,11 +58,11 @@ def fill_slots(
 ) -> None:
     """Put ``build(channels, feat_size=...)`` into ``block.se`` of every residual block of the given stages.
 
-    ``img_size`` and the stage's reduction give the feature size that per-position parameters are laid out for. A tuple
-    of builders holds one for each stage of the network.
+    ``img_size`` and the stage's reduction give the feature size for per-position parameters. A tuple of builders has
+    one for each stage of the network.
 
     Raises:
-        ValueError: bad stages or image size, or as many builders as there are not stages.
+        ValueError: bad stages or image size, or if the number of builders differs from the number of stages.
     """
     info: Any = model.feature_info
     chosen = check_stages(stages, len(info) - 1)
@@ -81,7 +81,7 @@ def fill_slots(
 
 
 def refuse_block_attention(kwargs: dict[str, Any]) -> None:
-    """``block_args=dict(attn_layer=...)`` and our slots would be two answers to one question: raise ValueError."""
+    """Raise ValueError for ``block_args=dict(attn_layer=...)``, which would conflict with our slots."""
     if 'attn_layer' in (kwargs.get('block_args') or {}):
         raise ValueError(
             "block_args['attn_layer'] is set, but this entry point fills the attention slot itself: give genotype=... "

@@ -1,4 +1,4 @@
-"""What our own networks have in common: a stem, stages and a pooled linear classifier, with timm's interface."""
+"""Base class of our own networks: a stem, stages and a pooled linear classifier, with timm's interface."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ __all__ = ['StagedNetwork']
 
 
 class StagedNetwork(nn.Module, ABC):
-    """The part of timm's interface that does not depend on what the stages are made of.
+    """The part of timm's interface that does not depend on the kind of stages.
 
-    A subclass makes ``conv1``, ``maxpool`` and its stages, calls ``add_head``, and writes ``forward_stem``, which ends
-    before ``maxpool``, and ``forward_features``.
+    A subclass builds ``conv1``, ``maxpool`` and its stages, calls ``add_head``, and defines ``forward_stem``, which
+    ends before ``maxpool``, and ``forward_features``.
 
     Args:
-        stage_names: where its stages are.
-        num_classes: 0 for no classifier.
+        stage_names: attribute names of the stages.
+        num_classes: number of classes; 0 for no classifier.
         in_chans: input channels.
         drop_rate: dropout before the classifier.
     """
@@ -39,7 +39,7 @@ class StagedNetwork(nn.Module, ABC):
 
     @torch.jit.ignore
     def add_head(self, info: list[dict[str, Any]], global_pool: str, **factory_kwargs: Any) -> None:
-        """Classifier behind the last stage; ``info`` describes the features of the stem and of each stage."""
+        """Add the classifier after the last stage; ``info`` describes the features of the stem and of each stage."""
         self.feature_info = info
         self.num_features = info[-1]['num_chs']
         self.global_pool, self.fc = create_classifier(
@@ -49,21 +49,21 @@ class StagedNetwork(nn.Module, ABC):
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """He initialisation of all convolutions; the last batch norm of a block starts at zero unless told not to.
+        """He initialisation of all convolutions; by default the last batch norm of each block starts at zero.
 
-        Attentions have an initialisation of their own, and are drawn anew either way.
+        Attentions keep their own initialisation and are always reset.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
         for module in self.modules():
-            # A module with reset_parameters does not start at zero here, but is drawn anew.
+            # A module with reset_parameters is reset here, not started at zero.
             if hasattr(module, 'zero_init_last') and (zero_init_last or hasattr(module, 'reset_parameters')):
                 module.zero_init_last()  # type: ignore[operator]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that take no weight decay, beside vectors; timm's optimisers ask for them."""
+        """Parameters without weight decay, besides vectors; timm's optimisers read this."""
         return children_without_decay(self)
 
     @torch.jit.ignore
@@ -77,7 +77,7 @@ class StagedNetwork(nn.Module, ABC):
         return 'fc' if name_only else self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for ``num_classes`` (0: none), with the present pooling unless another is given."""
+        """Replace the classifier by one for ``num_classes`` (0: none); keeps the pooling unless another is given."""
         weight: Any = self.conv1.weight  # type: ignore[union-attr]
         self.num_classes = num_classes
         self.global_pool, self.fc = create_classifier(
@@ -108,7 +108,7 @@ class StagedNetwork(nn.Module, ABC):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> Any:
-        """Features of the stem and the stages as timm's models give them: (last, list), or the list alone."""
+        """Features of the stem and the stages, as in timm's models: (last, list), or only the list."""
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.feature_info), indices)
@@ -125,7 +125,7 @@ class StagedNetwork(nn.Module, ABC):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages that the chosen features do not need; returns the kept indices."""
+        """Remove the stages that the chosen features do not need; returns the kept indices."""
         take, last = feature_take_indices(len(self.feature_info), indices)
         for name in self.stage_names[last:]:
             parent, _, child = name.rpartition('.')

@@ -1,10 +1,10 @@
-"""A network of TrioNet's blocks (arXiv 2111.07547) from an architecture, as a search finds it or a person writes it.
+"""A network of TrioNet's blocks (arXiv 2111.07547) from an architecture, found by a search or written by hand.
 
     timm.create_model('trionet', architecture='image 32; stem 16; heads 4; 64: conv3/16*2; 128: local5/32 + axial/32')
     timm.create_model('trionet', architecture='runs/architecture.json', checkpoint_path='runs/network.pt')
 
-After the paper's abstract and figure: the blocks are ``TrioBlock``. The stem, the pooled linear classifier and the
-strides are those of ResNets and ours, as is the default architecture, a mixture made by hand.
+The blocks are ``TrioBlock``, from the paper's abstract and figure. Not in the paper: the stem, the pooled linear
+classifier and the strides, which follow ResNet, and the default architecture, a handmade mixture.
 """
 
 import os
@@ -38,13 +38,13 @@ class TrioNet(StagedNetwork):
 
     Args:
         architecture: see ``Architecture``.
-        num_classes: 0 for no classifier.
+        num_classes: number of classes; 0 for no classifier.
         in_chans: input channels.
-        img_size: (H, W) in px, or an int, that axial attention's tables are laid out for; default: the architecture's.
-        global_pool: of the classifier.
+        img_size: (H, W) in px, or an int, for the size of axial attention's tables; default: the architecture's.
+        global_pool: pooling before the classifier.
         drop_rate: dropout before the classifier.
         zero_init_last: whether blocks start as the identity.
-        device, dtype: of the parameters.
+        device, dtype: device and dtype of the parameters.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class TrioNet(StagedNetwork):
 
 
 def read_architecture(architecture: Any) -> Architecture:
-    """From an ``Architecture``, its text or JSON, or the path of a file with either, or with a search's result.
+    """Read an ``Architecture``, its text or JSON, or the path of a file with either or with a search's result.
 
     Raises:
         ValueError: a bad text or file. TypeError: neither a text nor an architecture.
@@ -120,7 +120,7 @@ default_cfgs: dict[str, dict[str, Any]] = {'trionet': imagenet_cfg()}
 
 @register_model
 def trionet(pretrained: bool = False, architecture: Any = DEFAULT, **kwargs: Any) -> TrioNet:
-    """A network of TrioNet's blocks; the default mixture is made by hand and ours.
+    """A network of TrioNet's blocks. Not in the paper: the default, a handmade mixture.
 
     Args:
         pretrained: there are no published weights; False.

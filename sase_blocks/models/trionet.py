@@ -1,22 +1,22 @@
 """timm entries after TrioNet (arXiv 2111.07547): ResNets whose bottleneck has convolution, local or axial attention.
 
-timm's own ResNet is built, and the 3x3 convolution in the middle of its bottlenecks is replaced; a convolution keeps
-its names, so that with ``operators='conv'`` the state dict is that of timm's ResNet.
+The operator replaces the middle 3x3 convolution in the bottlenecks of timm's own ResNet. A convolution keeps its
+parameter names, so with ``operators='conv'`` the state dict matches timm's ResNet.
 
-    timm.create_model('resnet50_trionet')                                    # a mixture made by hand, ours
+    timm.create_model('resnet50_trionet')                                    # our handmade mixture
     timm.create_model('resnet50_trionet', operators='conv,conv,local*3+axial*3,axial')
     timm.create_model('resnet26_sasa')          # all local: Stand-Alone Self-Attention, Ramachandran et al. 2019
     timm.create_model('axial_resnet50')         # all axial: Axial-DeepLab, Wang et al. 2020, in its form for ImageNet
 
-``operators`` names one operator for all blocks, or one entry for each of the four stages, with commas between them. An
-entry is an operator for the whole stage, or a sum of operators with their counts, from the first block on:
-``local*3+axial*3``. An operator is ``conv``, ``local`` or ``axial``; a number behind the first two is the kernel or the
-window: ``conv5``, ``local3``.
+``operators`` is one operator for all blocks, or one entry for each of the four stages, separated by commas. An entry
+is an operator for the whole stage, or a sum of operators with counts, from the first block on: ``local*3+axial*3``. An
+operator is ``conv``, ``local`` or ``axial``; a number after the first two is the kernel or window size: ``conv5``,
+``local3``.
 
-The paper's found networks are not public; none is claimed here, and there are no pretrained weights.
+The networks that the paper found are not public and not included, and there are no pretrained weights.
 """
 
-# Arguments are plain strings and numbers, so that a model's configuration can be written out.
+# Arguments are plain strings and numbers, so model configurations can be serialised.
 from __future__ import annotations
 
 import math
@@ -45,21 +45,21 @@ Operator = tuple[str, int | None]
 
 
 def parse_operators(text: str, layers: tuple[int, ...]) -> tuple[tuple[Operator, ...], ...]:
-    """The operator of every block, by stage: ('conv', None), ('local', 3), ...; None is the operator's own size.
+    """The operator of every block, by stage: ('conv', None), ('local', 3), ...; None is the operator's default size.
 
     Args:
-        text: see the head of this module.
+        text: see the module docstring.
         layers: blocks in each stage.
 
     Raises:
-        ValueError: what is wrong, and the place in the text.
+        ValueError: the text is invalid; the message gives the position.
 
     Examples:
         >>> parse_operators('conv,local3+axial', (1, 2))
         ((('conv', None),), (('local', 3), ('axial', None)))
     """
     if not isinstance(text, str):
-        raise TypeError(f"operators is a text such as 'conv,conv,local*3+axial*3,axial', got {text!r}")
+        raise TypeError(f"operators must be a text such as 'conv,conv,local*3+axial*3,axial', got {text!r}")
 
     def fail(at: int, what: str) -> ValueError:
         return ValueError(f'operators: {what}, at character {at + 1} of {text!r}')
@@ -84,16 +84,16 @@ def parse_operators(text: str, layers: tuple[int, ...]) -> tuple[tuple[Operator,
             match = _OPERATOR.fullmatch(stripped)
             if match is None or match['name'] not in OPERATORS:
                 known = ', '.join(OPERATORS)
-                raise fail(inner, f'{stripped!r} is no operator; there are {known}, as in local, local3 or local*2')
+                raise fail(inner, f'{stripped!r} is not an operator; there are {known}, as in local, local3 or local*2')
             kernel = int(match['kernel']) if match['kernel'] else None
             if kernel is not None and (match['name'] == 'axial' or kernel % 2 == 0):
-                expected = 'axial has no size' if match['name'] == 'axial' else 'a size is odd'
+                expected = 'axial takes no size' if match['name'] == 'axial' else 'a size must be odd'
                 raise fail(inner, f'{stripped!r}: {expected}')
             alone = match['count'] is None and '+' not in entry
             blocks += [(match['name'], kernel)] * (depth if alone else int(match['count'] or 1))
             place += len(term) + 1
         if len(blocks) != depth:
-            raise fail(at, f'{entry.strip()!r} names {len(blocks)} blocks, the stage has {depth}')
+            raise fail(at, f'{entry.strip()!r} names {len(blocks)} blocks, but the stage has {depth}')
         stages.append(tuple(blocks))
         at += len(entry) + 1 if several else 0
     return tuple(stages)
@@ -106,17 +106,17 @@ def set_operators(
     heads: int = 8,
     **factory_kwargs: Any,
 ) -> None:
-    """Replace the 3x3 convolutions of a timm ResNet of bottlenecks, in place; what is 'conv' stays as it is.
+    """Replace the 3x3 convolutions of a timm ResNet of bottlenecks, in place; 'conv' leaves a block unchanged.
 
     Args:
         model: timm's ``ResNet`` with ``Bottleneck`` blocks, without groups.
-        operators: see the head of this module.
-        img_size: the image size that axial attention's tables are laid out for; any other is taken, too.
-        heads: of the attentions.
+        operators: see the module docstring.
+        img_size: image size for axial attention's tables; other sizes work, too.
+        heads: number of heads of the attentions.
         **factory_kwargs: ``device``, ``dtype``.
 
     Raises:
-        ValueError: a bad text or image size, channels that the heads do not divide, blocks that are no bottlenecks.
+        ValueError: a bad text or image size, channels that the heads do not divide, or blocks other than bottlenecks.
     """
     height, width = check_feat_size(img_size, 'img_size')
     stages = [getattr(model, f'layer{i}') for i in range(1, 5)]
@@ -141,7 +141,7 @@ def set_operators(
 
 
 class AxialBottleneck(Bottleneck):
-    """The bottleneck of Axial-DeepLab: twice as wide outside as inside."""
+    """Axial-DeepLab's bottleneck: twice as wide outside as inside."""
 
     expansion = 2
 
@@ -163,7 +163,7 @@ def _network(operators: str, img_size: int | tuple[int, int], heads: int, scale:
 
 
 def _scale_stem(model: Any, scale: float, **dd: Any) -> None:
-    """timm's stem has 64 channels whatever the width; Axial-ResNet's are scaled, too."""
+    """Scale the stem as in Axial-ResNet; timm's always has 64 channels."""
     width, first = int(64 * scale), model.layer1[0]
     old, shortcut = model.conv1, first.downsample[0]
     if width == old.out_channels:
@@ -193,13 +193,13 @@ def _create(
 
 @register_model
 def resnet50_trionet(pretrained: bool = False, operators: str = HAND_MADE[50], **kwargs: Any) -> ResNet:
-    """ResNet-50 with TrioNet's operators; the default mixture is made by hand and ours.
+    """ResNet-50 with TrioNet's operators. Not in the paper: the default, a handmade mixture.
 
     Args:
         pretrained: there are no published weights; False.
-        operators: the operator of each block, see the head of this module.
-        img_size: the image size that axial attention's tables are laid out for, 224 by default.
-        heads: of the attentions, 8 by default.
+        operators: the operator of each block, see the module docstring.
+        img_size: image size for axial attention's tables; default: 224.
+        heads: number of heads of the attentions; default: 8.
         **kwargs: timm's ResNet arguments.
     """
     return _create('resnet50_trionet', pretrained, 50, operators, **kwargs)

@@ -1,4 +1,4 @@
-"""Self-attention over a map, local and axial, as layers for backbones."""
+"""Local and axial self-attention over feature maps, as layers for backbones."""
 
 from .axial import AXES, AxialSelfAttention, AxisAttention
 from .axial_routes import AXIAL_ROUTES, axial_attention

@@ -1,7 +1,7 @@
-"""Axial self-attention as layers: the position-sensitive form of Axial-DeepLab (Wang et al. 2020).
+"""Axial self-attention layers: the position-sensitive form of Axial-DeepLab (Wang et al. 2020).
 
-What differs from the authors' code: an axis of any length, where theirs has the length of its table; the batch norm of
-the logits as factors (``axial_routes.py``); channels in the order ``c * heads + head``; the pool rounds up.
+Differences from the authors' code: an axis may have any length, not only that of its table; the batch norm of the
+logits is computed as factors (``axial_routes.py``); channel order is ``c * heads + head``; the pool rounds up.
 """
 
 import math
@@ -17,7 +17,7 @@ from sase_blocks.ops.primitive import check_channels, check_feat_size, children_
 from .axial_routes import AXIAL_ROUTES, axial_attention, logit_maps, logit_moments, long_axis, split_tables
 from .routes import autocast_active, captured, check_choice, check_heads, check_map, check_stride, halve
 
-torch.fx.wrap('axial_attention')  # wrapping is by the module in which a function is called
+torch.fx.wrap('axial_attention')  # FX wraps a function in the module that calls it
 torch.fx.wrap('check_map')
 torch.fx.wrap('halve')
 
@@ -40,8 +40,8 @@ def logit_scale(
 ) -> Tensor:
     """The factors (3, heads) by which a batch norm over the three parts of the logits multiplies them.
 
-    q, k: (B, lines, heads, L, g / 2). In training mode from this batch's moments, which also go into the running
-    statistics; from those in eval mode, and where a part is a single number, which has no variance.
+    q, k: (B, lines, heads, L, g / 2). Training mode uses this batch's moments and updates the running statistics. Eval
+    mode uses the running statistics, as does a part with a single number, which has no variance.
     """
     heads = q.shape[2]
     variance = widen(running_var).reshape(3, heads)
@@ -53,15 +53,14 @@ def logit_scale(
             mixed = widen(running) + (new.reshape(3 * heads) - widen(running)) * momentum
             running.copy_(narrow(mixed, running))
     scale = widen(weight).reshape(3, heads) * torch.rsqrt(variance + eps)
-    # The bias is the same for all keys and the softmax does not see it. It takes part with factor 0, so that its
-    # gradient is 0 and not missing.
+    # The bias is equal for all keys, so the softmax ignores it. A factor of 0 makes its gradient 0, not None.
     return scale + 0 * widen(bias).reshape(3, heads)
 
 
 def moments(q: Tensor, k: Tensor, relative: Tensor, route: str) -> tuple[Tensor, Tensor]:
     """``logit_moments`` of maps: (3, heads) each, in fp32 for half inputs, under autocast too.
 
-    Where ``route`` is ``'recompute'``, or ``'auto'`` and that is the choice, what they are made of is not kept.
+    If the route is ``'recompute'``, given or chosen, intermediates are not kept.
     """
     if not torch.jit.is_scripting():
         if autocast_active(q.device):
@@ -75,15 +74,15 @@ def moments(q: Tensor, k: Tensor, relative: Tensor, route: str) -> tuple[Tensor,
 
 
 def checkpointed_moments(q: Tensor, k: Tensor, relative: Tensor) -> tuple[Tensor, Tensor]:
-    """``moments``, computed again for the backward."""
+    """``moments``, recomputed in the backward."""
     mean, variance = checkpoint(moments, q, k, relative, 'einsum', use_reentrant=False, preserve_rng_state=False)
     return mean, variance
 
 
 class LogitNorm(BatchNorm2d):
-    """The batch norm over the three parts of the logits of every head, as the factors that the softmax sees of it.
+    """The batch norm over the three parts of every head's logits, as the factors that affect the softmax.
 
-    Channels: the heads of q . k, then those of q . R_q, then those of k . R_k. ``forward`` is that of a batch norm.
+    Channels: the heads of q . k, then of q . R_q, then of k . R_k. ``forward`` is an ordinary batch norm.
     """
 
     def scale(self, q: Tensor, k: Tensor, relative: Tensor, route: str | None) -> Tensor:
@@ -113,16 +112,16 @@ class AxisAttention(nn.Module):
 
     Shape: (B, C_in, H, W) -> (B, C, H, W), any H and W from 1 on.
 
-    A 1 x 1 convolution without bias and a batch norm give q, k (C / 2 channels each) and v (C channels), one behind the
-    other. A table of relative positions (2 C / heads, 2 size - 1), shared by the heads, has rows for q, k and v; an
-    axis of another length takes its centre, or interpolates it. Batch norms stand over the three parts of the logits
-    and over the two parts of the output. Channel ``c * heads + head`` of q, k and v belongs to that head.
+    A 1 x 1 convolution without bias and a batch norm give q, k (C / 2 channels each) and v (C channels), concatenated.
+    A table of relative positions (2 C / heads, 2 size - 1), shared by the heads, has rows for q, k and v; an axis of
+    another length uses its centre or interpolates it. Batch norms normalise the three parts of the logits and the two
+    parts of the output. Channel ``c * heads + head`` of q, k and v belongs to that head.
 
     Args:
         channels_in: C_in.
         channels: C, a multiple of 2 x heads.
         heads: number of heads.
-        size: length of the axis that the table is built for; at least 2 if a longer axis may come.
+        size: axis length that the table is built for; at least 2 if a longer axis may occur.
         axis: ``'height'`` or ``'width'``.
         route: forces one of ``AXIAL_ROUTES``; None lets ``axial_attention`` choose.
         device, dtype: of the parameters.
@@ -165,7 +164,7 @@ class AxisAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew as the paper's authors do: N(0, 1 / C_in), and N(0, 1 / g) for the table."""
+        """Initialise the parameters as the paper's authors do: N(0, 1 / C_in), and N(0, 1 / g) for the table."""
         nn.init.normal_(self.project.weight, 0.0, 1 / math.sqrt(self.channels_in))
         nn.init.normal_(self.relative, 0.0, math.sqrt(self.heads / self.channels))
         for norm in (self.norm, self.logit_norm, self.value_norm, self.position_norm):
@@ -173,26 +172,26 @@ class AxisAttention(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The table of relative positions takes no weight decay, as timm's Swin keeps it."""
+        """No weight decay for the table of relative positions, as in timm's Swin."""
         return {'relative'}
 
     def zero_init_last(self) -> None:
-        """Called by timm's ResNets in their ``init_weights``: this layer is drawn anew with the network."""
+        """Reset this layer; timm's ResNets call this in their ``init_weights``."""
         self.reset_parameters()
 
     def multiply_adds(self, height: int, width: int) -> int:
-        """Of one image: the projection, and the five products of the attention."""
+        """Multiply-adds per image: the projection and the five products of the attention."""
         length = height if self.axis == 'height' else width
         return height * width * self.channels * (4 * self.channels_in + 7 * length) // 2
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.channels_in)
         y = self.project(x)
-        y = self.norm(y).to(y.dtype)  # under autocast the norm gives the dtype of its weight
+        y = self.norm(y).to(y.dtype)  # under autocast the norm returns the dtype of its weight
         b, h, w = y.shape[0], y.shape[2], y.shape[3]
         g = self.channels // self.heads
         y = y.reshape(b, 2 * g, self.heads, h, w)
-        # (B, lines, heads, L, .), without moving anything
+        # (B, lines, heads, L, .), a view
         y = y.permute(0, 4, 2, 3, 1) if self.axis == 'height' else y.permute(0, 3, 2, 4, 1)
         q, k, v = y[..., : g // 2], y[..., g // 2 : g], y[..., g:]
         if not torch.jit.is_scripting():
@@ -204,7 +203,7 @@ class AxisAttention(nn.Module):
         return self.finish(values, positions, b, h, w)
 
     def finish(self, values: Tensor, positions: Tensor, b: int, h: int, w: int) -> Tensor:
-        """Lines back to a map, and the sum of the two norms."""
+        """Reshape lines to a map, and add the two normalised parts."""
         if self.axis == 'height':
             values, positions = values.permute(0, 4, 2, 3, 1), positions.permute(0, 4, 2, 3, 1)
         else:
@@ -215,7 +214,7 @@ class AxisAttention(nn.Module):
 
     @torch.jit.unused
     def attend_maps(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The attention with any batch norm over the maps themselves, such as a SyncBatchNorm put in its place."""
+        """The attention with a batch norm over the maps themselves, such as a SyncBatchNorm in its place."""
         if autocast_active(q.device):
             with torch.autocast(q.device.type, enabled=False):
                 return self.attend_maps(q, k, v)
@@ -239,9 +238,9 @@ class AxialSelfAttention(nn.Module):
     Args:
         channels: C, a multiple of 2 x heads.
         heads: number of heads.
-        size: (H, W), or an int for both, that the tables are built for; other maps take their centre or interpolate
+        size: (H, W), or an int for both, that the tables are built for; other maps use their centre or interpolate
             them.
-        stride: 2 takes a 2 x 2 average pool behind the second pass; a last odd row or column is averaged with itself.
+        stride: 2 adds a 2 x 2 average pool after the second pass; a last odd row or column is averaged with itself.
         route: forces one of ``AXIAL_ROUTES``; None lets ``axial_attention`` choose.
         device, dtype: of the parameters.
 
@@ -276,7 +275,7 @@ class AxialSelfAttention(nn.Module):
         self.width = AxisAttention(channels, channels, heads, self.size[1], 'width', route, **args)
 
     def reset_parameters(self) -> None:
-        """Draw the parameters of both passes anew."""
+        """Initialise the parameters of both passes."""
         self.height.reset_parameters()
         self.width.reset_parameters()
 
@@ -286,7 +285,7 @@ class AxialSelfAttention(nn.Module):
         return children_without_decay(self)
 
     def multiply_adds(self, height: int, width: int) -> int:
-        """Of one image at full resolution, both passes."""
+        """Multiply-adds per image at full resolution, both passes."""
         return self.height.multiply_adds(height, width) + self.width.multiply_adds(height, width)
 
     def forward(self, x: Tensor) -> Tensor:

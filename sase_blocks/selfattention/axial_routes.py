@@ -1,18 +1,18 @@
 """Attention of each position to all positions of its row or column, with relative positions on q, k and v.
 
-The formula is that of Axial-DeepLab (Wang et al. 2020), per line and head, with three learned tables over the offsets:
+The formula of Axial-DeepLab (Wang et al. 2020), per line and head, with three learned tables over the offsets:
 
     logits_ij = s_1 (q_i . k_j) + s_2 (q_i . R_q[i - j]) + s_3 (k_j . R_k[j - i]),      A = softmax over j
     values_i = sum_j A_ij v_j,      positions_i = sum_j A_ij R_v[i - j]
 
-There is no 1 / sqrt(d). In the paper a batch norm stands over each of the three parts of the logits. What it adds is
-the same for all j, and the softmax does not see it: the norm is three factors a head, s, and of its parts only the
-variances are needed (``logit_moments``). So nothing of size L x L is normalised, added up or kept, in three copies.
+There is no 1 / sqrt(d). The paper applies a batch norm to each of the three parts of the logits. Its shift is equal for
+all j, so the softmax ignores it: the norm reduces to three factors per head, s, which need only the variances of the
+parts (``logit_moments``). So no three copies of size L x L are normalised, added or kept.
 
 | route | what it does | takes part in |
 |---|---|---|
 | einsum | the formula as products of whole batches; autograd keeps the weights A | everything |
-| recompute | the same in chunks, keeps only q, k, v, and computes the weights again for the backward | eager |
+| recompute | the same in chunks; keeps only q, k, v and recomputes the weights in the backward | eager |
 """
 
 import torch
@@ -27,21 +27,21 @@ AXIAL_ROUTES = ('einsum', 'recompute')
 
 @torch.fx.wrap
 def resize_offsets(table: Tensor, length: int) -> Tensor:
-    """A table over the offsets -(L0 - 1) .. L0 - 1 for an axis of another length, (c, 2 L0 - 1) -> (c, 2 L - 1).
+    """Resize a table over the offsets -(L0 - 1) .. L0 - 1 to another axis length, (c, 2 L0 - 1) -> (c, 2 L - 1).
 
-    A shorter axis takes the columns in the centre as they are, a longer one spreads them evenly and interpolates
-    linearly. One formula for both, without a branch that would pin an exported size.
+    A shorter axis uses the centre columns unchanged; a longer one spreads them evenly and interpolates linearly. One
+    formula covers both, without a branch that would fix an exported size.
     """
     built = (table.shape[1] + 1) // 2
     if built == 1:
         if length > 1:
             raise ValueError(
-                f'a table built for an axis of length 1 knows no other position and cannot be interpolated to '
-                f'{length}; build the layer with the size that it will mostly see'
+                f'a table built for an axis of length 1 has no other position and cannot be interpolated to '
+                f'{length}; build the layer with the size that it will mostly process'
             )
         return table
     offset = torch.arange(1 - length, length, device=table.device)
-    # An axis as long as built or shorter has a step of exactly 1; the last offset of a longer one falls on the end.
+    # The step is exactly 1 for an axis up to the built length; a longer one ends on the last offset.
     last = offset[-1:].clamp(min=built - 1).to(torch.float64 if table.dtype == torch.float64 else torch.float32)
     position = offset * ((built - 1) / last) + (built - 1)
     lower = position.floor().clamp(0, 2 * built - 3)
@@ -64,16 +64,16 @@ def split_tables(relative: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def logit_maps(q: Tensor, k: Tensor, r_q: Tensor, r_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three parts of the logits, each (N, heads, L, L), for q and k of (N, heads, L, c)."""
+    """The three parts of the logits, each (N, heads, L, L), for q and k of shape (N, heads, L, c)."""
     content = torch.einsum('nhic,nhjc->nhij', q, k)
     return content, torch.einsum('nhic,cij->nhij', q, r_q), torch.einsum('nhjc,cji->nhij', k, r_k)
 
 
 def logit_moments(q: Tensor, k: Tensor, r_q: Tensor, r_k: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of the three parts of the logits, a head each: (3, heads), (3, heads).
+    """Mean and biased variance of the three parts of the logits, per head: (3, heads), (3, heads).
 
-    q, k: (N, heads, L, c). Where c <= L no map is made: a sum of squared products is the product of two c x c
-    matrices of second moments. Where the maps are smaller than these, it is the maps.
+    q, k: (N, heads, L, c). For c <= L no map is computed: a sum of squared products is the product of two c x c
+    matrices of second moments. Otherwise the maps are smaller than these matrices and are used.
     """
     n, heads, length, c = q.shape
     if c > length:
@@ -101,7 +101,7 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """values and positions (N, heads, L, g), and the weights (N, heads, L, L), for lines (N, heads, L, .).
 
-    In this orientation the products that share a table entry, one batch for every i, need no copies on a CPU.
+    In this layout the products that share a table entry, one batch for every i, need no copies on a CPU.
     """
     factor = scale.unsqueeze(2).unsqueeze(3)
     logits = torch.einsum('nhic,nhjc->nhij', q * factor[0], k)
@@ -113,14 +113,14 @@ def attend(
 
 
 def einsum(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The route of that name, for arguments in fp32 or fp64. Shapes as in ``axial_attention``."""
+    """The route ``einsum``, for arguments in fp32 or fp64. Shapes as in ``axial_attention``."""
     r_q, r_k, r_v = split_tables(relative, q.shape[3])
     values, positions, _ = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), r_q, r_k, r_v, scale)
     return values.reshape(v.shape), positions.reshape(v.shape)
 
 
 class Recompute(torch.autograd.Function):
-    """``einsum`` that keeps its inputs alone, in their own dtype; a second derivative goes through ``einsum``."""
+    """``einsum`` that keeps only its inputs, in their own dtype; second derivatives go through ``einsum``."""
 
     generate_vmap_rule = True
 
@@ -157,7 +157,7 @@ class Recompute(torch.autograd.Function):
 def gradients(
     q: Tensor, k: Tensor, v: Tensor, relative: Tensor, scale: Tensor, g_values: Tensor, g_positions: Tensor
 ) -> tuple[Tensor, ...]:
-    """Of the five inputs of ``Recompute``, chunk by chunk, from these alone."""
+    """Gradients of the five inputs of ``Recompute``, chunk by chunk, from these inputs only."""
     with torch.enable_grad():
         table = widen(relative).detach().requires_grad_()
         expanded = split_tables(table, q.shape[3])
@@ -175,7 +175,7 @@ def gradients(
         g_weights = torch.einsum('nhic,nhjc->nhij', gv_l, vl)
         g_weights += torch.einsum('nhic,cij->nhij', gp_l, r_v)
         g = torch._softmax_backward_data(g_weights, weights, 3, weights.dtype)
-        from_k = torch.einsum('nhij,nhjc->nhic', g, kl)  # to q, through each of the two parts that q is in
+        from_k = torch.einsum('nhij,nhjc->nhic', g, kl)  # gradient of q through both parts that contain q
         from_q_table = torch.einsum('nhij,cij->nhic', g, r_q)
         from_q = torch.einsum('nhij,nhic->nhjc', g, ql)
         from_k_table = torch.einsum('nhij,cji->nhjc', g, r_k)
@@ -197,10 +197,10 @@ def recomputed(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, scale: Tensor)
 
 
 def long_axis(q: Tensor) -> bool:
-    """Whether the weights A, L / g times as large as v, are large enough to be computed twice.
+    """Whether the weights A, L / g times as large as v, are large enough to recompute.
 
     Measured on a CPU, forward + backward of AxialSelfAttention with 8 heads: at 56 with 64 channels recompute is as
-    fast as einsum and the layer keeps 0.4 of it, at 28 with 128 channels it takes 1.35 times as long and keeps 0.6.
+    fast as einsum and keeps 0.4 of its memory; at 28 with 128 channels it takes 1.35 times as long and keeps 0.6.
     """
     return q.shape[3] >= 4 * q.shape[4]  # L >= 2 g
 
@@ -208,14 +208,14 @@ def long_axis(q: Tensor) -> bool:
 def run_route(
     q: Tensor, k: Tensor, v: Tensor, relative: Tensor, scale: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor]:
-    """``axial_attention`` behind its checks, outside autocast."""
+    """``axial_attention`` after its checks, outside autocast."""
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out what is under such a line alone
         if recompute:
             return recomputed(q, k, v, relative, scale)
     values, positions = einsum(widen(q), widen(k), widen(v), widen(relative), widen(scale))
     values, positions = narrow(values, v), narrow(positions, v)
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out what is under such a line alone
-        if not captured():  # in the order of v in memory, so that a map in channels_last stays that
+        if not captured():  # keep the memory order of v, so a channels_last map stays channels_last
             return torch.empty_like(v).copy_(values), torch.empty_like(v).copy_(positions)
     return values, positions
 
@@ -226,24 +226,24 @@ def axial_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention along lines, with relative positions on q, k and v.
 
-    Products and the softmax are in fp32 for half inputs, under autocast too; the results have the dtype of v.
+    Products and the softmax run in fp32 for half inputs, under autocast too; the results have the dtype of v.
 
     Args:
         q, k: (B, lines, heads, L, g / 2), any strides.
         v: (B, lines, heads, L, g).
         relative: (2 g, 2 L0 - 1): rows for q (g / 2), k (g / 2) and v (g), columns for the offsets, the middle one
-            for offset 0; shared by the heads, resized to L where L0 is another (``resize_offsets``).
+            for offset 0; shared by the heads, resized to L if L0 differs (``resize_offsets``).
         scale: (3, heads): factors of the parts q . k, q . R_q and k . R_k.
-        route: one of ``AXIAL_ROUTES``; None chooses: recompute without gradients and for axes from L = 2 g on, else
-            einsum, and so where a compiler, an exporter or TorchScript looks on. recompute has no forward-mode
+        route: one of ``AXIAL_ROUTES``; None chooses: recompute without gradients and for axes with L >= 2 g, else
+            einsum; always einsum under a compiler, an exporter or TorchScript. recompute has no forward-mode
             derivative.
 
     Returns:
         sum A v and sum A R_v, each (B, lines, heads, L, g).
 
     Raises:
-        ValueError: shapes that do not fit, a map of size 0, a table of length 1 for a longer axis, an unknown route,
-            or ``'recompute'`` where it does not run.
+        ValueError: mismatched shapes, an empty map, a table of length 1 for a longer axis, an unknown route, or
+            ``'recompute'`` where it does not run.
     """
     forced = 'auto' if route is None else route
     if q.dim() != 5 or q.shape != k.shape or v.dim() != 5 or q.shape[:4] != v.shape[:4] or 2 * q.shape[4] != v.shape[4]:
@@ -259,7 +259,9 @@ def axial_attention(
         raise ValueError(f'route must be one of einsum, recompute, got {forced}')
     if torch.jit.is_scripting():
         if forced == 'recompute':
-            raise ValueError("the route 'recompute' is an autograd function, TorchScript has none; use 'einsum'")
+            raise ValueError(
+                "the route 'recompute' is an autograd function, which TorchScript cannot run; use 'einsum'"
+            )
         return run_route(q, k, v, relative, scale, False)
     else:
         graph = captured()

@@ -1,7 +1,7 @@
-"""Local self-attention as a layer: Stand-Alone Self-Attention (Ramachandran et al. 2019), two position codings.
+"""Local self-attention layer: Stand-Alone Self-Attention (Ramachandran et al. 2019), with two position encodings.
 
-The paper gives the formula and the projections; the initialisation and ``'position_sensitive'``, which brings the
-relative terms of Axial-DeepLab (Wang et al. 2020) to a window, are ours.
+The paper gives the formula and the projections. Not in the paper: the initialisation, and ``'position_sensitive'``,
+which applies the relative terms of Axial-DeepLab (Wang et al. 2020) to a window.
 """
 
 import math
@@ -16,7 +16,7 @@ from sase_blocks.ops.primitive import check_channels
 from .local_routes import BORDERS, LOCAL_ROUTES, local_attention
 from .routes import check_choice, check_heads, check_map, check_stride, halve
 
-torch.fx.wrap('check_map')  # wrapping is by the module in which a function is called
+torch.fx.wrap('check_map')  # FX wraps a function in the module that calls it
 torch.fx.wrap('halve')
 torch.fx.wrap('local_attention')
 
@@ -29,19 +29,19 @@ class LocalSelfAttention(nn.Module):
     Shape: (B, C, H, W) -> (B, C, H, W), any H and W from 1 on; with stride 2, (B, C, ceil(H / 2), ceil(W / 2)).
 
     Three full 1 x 1 convolutions give q, k and v. Channel ``c * heads + head`` belongs to that head: the first channels
-    of all of them are the first channels of every head, so that a narrower layer is a prefix. What is computed and
-    kept grows with H x W, never with k * k * C (``local_attention``).
+    are the first of every head, so a narrower layer is a prefix. Memory grows with H x W, never with k * k * C
+    (``local_attention``).
 
     Args:
-        channels: C, a multiple of 2 x heads: each head cuts its channels in halves, for rows and for columns.
+        channels: C, a multiple of 2 x heads: each head uses half of its channels for rows and half for columns.
         heads: number of heads.
         kernel_size: k, odd.
         position: ``'sasa'``: a relative term on the query, as in the paper. ``'position_sensitive'``: terms on query,
-            key and value. The tables, of (C / heads / 2, k) for rows and for columns each, are shared by the heads.
-        border: ``'zero'``: k and v are zero outside the map and take part, as in the paper; ``'mask'``: they do not.
-        stride: 2 takes a 2 x 2 average pool behind the attention at full resolution; a last odd row or column is
+            key and value. The heads share the tables, each (C / heads / 2, k), one for rows and one for columns.
+        border: ``'zero'``: positions outside the map count, with k = v = 0, as in the paper; ``'mask'``: they do not.
+        stride: 2 adds a 2 x 2 average pool after the attention at full resolution; a last odd row or column is
             averaged with itself, as the strided convolutions of a ResNet round up.
-        route: forces one of ``LOCAL_ROUTES``; None lets ``local_attention`` choose, by device among other things.
+        route: forces one of ``LOCAL_ROUTES``; None lets ``local_attention`` choose, by device and other conditions.
         device, dtype: of the parameters.
 
     Raises:
@@ -87,10 +87,10 @@ class LocalSelfAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew: for an input of variance 1, each term of the logits and v have variance 1.
+        """Initialise the parameters: for an input of variance 1, each term of the logits and v have variance 1.
 
         The paper gives no initialisation. Without 1 / sqrt(d), equal variances for q and k would saturate the softmax
-        from the start; the factor is in the query's weights instead.
+        from the start, so the query's weights include that factor.
         """
         d = self.channels // self.heads
         nn.init.normal_(self.query.weight, 0.0, 1 / math.sqrt(self.channels * d))
@@ -101,22 +101,22 @@ class LocalSelfAttention(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The table of relative positions takes no weight decay, as timm's Swin keeps it."""
+        """No weight decay for the table of relative positions, as in timm's Swin."""
         return {'relative'}
 
     def zero_init_last(self) -> None:
-        """Called by timm's ResNets in their ``init_weights``: this layer is drawn anew with the network."""
+        """Reset this layer; timm's ResNets call this in their ``init_weights``."""
         self.reset_parameters()
 
     def multiply_adds(self, height: int, width: int) -> int:
-        """Of one image at full resolution: projections, attention products and relative terms."""
+        """Multiply-adds per image at full resolution: projections, attention products and relative terms."""
         positions, k = height * width, self.kernel_size
         products = 3 * self.channels + 2 * k * k + self.relative.shape[0] * k
         return positions * self.channels * products
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.channels)
-        # (B, C, H, W) as (B, heads, d, H, W), without moving anything
+        # (B, C, H, W) as (B, heads, d, H, W), a view
         shape = (x.shape[0], self.channels // self.heads, self.heads, x.shape[2], x.shape[3])
         q = self.query(x).reshape(shape).transpose(1, 2)
         k = self.key(x).reshape(shape).transpose(1, 2)

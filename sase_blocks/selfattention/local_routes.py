@@ -1,25 +1,24 @@
 """Attention of each position to the k x k positions around it: one formula, four ways to compute it.
 
-The formula is that of Stand-Alone Self-Attention (Ramachandran et al. 2019), per head, for the query at (i, j) and the
-keys at (a, b) of its window, with r the concatenation of a row and a column table:
+The formula of Stand-Alone Self-Attention (Ramachandran et al. 2019), per head, for the query at (i, j) and the keys at
+(a, b) of its window, with r the concatenation of a row and a column table:
 
     logit = q_ij . (k_ab + r_q(a - i, b - j)) [+ k_ab . r_k(a - i, b - j)]
     y_ij = sum_ab softmax(logit) (v_ab [+ r_v(a - i, b - j)])
 
 The terms in brackets make it position-sensitive, as in Axial-DeepLab (Wang et al. 2020). There is no 1 / sqrt(d).
-No route makes k * k copies of k and v, and the two tables are never added up into k x k vectors.
+No route makes k * k copies of k and v, or sums the two tables into k x k vectors.
 
 | route | what it does | takes part in |
 |---|---|---|
 | shifts | one shifted copy of the map after another; few products, many passes | everything |
 | blocks | blocks of queries with a halo of keys: product, softmax, product | everything |
-| recompute | the same in chunks, keeps only q, k, v, and computes the weights again for the backward | eager |
+| recompute | the same in chunks; keeps only q, k, v and recomputes the weights in the backward | eager |
 | triton | one fused pass over the maps, two backward; see ``local_triton`` (not run on a GPU yet) | eager, on CUDA |
 
-In blocks, the terms of the tables are products, too: the dot products of a query with the row table and with the column
-table, times ones where a key has its row and its column. What is outside the window, or outside the map, is pushed
-down by the same products. Orientations are those that a CPU's batched products are fast in: queries (N, Q, d), keys
-(N, d, K).
+In blocks, the table terms are products, too: the dot products of a query with the row and the column table, times ones
+at each key's row and column. The same products mask keys outside the window or the map. Layouts are the fast ones for
+batched products on a CPU: queries (N, Q, d), keys (N, d, K).
 """
 
 import contextlib
@@ -48,7 +47,7 @@ LOCAL_ROUTES = ('shifts', 'blocks', 'recompute', 'triton')
 
 
 def spread_tables(relative: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Each table entry at every (query row, key row) of a block that it stands for, and what pushes the others down.
+    """Each table entry at every (query row, key row) of a block that it applies to, and the mask for the others.
 
     relative: (terms, 2, d / 2, k) -> (terms, 2, d / 2, side, reach), and (side, reach) of 0 and -1e30.
     """
@@ -58,7 +57,7 @@ def spread_tables(relative: Tensor, side: int) -> tuple[Tensor, Tensor]:
 
 
 def one_hot_rows(side: int, like: Tensor) -> Tensor:
-    """(2 * side, side * side): for every position of a square, a one at its row, and a one at its column."""
+    """(2 * side, side * side): for every position of a square, a one at its row and a one at its column."""
     eye = torch.eye(side, dtype=like.dtype, device=like.device)
     rows = eye.unsqueeze(2).expand(side, side, side)
     columns = eye.unsqueeze(1).expand(side, side, side)
@@ -66,7 +65,7 @@ def one_hot_rows(side: int, like: Tensor) -> Tensor:
 
 
 def with_tables(x: Tensor, tables: Tensor) -> Tensor:
-    """(N, Q, d) -> (N, side, side, 2 * reach): halves of d with the entries for every row, and for every column.
+    """(N, Q, d) -> (N, side, side, 2 * reach): products of the halves of d with every row's and column's entries.
 
     tables: (2, d / 2, side, reach).
     """
@@ -87,7 +86,7 @@ def from_tables(ends: Tensor, tables: Tensor) -> Tensor:
 
 
 def add_tables_(total: Tensor, ends: Tensor, x: Tensor) -> None:
-    """Add the gradient of the tables in ``with_tables(x, tables)`` to ``total``; ends: that of its result."""
+    """Add the gradient of the tables in ``with_tables(x, tables)`` to ``total``; ends: gradient of the result."""
     half, side, reach = total.shape[1], total.shape[2], total.shape[3]
     square = ends.reshape(ends.shape[0], side, side, 2 * reach)
     x = x.reshape(x.shape[0], side, side, 2 * half)
@@ -96,7 +95,7 @@ def add_tables_(total: Tensor, ends: Tensor, x: Tensor) -> None:
 
 
 def keys_with_tables(k: Tensor, tables: Tensor) -> Tensor:
-    """(N, d, K) -> (N, 2 * side, K): every key with the entry for each row of queries, and for each column."""
+    """(N, d, K) -> (N, 2 * side, K): products of every key with the entries for each row and column of queries."""
     half, side, reach = tables.shape[1], tables.shape[2], tables.shape[3]
     window = k.reshape(k.shape[0], 2 * half, reach, reach)
     row = torch.einsum('ncuv,cyu->nyuv', window[:, :half], tables[0])
@@ -129,7 +128,7 @@ def attention_weights(
 
 
 def excluded(height: int, width: int, side: int, relative: Tensor, mask: bool) -> tuple[Tensor, Tensor]:
-    """What is added for rows and columns of keys outside the map: nothing, or -1e30."""
+    """The terms to add for rows and columns of keys outside the map: 0 or -1e30."""
     factor = -1e30 if mask else 0.0
     rows = outside(height, side, relative.shape[3], relative.device).to(relative.dtype) * factor
     columns = outside(width, side, relative.shape[3], relative.device).to(relative.dtype) * factor
@@ -145,7 +144,7 @@ def blocks(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool, side: 
     values = key_windows(v, side, size)
     weights = attention_weights(query_blocks(q, side), key_windows(k, side, size), tables, far, out_rows, out_columns)
     y = torch.bmm(weights, values.transpose(1, 2))
-    if tables.shape[0] == 3:  # the weights of each row and of each column of the window, with the tables
+    if tables.shape[0] == 3:  # add the table terms of the values, by rows and by columns
         sums = torch.matmul(weights, one_hot_rows(far.shape[1], v).transpose(0, 1))
         y = y + from_tables(sums, tables[2])
     return join_blocks(y, b, h, height, width, side)
@@ -166,7 +165,7 @@ def shifts(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool) -> Ten
         q_row = q_row + ((row < 0) | (row >= height)).to(q.dtype).reshape(size, 1, 1, height, 1) * -1e30
         q_column = q_column + ((column < 0) | (column >= width)).to(q.dtype).reshape(size, 1, 1, 1, width) * -1e30
     sensitive = relative.shape[0] == 3
-    k_row, k_column = q_row, q_column  # for TorchScript, which wants them defined
+    k_row, k_column = q_row, q_column  # TorchScript needs them defined
     if sensitive:
         k_row = torch.einsum('bhcyx,ck->kbhyx', k[:, :, :half], relative[1, 0])
         k_column = torch.einsum('bhcyx,ck->kbhyx', k[:, :, half:], relative[1, 1])
@@ -192,7 +191,7 @@ def shifts(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool) -> Ten
 
 
 class Recompute(torch.autograd.Function):
-    """``blocks`` that keeps its inputs alone, in their own dtype; a second derivative goes through ``blocks``."""
+    """``blocks`` that keeps only its inputs, in their own dtype; second derivatives go through ``blocks``."""
 
     generate_vmap_rule = True
 
@@ -224,7 +223,7 @@ class Recompute(torch.autograd.Function):
 def gradients_of_blocks(
     inputs: Sequence[Tensor], grad: Tensor, needed: Sequence[bool], mask: bool
 ) -> list[Tensor | None]:
-    """Those of q, k, v and the tables that are needed, with a graph of their own for a second derivative."""
+    """The needed gradients of q, k, v and the tables, with a graph for second derivatives."""
     q, k, v, relative = (widen(x) for x in inputs)
     with torch.autocast(grad.device.type, enabled=False) if autocast_active(grad.device) else contextlib.nullcontext():
         y = narrow(blocks(q, k, v, relative, mask, block_side(q.shape[3], q.shape[4])), inputs[0])
@@ -234,7 +233,7 @@ def gradients_of_blocks(
 
 
 def numbers_per_head(q: Tensor, relative: Tensor, side: int) -> int:
-    """How many weights ``blocks`` makes for one head of one image."""
+    """Number of weights that ``blocks`` computes for one head of one image."""
     height, width = q.shape[3], q.shape[4]
     count = ((height + side - 1) // side) * ((width + side - 1) // side)
     return count * side**2 * (side + relative.shape[3] - 1) ** 2
@@ -243,7 +242,7 @@ def numbers_per_head(q: Tensor, relative: Tensor, side: int) -> int:
 def gradients(
     q: Tensor, k: Tensor, v: Tensor, relative: Tensor, grad: Tensor, mask: bool, side: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of q, k, v and the tables, chunk by chunk, from the inputs alone."""
+    """Gradients of q, k, v and the tables, chunk by chunk, from the inputs only."""
     height, width, kernel_size = q.shape[3], q.shape[4], relative.shape[3]
     table = widen(relative)
     tables, far = spread_tables(table, side)
@@ -294,14 +293,14 @@ def recomputed(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool, si
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool) -> Tensor:
-    """The route ``triton``, or a ValueError that says why not."""
+    """The route ``triton``, or a ValueError with the reason."""
     from .local_triton import fused_attention
 
     return fused_attention(q, k, v, relative, mask)
 
 
 def run_route(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool, route: str, side: int) -> Tensor:
-    """``local_attention`` behind its checks, outside autocast."""
+    """``local_attention`` after its checks, outside autocast."""
     if route == 'auto' and relative.shape[3] <= 3:
         route = 'shifts'
     if not torch.jit.is_scripting():  # TorchScript leaves out what is under such a line alone
@@ -316,11 +315,11 @@ def run_route(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool, rou
 
 
 def eager_route(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool) -> str:
-    """On CUDA triton, where its kernels run and have passed their check. Else what was fastest on a CPU.
+    """On CUDA triton, if its kernels run and have passed their check. Else the fastest route on a CPU.
 
-    Measured at 14, 28 and 56 with 8, 16 and 32 channels a head and k = 3, 5 and 7: for small windows forward, shifts;
-    with the backward, from 16 channels a head on, recompute is as fast and keeps less; below, the windows of keys are
-    mostly copying. Nothing was measured on a GPU.
+    Measured at 14, 28 and 56 with 8, 16 and 32 channels per head and k = 3, 5 and 7: shifts is fastest for small
+    windows in the forward; with the backward, from 16 channels per head on, recompute is as fast and keeps less; below
+    that, copying dominates the windows of keys. Nothing was measured on a GPU.
     """
     if q.device.type == 'cuda':
         from .local_triton import trusted
@@ -333,7 +332,7 @@ def eager_route(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool) -
 
 
 def check_local(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, border: str, route: str) -> None:
-    """Raise for what ``local_attention`` does not take."""
+    """Validate the arguments of ``local_attention``."""
     if q.dim() != 5 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(f'q, k and v must have one shape (B, heads, d, H, W), got {q.shape}, {k.shape}, {v.shape}')
     if q.shape[3] < 1 or q.shape[4] < 1:
@@ -354,40 +353,42 @@ def local_attention(
 ) -> Tensor:
     """Attention of every position to the k x k positions around it, with relative positions.
 
-    Products and the softmax are in fp32 for half inputs, under autocast too (triton multiplies half inputs as they are,
-    and sums in fp32); the result has the dtype of q.
+    Products and the softmax run in fp32 for half inputs, under autocast too (triton multiplies half inputs directly and
+    accumulates in fp32); the result has the dtype of q.
 
     Args:
         q, k, v: (B, heads, d, H, W), d even, any strides.
-        relative: the tables (terms, 2, d / 2, k), shared by the heads: the terms are the query's alone, or the
-            query's, the key's and the value's; of each, [0] is for rows and the first half of d, [1] for columns and
-            the second half. Entry k // 2 is offset 0, a larger one is further down or right.
-        border: ``'zero'``: outside the map k and v are 0, and these positions take part with what the relative terms
-            give them, as with the zero padding of the paper. ``'mask'``: they take no part.
-        route: one of ``LOCAL_ROUTES``; None chooses: on CUDA triton, where its kernels run and agree with blocks in
-            a check at the first use (``local_triton``); else recompute, or shifts for k up to 3 where these are faster
-            (``eager_route``); where a compiler or TorchScript looks on, blocks, and shifts for k up to 3; for an
-            export shifts, since the number of blocks, which may be 1, would pin its sizes. recompute and triton have
-            no forward-mode derivative.
+        relative: the tables (terms, 2, d / 2, k), shared by the heads. The terms are only the query's, or the query's,
+            the key's and the value's. In each, [0] is for rows and the first half of d, [1] for columns and the second
+            half. Entry k // 2 is offset 0; larger indices are further down or right.
+        border: ``'zero'``: positions outside the map count, with k = v = 0 plus their relative terms, as with the
+            paper's zero padding. ``'mask'``: they do not count.
+        route: one of ``LOCAL_ROUTES``; None chooses: on CUDA triton, if its kernels run and agree with blocks in a
+            check at the first use (``local_triton``); else recompute, or shifts for k up to 3 where it is faster
+            (``eager_route``); under a compiler or TorchScript, blocks, and shifts for k up to 3; for an export shifts,
+            since the number of blocks, which may be 1, would fix its sizes. recompute and triton have no forward-mode
+            derivative.
 
     Returns:
         (B, heads, d, H, W).
 
     Raises:
-        ValueError: shapes that do not fit, a map of size 0, an unknown border or route, or ``'recompute'`` or
-            ``'triton'`` where it does not run.
+        ValueError: mismatched shapes, an empty map, an unknown border or route, or ``'recompute'`` or ``'triton'``
+            where it does not run.
     """
     forced = 'auto' if route is None else route
     check_local(q, k, v, relative, border, forced)
     if torch.jit.is_scripting():
         if forced == 'recompute' or forced == 'triton':
-            raise ValueError(f"the route '{forced}' is an autograd function, TorchScript has none; use 'blocks'")
+            raise ValueError(
+                f"the route '{forced}' is an autograd function, which TorchScript cannot run; use 'blocks'"
+            )
         side = block_side(q.shape[3], q.shape[4])
         return run_route(q, k, v, relative, border == 'mask', forced, side)
     else:
         graph = captured()
         if forced == 'auto' and graph and exported():
-            forced = 'shifts'  # the numbers of blocks, which may be 1, would pin the exported sizes
+            forced = 'shifts'  # the numbers of blocks, which may be 1, would fix the exported sizes
         if (forced == 'recompute' or forced == 'triton') and graph:
             raise ValueError(f"the route '{forced}' is an autograd function and cannot be captured; use 'blocks'")
         if forced == 'auto' and not graph:

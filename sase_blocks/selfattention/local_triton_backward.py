@@ -1,10 +1,10 @@
-"""The backward of local self-attention in Triton, from q, k, v, y and one number a query, as in FlashAttention.
+"""The backward of local self-attention in Triton, from q, k, v, y and one number per query, as in FlashAttention.
 
-Two kernels, which compute the weights again: one by tiles of queries gives the gradient of q and those of the tables on
-q and on v, one by tiles of keys those of k, of v and of the table on k. So every number is written by one program, and
-the result is the same in every run; the gradients of the tables are one part for each program, which torch adds up.
+Two kernels recompute the weights. One, by tiles of queries, gives the gradients of q and of the tables on q and v; the
+other, by tiles of keys, those of k, v and the table on k. Each value is written by exactly one program, so the result
+is deterministic; each program writes its part of the tables' gradients, and torch sums the parts.
 
-``local_triton_forward`` says what own, others and offsets are; it needs Triton, as does this file.
+``local_triton_forward`` defines own, others and offsets; it needs Triton, as does this file.
 """
 
 import torch
@@ -33,7 +33,7 @@ from .local_triton_forward import (
 
 @triton.jit
 def through_softmax(weights, gradient, sums, K: tl.constexpr):
-    """The gradient of the logits. That of a single key is 0, and the difference would be rounding errors."""
+    """The gradient of the logits. For a single key it is 0; the difference would be rounding error."""
     if K == 1:
         result = weights * 0.0
     else:
@@ -63,7 +63,7 @@ def query_kernel(
     TERMS: tl.constexpr, MASK: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
     WIDE: tl.constexpr, HALF: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    """For one tile of queries: the gradient of q, parts of those of the tables on q and v, and dy . y."""
+    """For one tile of queries: the gradient of q, its part of the gradients of the tables on q and v, and dy . y."""
     dtype: tl.constexpr = dq.dtype.element_ty
     halo: tl.constexpr = K // 2
     image, head, top, left = place(heads, height, width, SIDE)
@@ -84,7 +84,7 @@ def query_kernel(
     results = tl.load(y + offset, mask=exists, other=0.0).to(tl.float32)
     offset, exists = tile_offsets(top, left, height, width, dy_c, dy_y, dy_x, DIM, D, SIDE)
     upstream = tl.load(dy + offset, mask=exists, other=0.0)
-    # The gradient of the softmax needs the sum of weight * its gradient over the keys: that is dy . y.
+    # The softmax gradient needs the sum over the keys of weight * its gradient, which is dy . y.
     sums = tl.sum(results * upstream.to(tl.float32), 1)
     flat = tl.arange(0, SIDE * SIDE)
     row, column = top + flat // SIDE, left + flat % SIDE
@@ -146,10 +146,10 @@ def key_kernel(
     TERMS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
     WIDE: tl.constexpr, HALF: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    """For one tile of keys: the gradients of k and v, and a part of that of the table on k.
+    """For one tile of keys: the gradients of k and v, and its part of the gradient of the table on k.
 
-    The others are queries, so offsets run the other way, and every matrix is the transpose of the one in
-    ``query_kernel``. The border does not matter: what lies outside the map, keys or queries, gets no weight here.
+    The others are queries, so offsets are reversed and every matrix is the transpose of the one in ``query_kernel``.
+    The border does not matter: keys and queries outside the map get no weight here.
     """
     dtype: tl.constexpr = dk.dtype.element_ty
     halo: tl.constexpr = K // 2
@@ -187,7 +187,7 @@ def key_kernel(
         upstream = load_row(dy, query_row, left - halo, height, width, dy_c, dy_y, dy_x, DIM, D, WIDE)
         inside = (query_column >= 0) & (query_column < width)
         flat = plane + query_row * width + query_column
-        # Outside the map inf, which makes the weights 0. (By a where: Triton 3.2 cannot load ahead others than 0.)
+        # Outside the map inf, which makes the weights 0. (Uses where: Triton 3.2 can prefetch only with other=0.)
         total = tl.where(inside, tl.load(lse + flat, mask=inside, other=0.0), float('inf'))[None, :]
         sums = tl.load(delta + flat, mask=inside, other=0.0)[None, :]
         row, column = side - u + K - 1, side - other + K - 1

@@ -1,21 +1,21 @@
-"""The forward kernel of local self-attention in Triton, and the parts that the backward kernels share.
+"""The forward kernel of local self-attention in Triton, and the functions that it shares with the backward kernels.
 
-The formula is that of ``local_routes`` (Ramachandran et al. 2019, with the terms of Wang et al. 2020 where there are
-three tables). The way of computing it is that of FlashAttention (Dao et al. 2022): the softmax runs over the keys as
-they come, and one number a query, the logarithm of its sum, is kept for the backward. What differs is the neighbourhood
-and the tables, and that no copy of q, k or v is made: the kernels take any strides.
+It computes the formula of ``local_routes`` (Ramachandran et al. 2019, with the terms of Wang et al. 2020 if there are
+three tables) as FlashAttention does (Dao et al. 2022): an online softmax over the keys, keeping one number per query,
+the log of its sum, for the backward. It differs in the neighbourhood and the tables, and makes no copy of q, k or v:
+the kernels take any strides.
 
-A program computes one head of one image for a square tile of queries. It takes the key rows of their window one by one,
-and of each the columns that the tile sees:
+A program computes one head of one image for a square tile of queries. It loops over the key rows of their window, and
+reads from each the columns that the tile sees:
 
     own      SIDE * SIDE positions, the queries of the tile (in the backward of k and v: its keys)
-    others   WIDE positions, those columns of one row on the other side, filled up to a power of two
-    offset   the entry of the window, 0 to K - 1, that the row or column of a pair belongs to; other numbers are outside
+    others   WIDE positions, those columns of one row on the other side, padded to a power of two
+    offset   index into the window, 0 to K - 1, for the row or column of a pair; other numbers are outside
 
-Terms of the tables that belong to the own side are numbers per (own, row of others) and (own, column of others), made
-once for the tile. Those of the other side are made for each row of others.
+Table terms of the own side are numbers per (own, row of others) and (own, column of others), computed once per tile.
+Those of the other side are computed for each row of others.
 
-This file needs Triton, whose decorator takes functions of a module: it is imported where a kernel is to be run alone.
+This file needs Triton, whose decorator takes module-level functions, so it is imported only to run a kernel.
 """
 
 import contextlib
@@ -27,17 +27,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 8 x 8 own positions: 64 rows for the tensor cores, 16 a warp; with k = 7 a tile reads 3.1 keys for each query.
+# 8 x 8 own positions: 64 rows for the tensor cores, 16 per warp; with k = 7 a tile reads 3.1 keys per query.
 SIDE = 8
-# A product in Triton is at least 16 wide on each side, others and channels are filled up to it.
+# A product in Triton is at least 16 wide on each side, so others and channels are padded.
 LEAST = 16
-# Four warps are the fewest that a tile of 64 rows occupies. Eight where the matrices of four would not fit into the 255
-# registers that a thread may have: up to so many channels times terms, forward and backward, four do.
+# A tile of 64 rows occupies at least four warps. Eight if the matrices of four would not fit into a thread's 255
+# registers; four suffice up to this many channels times terms, forward and backward.
 CHANNELS_FORWARD, CHANNELS_BACKWARD = 64, 32
 
 
 def constants(d: int, size: int, terms: int, mask: bool, channels_of_four: int) -> dict[str, Any]:
-    """What the kernels are compiled for."""
+    """The compile-time constants of the kernels."""
     channels = max(LEAST, triton.next_power_of_2(d))
     wide = max(LEAST, triton.next_power_of_2(SIDE + size - 1))
     return {
@@ -49,13 +49,13 @@ def constants(d: int, size: int, terms: int, mask: bool, channels_of_four: int) 
         'WIDE': wide,
         'HALF': max(LEAST // 2, triton.next_power_of_2(size)),
         'SIDE': SIDE,
-        'enable_fp_fusion': True,  # the default so far, and Triton 3.9 warns where it is left out
+        'enable_fp_fusion': True,  # the default so far; Triton 3.9 warns if it is missing
         'num_warps': 4 if wide == LEAST and channels * terms <= channels_of_four else 8,
     }
 
 
 def programs(q: Tensor) -> int:
-    """One for each tile of each head of each image."""
+    """One program per tile, head and image."""
     return q.shape[0] * q.shape[1] * triton.cdiv(q.shape[3], SIDE) * triton.cdiv(q.shape[4], SIDE)
 
 
@@ -82,15 +82,15 @@ INTERPRETED = tl.constexpr(not isinstance(window, triton.JITFunction))
 @triton.jit
 def product(a, b):
     """In fp32: half matrices on the tensor cores, fp32 ones without tf32."""
-    if INTERPRETED:  # which multiplies the bits of bf16 as integers
+    if INTERPRETED:  # the interpreter multiplies the bits of bf16 as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision='ieee')
 
 
 @triton.jit
 def place(heads, height, width, SIDE: tl.constexpr):
-    """Image, head, first row and first column of this program's tile. Heads are next to each other: in channels_last
-    they share what is read from memory."""
+    """Image, head, first row and first column of this program's tile. Heads are adjacent: in channels_last they share
+    memory reads."""
     program = tl.program_id(0)
     columns = tl.cdiv(width, SIDE)
     tiles = tl.cdiv(height, SIDE) * columns
@@ -103,7 +103,7 @@ def place(heads, height, width, SIDE: tl.constexpr):
 def tile_offsets(
     top, left, height, width, c_step, y_step, x_step, DIM: tl.constexpr, D: tl.constexpr, SIDE: tl.constexpr
 ):
-    """Where the numbers of a tile lie, (SIDE * SIDE, D), and which of them exist."""
+    """Addresses of a tile's elements, (SIDE * SIDE, D), and the mask of those that exist."""
     own = tl.arange(0, SIDE * SIDE)
     channel = tl.arange(0, D)
     y, x = top + own // SIDE, left + own % SIDE
@@ -119,7 +119,7 @@ def load_row(
     """(WIDE, D) of one row of others; zeros outside the map."""
     channel = tl.arange(0, D)
     column = left + tl.arange(0, WIDE)
-    row += tl.zeros((WIDE,), tl.int32)  # the interpreter of Triton wants masks of vectors alone
+    row += tl.zeros((WIDE,), tl.int32)  # Triton's interpreter needs masks of vectors only
     exists = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     offset = (row * y_step + column * x_step)[:, None] + (channel * c_step)[None, :]
     return tl.load(x + offset, mask=exists[:, None] & (channel < DIM)[None, :], other=0.0)
@@ -127,7 +127,7 @@ def load_row(
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """In the dtype of the maps; what exceeds fp16 saturates, NaN stays."""
+    """Cast to the dtype of the maps; values beyond fp16 saturate, NaN stays."""
     if dtype == tl.float16:
         x = tl.where(x > 65504.0, 65504.0, tl.where(x < -65504.0, -65504.0, x))
     return x.to(dtype)
@@ -142,7 +142,7 @@ def entry(table, o, DIM: tl.constexpr, D: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def own_terms(x, table, row_offset, column_offset, DIM: tl.constexpr, D: tl.constexpr, K: tl.constexpr):
-    """Dot products of the own side (own, D) with the row and the column table, at each (own, WIDE) they stand for."""
+    """Dot products of the own side (own, D) with the row and the column table, at each (own, WIDE) they apply to."""
     first = (tl.arange(0, D) < DIM // 2)[None, :]
     rows = tl.zeros(row_offset.shape, tl.float32)
     columns = tl.zeros(column_offset.shape, tl.float32)
@@ -162,9 +162,9 @@ def other_terms(
 ):  # fmt: skip
     """(own, WIDE): dot products of one row of others (WIDE, D) with the tables; any finite number outside the window.
 
-    row_offset: (SIDE, 1), of the own rows and this row; column_offset: (SIDE, WIDE). All offsets come from one product,
-    the row table's in the first half of its result. Rows and columns of the tile are few, so the entry that counts is
-    picked for them alone, and only the sum is spread over the tile.
+    row_offset: (SIDE, 1), of the own rows and this row; column_offset: (SIDE, WIDE). One product gives all offsets,
+    the row table's in the first half. The tile has few rows and columns, so entries are selected per row and column,
+    and only the sum is broadcast over the tile.
     """
     channel, entries = tl.arange(0, D)[None, :], tl.arange(0, 2 * HALF)[:, None]
     exists = (channel < DIM) & (entries % HALF < K) & ((channel < DIM // 2) == (entries < HALF))
@@ -185,7 +185,7 @@ def pick(x, column):
 
 @triton.jit
 def put(x, column):
-    """The sums of the rows of ``x`` in column ``column`` of a matrix of zeros."""
+    """A matrix of zeros with the row sums of ``x`` in column ``column``."""
     here = tl.arange(0, x.shape[1])[None, :] == column
     return tl.where(here, tl.sum(x, 1)[:, None], 0.0)
 
@@ -212,7 +212,7 @@ def forward_kernel(
     TERMS: tl.constexpr, MASK: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
     WIDE: tl.constexpr, HALF: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    """y, and the logarithm of the sum of exponentials, for one tile of queries."""
+    """y and the log of the sum of exponentials, for one tile of queries."""
     dtype: tl.constexpr = y.dtype.element_ty
     halo: tl.constexpr = K // 2
     image, head, top, left = place(heads, height, width, SIDE)
@@ -229,7 +229,7 @@ def forward_kernel(
     rows, columns = own_terms(queries.to(tl.float32), relative, row_offset, column_offset, DIM, D, K)
     rows += window(row_offset, K)
     columns += window(column_offset, K)
-    # Of the key rows, those that a query in the map sees.
+    # The key rows that a query in the map sees.
     first, last = 0, tl.minimum(SIDE, height - top) + K - 1
     if MASK:
         key_column = left - halo + other
@@ -240,7 +240,7 @@ def forward_kernel(
         row_weights = tl.zeros((SIDE * SIDE, WIDE), tl.float32)
         column_weights = tl.zeros((SIDE * SIDE, WIDE), tl.float32)
 
-    # Finite, so that what is excluded, at -inf, has the weight 0 from the start.
+    # Finite, so that excluded keys, at -inf, have weight 0 from the start.
     largest = tl.full((SIDE * SIDE,), -1e30, tl.float32)
     total = tl.zeros((SIDE * SIDE,), tl.float32)
     result = tl.zeros((SIDE * SIDE, D), tl.float32)
@@ -262,7 +262,7 @@ def forward_kernel(
     if TERMS == 3:
         table = relative + 2 * DIM * K
         result += from_tables(row_weights, column_weights, table, row_offset, column_offset, DIM, D, K)
-    total = tl.maximum(total, 1.0)  # it is at least that, but for queries outside the map
+    total = tl.maximum(total, 1.0)  # it is at least 1, except for queries outside the map
     offset, exists = tile_offsets(top, left, height, width, y_c, y_y, y_x, DIM, D, SIDE)
     tl.store(y + offset, narrow(result / total[:, None], dtype), mask=exists)
     own = tl.arange(0, SIDE * SIDE)
@@ -271,7 +271,7 @@ def forward_kernel(
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool) -> tuple[Tensor, Tensor]:
-    """y, and the logarithm of the sum of exponentials, (B, heads, H, W) of fp32."""
+    """y and the log of the sum of exponentials, (B, heads, H, W) in fp32."""
     y = torch.empty_like(q)
     lse = torch.empty(q.shape[0], q.shape[1], q.shape[3], q.shape[4], dtype=torch.float32, device=q.device)
     if q.numel() == 0:

@@ -1,6 +1,6 @@
-"""What the functions with several routes share: the check of a name, and when autograd or autocast must be minded.
+"""Shared by functions with several routes: argument checks, and tests for capture and autocast.
 
-A route is one way to compute one formula. None lets the function choose; a name forces a route, for tests and
+A route is one way to compute a formula. None lets the function choose; a name forces a route, for tests and
 measurements.
 """
 
@@ -23,7 +23,7 @@ def check_choice(what: str, value: Any, known: Sequence[str]) -> None:
 def check_heads(channels: int, heads: Any, parts: int, why: str, owner: str) -> int:
     """The number of heads as an int, or a ValueError that names ``owner``.
 
-    ``parts``: into how many equal parts the channels of one head are cut, because of ``why``.
+    ``parts``: number of equal parts that the channels of one head are split into, with the reason ``why``.
     """
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
         raise ValueError(f'{owner} needs heads to be an int of at least 1, got {heads!r}')
@@ -44,19 +44,19 @@ def check_stride(stride: Any, owner: str) -> int:
 
 @torch.fx.wrap
 def check_map(x: Tensor, channels: int) -> None:
-    """``check_features``, and a map of at least one position."""
+    """``check_features``, and check that the map has at least one position."""
     check_features(x, channels)
     if x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f'attention over an empty map: H and W must be at least 1, got {x.shape[2]} x {x.shape[3]}')
 
 
 def captured() -> bool:
-    """Whether a compiler, an exporter or a tracer is looking: no autograd function of our own then."""
+    """Whether a compiler, an exporter or a tracer is active; custom autograd functions are then not allowed."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def exported() -> bool:
-    """Whether the graph being captured is to serve maps of other sizes, too."""
+    """Whether the captured graph must also work for other map sizes."""
     return bool(torch.compiler.is_exporting()) or torch.jit.is_tracing()
 
 
@@ -66,10 +66,10 @@ def autocast_active(device: torch.device) -> bool:
 
 
 def chunks(first: int, second: int, numbers: int, x: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Pairs of slices of two leading axes, so that what is computed for one pair at a time stays small.
+    """Pairs of slices of two leading axes, so that the work for one pair stays small.
 
     ``numbers``: how many numbers one element of the two axes needs. On a CPU a chunk fits into the cache; on a GPU it
-    is large enough that launches do not count.
+    is large enough to make launch overhead negligible.
     """
     limit = max(1, (2**21 if x.device.type == 'cpu' else 2**26) // max(1, numbers))
     inner = min(second, limit)
@@ -83,10 +83,10 @@ def chunks(first: int, second: int, numbers: int, x: Tensor) -> Iterator[tuple[s
 def halve(x: Tensor) -> Tensor:
     """2 x 2 average pool, (B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)): a last odd row or column counts twice.
 
-    Equal to a pool that leaves out what lies outside; the strided convolutions of a ResNet round up in the same way.
+    Equal to a pool that ignores positions outside; the strided convolutions of a ResNet round up in the same way.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out what is under such a line alone
-        if captured():  # a pool that rounds up, and in torch 2.8 any pool, would pin the exported sizes to odd or even
+        if captured():  # a pool that rounds up, and in torch 2.8 any pool, would fix the exported sizes to odd or even
             wide = widen(x)
             wide = wide[:, :, ::2] + torch.cat([wide[:, :, 1:], wide[:, :, -1:]], 2)[:, :, ::2]
             wide = wide[:, :, :, ::2] + torch.cat([wide[:, :, :, 1:], wide[:, :, :, -1:]], 3)[:, :, :, ::2]

@@ -1,9 +1,9 @@
 """TrioNet's block (arXiv 2111.07547): two 1x1 convolutions and, between them, one of three operators.
 
-After the paper's abstract and figure, which is all that is public of it: the 1x1 convolutions are the same whichever
-operator stands in the middle. What is ours: each operator ends in a batch norm, so that all three hand the second 1x1
-convolution the same kind of signal (axial attention has its own, inside); strides as in the operators' papers, a
-strided convolution, but attention at full resolution and then a 2 x 2 average pool.
+From the paper's abstract and figure, its only public parts: the 1x1 convolutions are the same for every operator
+between them. Not in the paper: each operator ends in a batch norm, so that all three give the second 1x1 convolution
+the same kind of signal (axial attention has its own inside); strides follow the operators' papers: a strided
+convolution, but attention at full resolution followed by a 2 x 2 average pool.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from .routes import check_choice
 
 __all__ = ['OPERATORS', 'TrioBlock', 'build_operator']
 
-torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
+torch.fx.wrap('check_features')  # FX wraps a function in the module that calls it
 
 
 def _conv(channels: int, stride: int, kernel_size: int | None, heads: int, size: Any, **kwargs: Any) -> nn.Module:
@@ -37,11 +37,11 @@ def _local(channels: int, stride: int, kernel_size: int | None, heads: int, size
 
 def _axial(channels: int, stride: int, kernel_size: int | None, heads: int, size: Any, **kwargs: Any) -> nn.Module:
     if kernel_size is not None:
-        raise ValueError(f'axial attention has no window, got kernel_size={kernel_size}')
+        raise ValueError(f'axial attention takes no window, got kernel_size={kernel_size}')
     return AxialSelfAttention(channels, heads, size, stride, **kwargs)
 
 
-# What builds each operator: (channels, stride, kernel_size or None, heads, size) -> a module without a norm behind it.
+# Builder of each operator: (channels, stride, kernel_size or None, heads, size) -> a module without a norm after it.
 OPERATORS: dict[str, Callable[..., nn.Module]] = {'conv': _conv, 'local': _local, 'axial': _axial}
 
 
@@ -54,17 +54,17 @@ def build_operator(
     size: int | tuple[int, int] = 56,
     **kwargs: Any,
 ) -> tuple[nn.Module, bool]:
-    """One of TrioNet's operators, and whether a batch norm has to follow it.
+    """One of TrioNet's operators, and whether it needs a batch norm after it.
 
     Shape of the module: (B, channels, H, W) -> (B, channels, H', W'), H' = ceil(H / stride).
 
     Args:
         operator: 'conv', 'local' or 'axial'.
-        channels: in and out; for the attentions a multiple of 2 x heads.
+        channels: input and output channels; for the attentions a multiple of 2 x heads.
         stride: 1 or 2.
-        kernel_size: of the convolution (default 3) or of the local window (default 7); axial attention has none.
-        heads: of the attentions.
-        size: (H, W) that axial attention's tables are laid out for.
+        kernel_size: size of the convolution (default 3) or the local window (default 7); axial attention takes none.
+        heads: number of heads of the attentions.
+        size: (H, W) for axial attention's tables.
         **kwargs: ``device``, ``dtype``.
 
     Raises:
@@ -78,7 +78,7 @@ class TrioBlock(nn.Module):
     """1x1 convolution, one of the three operators, 1x1 convolution, and a shortcut around them.
 
     Shape: (B, channels, H, W) -> (B, out_channels, H', W'), H' = ceil(H / stride), any H and W from 1 on. Batch norm
-    behind each part, ReLU between them and at the end.
+    after each part, ReLU between them and at the end.
 
     Args:
         channels: C_in.
@@ -87,10 +87,10 @@ class TrioBlock(nn.Module):
         width: channels of the operator; default: C_out / 4. For the attentions a multiple of 2 x heads.
         stride: 1 or 2.
         kernel_size: see ``build_operator``.
-        heads: of the attentions.
-        size: (H, W), or an int, of the map that axial attention's tables are laid out for; any other is taken, too.
-        act_layer: of the activations.
-        norm_layer: of the norms.
+        heads: number of heads of the attentions.
+        size: (H, W), or an int, the map size for axial attention's tables; other sizes work, too.
+        act_layer: class of the activations.
+        norm_layer: class of the norms.
         device, dtype: of the parameters.
 
     Raises:
@@ -139,7 +139,7 @@ class TrioBlock(nn.Module):
         self.act3 = act_layer(inplace=True)
 
     def zero_init_last(self) -> None:
-        """Called by networks that start their blocks as the identity: the last norm's weight becomes zero."""
+        """Set the last norm's weight to zero; called by networks whose blocks start as the identity."""
         nn.init.zeros_(self.norm3.weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:

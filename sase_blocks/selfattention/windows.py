@@ -1,24 +1,23 @@
-"""A map as square blocks of queries, each with the window of keys that its queries see together (a block and a halo).
+"""Split a map into square blocks of queries, each with the window of keys that its queries see (a block and a halo).
 
 Shapes: a map is (B, heads, d, H, W); there are N = B * heads * ceil(H / side) * ceil(W / side) blocks of side x side
-queries, and for windows of k x k the keys of a block are reach x reach, reach = side + k - 1. Blocks that stick out of
-the map are filled with zeros, as is the halo.
+queries, and for windows of k x k the keys of a block are reach x reach, reach = side + k - 1. Blocks that extend beyond
+the map are padded with zeros, as is the halo.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# For captured graphs, whose map may have any size; divides the maps of a 224 x 224 image.
+# For captured graphs, whose maps may have any size; divides the map sizes of a 224 x 224 image.
 SIDE = 7
 
 
 def block_side(height: int, width: int) -> int:
-    """7, 8 or 4, whichever wastes the fewest positions on this map; the first of equals.
+    """7, 8 or 4, whichever wastes the fewest positions on this map; ties go to the first.
 
     Measured on a CPU at 14, 28 and 56 with k = 5 and 7: blocks of 4 and 7 are within 20 % of each other, blocks of 2
-    and 14 are slower by half: small ones read a halo of many times their size, large ones compute products that no
-    query asks for.
+    and 14 are slower by half. Small blocks read a halo of many times their size, large ones compute unused products.
     """
     best, least = 7, 0
     for side in (7, 8, 4):
@@ -32,7 +31,7 @@ def query_blocks(x: Tensor, side: int) -> Tensor:
     """(B, heads, d, H, W) -> (N, side * side, d)."""
     b, h, d, height, width = x.shape
     rows, columns = (height + side - 1) // side, (width + side - 1) // side
-    # A padding of nothing is no copy in eager mode, and no branch that would pin an exported size.
+    # Zero padding widths cost no copy in eager mode, and need no branch that would fix an exported size.
     x = F.pad(x, (0, columns * side - width, 0, rows * side - height))
     x = x.reshape(b, h, d, rows, side, columns, side)
     return x.permute(0, 1, 3, 5, 4, 6, 2).reshape(b * h * rows * columns, side * side, d)
@@ -57,9 +56,9 @@ def join_blocks(x: Tensor, batch: int, heads: int, height: int, width: int, side
 
 
 def add_windows(x: Tensor, batch: int, heads: int, height: int, width: int, side: int, kernel_size: int) -> Tensor:
-    """(N, d, reach * reach) -> (B, heads, d, H, W): the transpose of ``key_windows``, where windows overlap they add.
+    """(N, d, reach * reach) -> (B, heads, d, H, W): the transpose of ``key_windows``; overlapping windows add up.
 
-    First along the rows, then along the columns of blocks. Not for captured graphs: it loops over the blocks.
+    First over the rows, then over the columns of blocks. Not for captured graphs: it loops over the blocks.
     """
     rows, columns = (height + side - 1) // side, (width + side - 1) // side
     halo, reach, d = kernel_size // 2, side + kernel_size - 1, x.shape[1]
@@ -74,7 +73,7 @@ def add_windows(x: Tensor, batch: int, heads: int, height: int, width: int, side
 
 
 def window_offsets(side: int, kernel_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For query row y and key row u of a block: the row of the window, u - y, clipped to it, and whether it is in it.
+    """For query row y and key row u of a block: the window row u - y, clipped, and whether it is inside the window.
 
     -> (side, reach) of int64, (side, reach) of bool. The same for columns.
     """

@@ -1,4 +1,4 @@
-"""The gates that a network computes, laid over its images: spatial gates as maps, channel gates as bars."""
+"""Draw a network's gates over its images: spatial gates as maps, channel gates as bars."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Gates = tuple[Tensor | None, Tensor | None]
 
 @dataclass
 class _Captured:
-    """What one block did: its gates as in ``capture_gates``, and the shape (C, H, W) of what it acted on."""
+    """One block's gates, as in ``capture_gates``, and the shape (C, H, W) of its input."""
 
     channel: Tensor | None
     spatial: Tensor | None
@@ -37,24 +37,23 @@ class _Captured:
 def capture_gates(model: nn.Module, images: Tensor) -> dict[str, Gates]:
     """Run a network once and return the gates of its attention blocks.
 
-    The network is put in eval mode without gradients for that one pass and given back as it was.
+    The pass runs in eval mode without gradients; the network's mode is then restored.
 
     Args:
-        model: A network holding at least one attention block of this library, wherever it stands; the network itself
-            may be one.
+        model: A network with at least one attention block of this library, at any depth, or such a block itself.
         images: Batch of shape ``(B, C, H, W)`` as the network takes it, on the network's device.
 
     Returns:
-        For each attention block, in the order in which the network ran them, its name in ``model.named_modules()`` and
-        the pair of its channel gate ``(B, C', 1, 1)`` and its spatial gate ``(B, 1, H', W')``; ``None`` stands for a
-        gate the block does not have. Of a gate that differs along the channels and over the positions both are means:
-        the channel gate over the positions, the spatial gate over the channels. Only an ``AttentionBlock`` has the two
-        apart. Where a block adds its values in place of multiplying (``gca``), these are the gates. An identity start
-        that is still near the identity weakens what a gate does, not the gate.
+        Maps the name of each attention block in ``model.named_modules()``, in execution order, to its channel gate
+        ``(B, C', 1, 1)`` and its spatial gate ``(B, 1, H', W')``; ``None`` if the block does not have that gate. If a
+        gate varies over both channels and positions, both are means: the channel gate over the positions, the spatial
+        gate over the channels. Only an ``AttentionBlock`` computes the two separately. For a block that adds its
+        values instead of multiplying (``gca``), the values are the gates. An identity start that is still near the
+        identity weakens the effect of a gate, not the gate.
 
     Raises:
         TypeError: ``images`` is not a tensor.
-        ValueError: ``images`` is not of shape ``(B, C, H, W)``, or ``model`` holds no attention block or ran none.
+        ValueError: ``images`` is not of shape ``(B, C, H, W)``, or ``model`` has no attention block or ran none.
         RuntimeError: an inserted attention is lost or does not run (see ``check``).
     """
     return {name: (block.channel, block.spatial) for name, block in _capture(model, images).items()}
@@ -69,7 +68,7 @@ def _capture(model: nn.Module, images: Tensor) -> dict[str, _Captured]:
     if not attention:
         raise ValueError(
             f'the model ({type(model).__name__}) holds no attention block of sase_blocks; build it with one, for '
-            "example timm.create_model('resnet50_sase'), or put blocks into it with sase_blocks.insert"
+            "example timm.create_model('resnet50_sase'), or insert blocks with sase_blocks.insert"
         )
     check_inserted(model, images[:1])
     captured: dict[str, _Captured] = {}
@@ -78,11 +77,11 @@ def _capture(model: nn.Module, images: Tensor) -> dict[str, _Captured]:
         stack.enter_context(torch.no_grad())
         for name, module in attention.items():
             stack.callback(module.register_forward_hook(_recorder(captured, name), with_kwargs=True).remove)
-        # A compiled block runs eagerly for this one pass: a hook in its graph would compile it anew.
+        # Run compiled blocks eagerly for this pass: a hook would trigger recompilation.
         stack.enter_context(torch.compiler.set_stance('force_eager'))
         model(images)
     if not captured:
-        raise ValueError(f'the model ({type(model).__name__}) holds attention blocks but its forward ran none of them')
+        raise ValueError(f'the model ({type(model).__name__}) has attention blocks but its forward ran none of them')
     return captured
 
 
@@ -105,7 +104,7 @@ def _recorder(captured: dict[str, _Captured], name: str) -> Any:
 
 
 def _marginals(gate: Tensor, x: Tensor) -> Gates:
-    """The channel and the spatial gate in a gate that broadcasts to x; None along what it is constant."""
+    """Split a gate that broadcasts to x into a channel and a spatial gate; None where it is constant."""
     along_channels, over_positions = gate.shape[1] > 1, gate.shape[2:] != (1, 1)
     channel = gate.mean((2, 3), keepdim=True) if along_channels or not over_positions else None
     spatial = gate.expand(-1, -1, *x.shape[2:]).mean(1, keepdim=True) if over_positions else None
@@ -130,15 +129,15 @@ def plot_attention_maps(
     titles: Sequence[str] | None = None,
     alpha: float = 0.6,
 ) -> Figure:
-    """Draw the spatial attention of some blocks over images: one column an image, below it one row a block.
+    """Draw the spatial attention of some blocks over images: one column per image, one row per block below it.
 
-    Each row of maps has its own colour scale, which runs from the smallest to the largest gate in that row, or
-    0.05 to either side of gates that are all equal.
+    Each row of maps has its own colour scale, from the smallest to the largest gate in that row, or 0.05 to either
+    side if all gates are equal.
 
     Args:
-        model: A network holding blocks with a spatial gate.
-        images: Batch of shape ``(B, C, H, W)`` as the network takes it; every image is a column. Each is drawn
-            stretched to the full range from black to white; three channels as RGB, any other number as their mean.
+        model: A network with blocks that have a spatial gate.
+        images: Batch of shape ``(B, C, H, W)`` as the network takes it; every image is a column. Each image is
+            stretched to the full range from black to white. Three channels are drawn as RGB, others as their mean.
         blocks: Names of the blocks to draw, as in ``model.named_modules()``; default: the last block at each
             resolution, which is the last one of each stage.
         titles: A text above each image, such as its class; default: none.
@@ -150,7 +149,7 @@ def plot_attention_maps(
     Raises:
         ImportError: matplotlib is not installed.
         TypeError, ValueError: as ``capture_gates``; a name in ``blocks`` is unknown or has no spatial gate; no block of
-            the model has a spatial gate; ``titles`` is not one text an image.
+            the model has a spatial gate; ``titles`` does not have one text per image.
     """
     figure_class, style = load_matplotlib()
     from matplotlib.cm import ScalarMappable
@@ -214,10 +213,10 @@ def plot_attention(
     pictures: Tensor | None = None,
     alpha: float = 0.6,
 ) -> Figure:
-    """Draw what some blocks do to images: the spatial gate over the image and the channel gates as bars below it.
+    """Draw the gates of some blocks for images: the spatial gate over the image, the channel gates as bars below it.
 
-    Two rows an image, one column a block. The bars are sorted from the largest gate to the smallest. A block's maps
-    have one colour scale and its bars one axis for all images.
+    Two rows per image, one column per block. The bars are sorted from the largest gate to the smallest. All images
+    share a block's colour scale and bar axis.
 
     Args:
         model: A network with attention blocks. A sequence of blocks, such as ``cbam``, is drawn as one block.
@@ -225,7 +224,7 @@ def plot_attention(
         blocks: Names of the blocks to draw, as in ``model.named_modules()``; default: the last block at each
             resolution, which is the last one of each stage.
         titles: A text above each image, such as its class; default: none.
-        pictures: What to draw for the images, ``(B, 3, H, W)`` or ``(B, 1, H, W)`` from 0 to 1; default: each image
+        pictures: Images to draw instead, ``(B, 3, H, W)`` or ``(B, 1, H, W)`` from 0 to 1; default: each image,
             stretched to the full range from black to white.
         alpha: Opacity of the maps over the image, from 0 to 1.
 
@@ -234,8 +233,8 @@ def plot_attention(
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError, ValueError: as ``capture_gates``; a name in ``blocks`` is unknown; ``titles`` or ``pictures`` do not
-            belong to the images.
+        TypeError, ValueError: as ``capture_gates``; a name in ``blocks`` is unknown; the number of ``titles`` or
+            ``pictures`` differs from the number of images.
     """
     figure_class, style = load_matplotlib()
     captured = _whole_blocks(model, _capture_finite(model, images))
@@ -249,7 +248,7 @@ def plot_attention(
     if titles is not None and len(titles) != len(images):
         raise ValueError(f'titles must hold one text an image: got {len(titles)} for {len(images)} images')
     if pictures is not None and (pictures.ndim != 4 or len(pictures) != len(images)):
-        raise ValueError(f'pictures must be one an image, (B, C, H, W): got {tuple(pictures.shape)}, B = {len(images)}')
+        raise ValueError(f'pictures must be (B, C, H, W), one an image, got {tuple(pictures.shape)}, B = {len(images)}')
     if pictures is None:
         drawn = [_as_picture(image) for image in images.detach().float().cpu()]
     else:
@@ -258,7 +257,7 @@ def plot_attention(
     shown = {name: captured[name] for name in blocks}
     with_maps = any(block.spatial is not None for block in shown.values())
     with_bars = any(block.channel is not None for block in shown.values())
-    # Inches. Places are fixed, for columns of maps with and without a scale below them must end up level.
+    # Inches. Positions are fixed so that columns with and without a scale below them line up.
     cell, gap = 1.4, 0.4
     tall = cell * images.shape[2] / images.shape[3]
     heading = 0.4 if titles is not None else 0.08
@@ -296,7 +295,7 @@ def plot_attention(
 
 
 def _heading(model: nn.Module, name: str, length: int = 24) -> str:
-    """The end of a block's name that says most: where it stands, without what ``insert`` calls its own parts."""
+    """The most specific end of a block's name, without the parts that ``insert`` adds."""
     if isinstance(model.get_submodule(name.rpartition('.')[0]), IdentityStart):
         name = name.rpartition('.')[0]
     name = name.removesuffix(f'.{CHILD}') or type(model).__name__
@@ -304,12 +303,12 @@ def _heading(model: nn.Module, name: str, length: int = 24) -> str:
 
 
 def _shorten(line: str, length: int = 24) -> str:
-    """The line with its middle left out where it is longer than a picture is wide."""
+    """Shorten a line that is longer than a picture is wide by cutting its middle."""
     return line if len(line) <= length else f'{line[: length // 2 - 1]}\N{HORIZONTAL ELLIPSIS}{line[-length // 2 :]}'
 
 
 def _whole_blocks(model: nn.Module, captured: dict[str, _Captured]) -> dict[str, _Captured]:
-    """The same blocks, where those that make up a sequence of nothing else, such as cbam's two, are one."""
+    """Merge blocks that form a sequence of only attention blocks, such as cbam's two."""
     whole: dict[str, _Captured] = {}
     for name, block in captured.items():
         parent = name.rpartition('.')[0]
@@ -358,7 +357,7 @@ def _draw_map(axis: Axes, scale: Axes, picture: Any, gates: Tensor | None, i: in
 
 
 def _scale(gates: Tensor) -> tuple[float, float]:
-    """Smallest and largest gate; gates that are all equal, as at the start of training, stand in the middle."""
+    """Smallest and largest gate; widened if all gates are equal, as at the start of training."""
     low, high = float(gates.min()), float(gates.max())
     return (low, high) if high - low >= 1e-6 else (low - 0.05, high + 0.05)
 
@@ -392,7 +391,7 @@ def _draw_bars(axis: Axes, gates: Tensor | None, i: int) -> None:
 
 
 def _as_picture(image: Tensor, *, stretch: bool = True) -> Any:
-    """(C, H, W) to an array of (H, W, 3), or (H, W) for any other number of channels than 3, in 0..1."""
+    """(C, H, W) to an array of (H, W, 3), or (H, W) if C is not 3, in 0..1."""
     picture = image.permute(1, 2, 0) if image.shape[0] == 3 else image.mean(0)
     if stretch:
         low, high = picture.min(), picture.max()

@@ -15,20 +15,20 @@ __all__ = ['plot_learning_curves']
 
 
 def plot_learning_curves(history: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Draw the training loss and the accuracy on held-out images of one or more networks over the epochs.
+    """Draw the training loss and held-out accuracy of one or more networks over the epochs.
 
     Args:
-        history: For each network, by name, the rows of its log in the order of time. A row holds ``'epoch'`` (the time,
-            in epochs) and ``'train_loss'`` or ``'acc1'`` (per cent) or both, and may hold more: the ``'history'`` that
-            ``train`` returns and the lines of its ``metrics.jsonl`` are such rows. Names of ``list_blocks()`` and
-            ``'none'`` have the colour they have in every picture.
+        history: Maps each network's name to the rows of its log, in time order. A row has ``'epoch'`` (the time, in
+            epochs) and ``'train_loss'``, ``'acc1'`` (per cent) or both, and may have more keys. The ``'history'`` that
+            ``train`` returns and the lines of its ``metrics.jsonl`` are such rows. Names in ``list_blocks()`` and
+            ``'none'`` have the same colour in every picture.
 
     Returns:
         The figure; keep it with ``figure.savefig(path)``.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: ``history`` is empty, or a network has no row with one of the two figures.
+        ValueError: ``history`` is empty, or a network has no row with one of the two values.
     """
     figure_class, style = load_matplotlib()
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -63,7 +63,7 @@ def plot_learning_curves(history: Mapping[str, Sequence[Mapping[str, float]]]) -
 
 
 def _curve(name: str, rows: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
-    """The times and the values of one figure of a log."""
+    """The times and values of one key of a log."""
     rows = [row for row in rows if key in row]
     if not rows or not all('epoch' in row for row in rows):
         raise ValueError(
@@ -73,6 +73,6 @@ def _curve(name: str, rows: Sequence[Mapping[str, float]], key: str) -> tuple[li
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Mean of each value and those before it, over a fifteenth of all values; fewer at the start."""
+    """Trailing mean over a fifteenth of all values; over fewer at the start."""
     window = max(1, len(values) // 15)
     return [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]

@@ -1,4 +1,4 @@
-"""A block as a picture: what flows where, in what shape, and which operation was chosen from which set."""
+"""Draw a block: its data flow, the shapes, and the operation chosen from each set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ['draw_block']
 
-# All lengths are points, so that one unit of the axes is one unit of the fonts.
+# All lengths are points: the axes and the fonts share one unit.
 NODE, SMALL, CHOICE, OTHER = 10.0, 6.5, 8.0, 6.5  # font sizes: node, shape and caption, operation, rest of the set
 RADIUS = 10.5  # of a node
 ROW, CHOICE_ROW = 8.6, 13.0  # heights in the list of a set
@@ -31,14 +31,14 @@ MARGIN = 9.0
 
 
 def draw_block(block: str | Genotype | nn.Module | Graph, *, sets: bool = True, title: str | None = None) -> Figure:
-    """Draw a block as a graph from left to right: nodes with their shapes, and on the edges the operations.
+    """Draw a block as a graph from left to right: nodes with their shapes, edges with their operations.
 
-    An operation that was chosen from a set stands in the list of that set: the paper's four sets where they hold all
-    choices of the block, else the extended ones.
+    An operation chosen from a set is drawn in the list of that set: the paper's four sets if they contain all choices
+    of the block, else the extended ones.
 
     Args:
         block: a name of ``list_blocks()``, a ``Genotype`` or its text, a block itself, or a ``Graph``.
-        sets: show the sets; without them the picture is smaller and shows the chosen operations alone.
+        sets: show the sets; otherwise the picture is smaller and shows only the chosen operations.
         title: text above the drawing; default: the name of a named block, the class of a module.
 
     Returns:
@@ -46,7 +46,7 @@ def draw_block(block: str | Genotype | nn.Module | Graph, *, sets: bool = True, 
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError, TypeError: an unknown name, a bad genotype, or what is no block.
+        ValueError, TypeError: an unknown name, a bad genotype, or not a block.
     """
     figure_class, style = load_matplotlib()
     graph = block if isinstance(block, Graph) else block_graph(block)
@@ -114,7 +114,7 @@ def _draw_lines(axes: Axes, graph: Graph, layout: Layout, nodes: Mapping[str, _N
 
 
 class _Node:
-    """A name in a rounded box, filled by what it is, and its shape below."""
+    """A name in a rounded box, coloured by kind, with its shape below."""
 
     def __init__(self, name: str, shape: str) -> None:
         self.name = name.replace(' * ', '\N{MIDDLE DOT}')
@@ -142,7 +142,7 @@ class _Operation:
 
 
 class _Label(_Operation):
-    """An operation that there was no choice about, or whose set is not shown."""
+    """An operation without alternatives, or whose set is not shown."""
 
     def __init__(self, label: str, color: str | None) -> None:
         self.lines = _balanced(label, 17)
@@ -164,7 +164,7 @@ class _Label(_Operation):
 class _Choice(_Operation):
     """A set as a list, the chosen operation filled; the line runs into and out of its row.
 
-    The list is in the set's own order, but a long one has the chosen operation first.
+    The list keeps the set's order, but a long one starts with the chosen operation.
     """
 
     def __init__(self, label: str, set_name: str, members: list[str], color: str) -> None:
@@ -229,11 +229,11 @@ def _width(text: str, size: float, **font: Any) -> float:
 
 
 def _balanced(text: str, width: int) -> list[str]:
-    """The text in as few lines of about ``width`` characters as it needs, and these as short as they can be."""
+    """Wrap the text into as few lines of about ``width`` characters as possible, each as short as possible."""
     wrapped = [textwrap.wrap(text, w, break_long_words=False) for w in range(1, width + 1)]
     return next(lines for lines in wrapped if len(lines) == len(wrapped[-1]))
 
 
 def _wrap(text: str, width: float, size: float) -> list[str]:
-    """The text in lines of at most about ``width`` points."""
+    """Wrap the text into lines of at most about ``width`` points."""
     return textwrap.wrap(text, max(20, int(len(text) * width / max(_width(text, size), 1.0))))

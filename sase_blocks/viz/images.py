@@ -1,4 +1,4 @@
-"""Images from files, as a network takes them."""
+"""Read image files as input for a network."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def read_images(
 
     Args:
         paths: files that Pillow can read.
-        model: a network; its ``pretrained_cfg`` says size, crop, interpolation, mean and standard deviation, and timm's
-            defaults (224 px, ImageNet) stand in for what it does not say. Its ``in_chans``, or its first convolution,
-            says whether it takes colour or grey images.
+        model: a network. Its ``pretrained_cfg`` gives size, crop, interpolation, mean and standard deviation; timm's
+            defaults (224 px, ImageNet) fill in missing values. Its ``in_chans``, or its first convolution, decides
+            between colour and grey images.
         img_size: height and width in px; default: the network's.
 
     Returns:
@@ -60,11 +60,11 @@ def _read(path: Path, mode: str, largest: dict[Path, int]) -> Image.Image:
     if path.is_dir():
         raise ValueError(f'{name} is a folder, expected an image; name the images in it')
     if not path.is_file():
-        raise ValueError(f'{name} is no regular file, expected an image')
+        raise ValueError(f'{name} is not a regular file, expected an image')
     try:
         image, deepest = decode_image(path.read_bytes(), mode)
     except UnidentifiedImageError:
-        raise ValueError(f'{name} is no image that Pillow knows') from None
+        raise ValueError(f'{name} is not an image that Pillow can read') from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise ValueError(f'{name} is a broken image: {" ".join(str(error).split())}') from error
     if deepest is not None:

@@ -1,9 +1,9 @@
-"""Where the parts of a small graph go: from left to right in layers, with few crossings and level lines.
+"""Lay out a small graph from left to right in layers, with few crossings and level lines.
 
 The layered drawing of Sugiyama, Tagawa and Toda (1981) for graphs of a dozen nodes. A node's layer is its longest path
-from the input. Between two layers of nodes is one of operations; an edge, with its operation, is one straight piece
-through all layers between its nodes. One order of all nodes and edges from top to bottom decides who is above whom in
-every layer, so straight pieces never cross, and what there is room for is level.
+from the input. A layer of operations lies between two layers of nodes. An edge, with its operation, is one straight
+line through all layers between its nodes. One vertical order of all nodes and edges holds in every layer, so straight
+lines never cross, and they stay level where there is room.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ __all__ = ['Box', 'Layout', 'Place', 'lay_out']
 
 Edge = tuple[str, str]
 Part = str | int  # a node by its name, an edge by its number
-TRIES = 2000  # orders that are tried, at less than a millisecond each
+TRIES = 2000  # orders to try, less than a millisecond each
 
 
 @dataclass(frozen=True)
 class Box:
-    """The room that a node or an operation needs around its anchor, in points; lines run through the anchor."""
+    """The space that a node or an operation needs around its anchor, in points; lines run through the anchor."""
 
     width: float
     above: float
@@ -32,7 +32,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a node or an edge is. x is the centre of the node or of the operation on the edge, y points down."""
+    """Position of a node or an edge. x is the centre of the node or of the edge's operation, y points down."""
 
     x: float
     y: float
@@ -42,7 +42,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """Places of the nodes by name and of the edges in their order, and the box around everything."""
+    """Positions of the nodes by name and of the edges in order, and the bounding box."""
 
     nodes: dict[str, Place]
     edges: list[Place]
@@ -53,13 +53,13 @@ class Layout:
 
 
 def lay_out(nodes: Mapping[str, Box], edges: Sequence[Edge], operations: Sequence[Box], gap: float = 8.5) -> Layout:
-    """Place the nodes and the operations of a graph without loops.
+    """Place the nodes and the operations of an acyclic graph.
 
     Args:
-        nodes: name -> the room it needs; earlier names come further up where nothing else decides.
+        nodes: name -> the space it needs; ties put earlier names further up.
         edges: pairs of source and target.
-        operations: the room that each edge's operation needs; ``Box(0, 0, 0)`` for a plain line.
-        gap: least distance between two parts, in points.
+        operations: the space that each edge's operation needs; ``Box(0, 0, 0)`` for a plain line.
+        gap: minimum distance between two parts, in points.
 
     Raises:
         ValueError: the edges form a loop.
@@ -85,7 +85,7 @@ def lay_out(nodes: Mapping[str, Box], edges: Sequence[Edge], operations: Sequenc
 
     x, centres, halves = 0.0, [], []
     for column, members in enumerate(columns):
-        # An operation stands in the last column before its target; elsewhere its edge is a line.
+        # An operation is in the last column before its target; elsewhere its edge is a line.
         half = max(boxes[p].width for p in members if isinstance(p, str) or column == layer[edges[p][1]] - 1) / 2
         if column:
             climb = max(abs(y[a] - y[b]) for a, b in lines[column - 1])
@@ -106,7 +106,7 @@ def lay_out(nodes: Mapping[str, Box], edges: Sequence[Edge], operations: Sequenc
 
 
 def longest_paths(nodes: Sequence[str], edges: Sequence[Edge]) -> dict[str, int]:
-    """The number of edges on the longest path to each node; the last node stands behind all others."""
+    """Length of the longest path to each node, in edges; the last node comes after all others."""
     ranks = dict.fromkeys(nodes, 0)
     for _ in nodes:
         before = dict(ranks)
@@ -119,7 +119,7 @@ def longest_paths(nodes: Sequence[str], edges: Sequence[Edge]) -> dict[str, int]
 
 
 def depth_first(nodes: Sequence[str], edges: Sequence[Edge], outgoing: Mapping[str, Sequence[int]]) -> list[Part]:
-    """Each node behind the last edge that leads to it, and behind a node its edges in the order that is given."""
+    """Put each node after the last edge into it, and its outgoing edges after it in the given order."""
     order: list[Part] = []
     waiting = {name: sum(target == name for _, target in edges) for name in nodes}
 
@@ -140,7 +140,7 @@ def depth_first(nodes: Sequence[str], edges: Sequence[Edge], outgoing: Mapping[s
 def untangle(
     nodes: Sequence[str], edges: Sequence[Edge], lines: Sequence[set[tuple[Part, Part]]]
 ) -> tuple[list[Part], int]:
-    """The depth-first order with fewest crossings over all orders of the edges at each node, or over many of them."""
+    """The depth-first order with the fewest crossings among all, or many, orders of the edges at each node."""
     pairs = [pair for column in lines for pair in combinations(sorted(column, key=str), 2)]
 
     def crossings(order: Sequence[Part]) -> int:
@@ -167,10 +167,10 @@ def heights(
     boxes: Mapping[Part, Box],
     gap: float,
 ) -> dict[Part, float]:
-    """y of each part: least sum of all climbs between nodes and their edges, with room for every box.
+    """y of each part: minimises the sum of climbs between nodes and their edges, with space for every box.
 
-    The sum of absolute values keeps lines level and lets them climb once. It is approached by least squares whose
-    weights are the inverse of the last climbs, and a missing room is a spring a thousand times as stiff as a line.
+    The sum of absolute values keeps lines level and lets them climb once. Reweighted least squares approximates it,
+    with the inverse of the last climbs as weights. An overlap is a spring a thousand times as stiff as a line.
     """
     at = {part: i for i, part in enumerate(parts)}
     climb = np.zeros((2 * len(edges), len(parts)))
@@ -179,7 +179,7 @@ def heights(
     for number, edge in enumerate(edges):
         for row, node in enumerate(edge, start=2 * number):
             climb[row, at[number]], climb[row, at[node]] = 1, -1
-            # A line climbs where it leaves others or joins them, and rather a long one than a short one.
+            # Lines climb where they leave or join others, long ones rather than short ones.
             wish[row] = 1 / degree[row] / sum(number in column for column in columns)
     neighbours = sorted({(at[a], at[b]) for column in columns for a, b in pairwise(column)})
     room, least = np.zeros((len(neighbours), len(parts))), np.zeros(len(neighbours))

@@ -1,4 +1,4 @@
-"""Pictures of a search: the probabilities of its operations over the epochs, and what the found block is worth."""
+"""Pictures of a search: operation probabilities over the epochs, and the accuracy of the found block."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ['plot_evaluation', 'plot_logits']
 
-NAMED = 7  # so many operations of an edge have their names in the picture; of more, the first five
-# Of the table beside the accuracies: heading -> right end, in parts of its width.
+NAMED = 7  # up to this many operations of an edge are labelled; with more, the first five
+# Table beside the accuracies: heading -> right end, as a fraction of its width.
 COLUMNS = {'mean ± std.': 0.46, 'params': 0.76, 'time': 1.0}
 
 
@@ -26,26 +26,25 @@ def plot_logits(
     epochs: Sequence[float] | None = None,
     decided: Sequence[Mapping[str, bool | None]] | None = None,
 ) -> Figure:
-    """Draw the probability of each operation over the epochs of a search, one panel an edge and set of logits.
+    """Draw the probability of each operation over the epochs of a search, one panel per edge and set of logits.
 
-    The operation that leads in the end is emphasised, blue on the edges of the channel attention, vermilion on those
-    of the spatial one; a dashed line is where all would be equal. Of more than seven operations the first five have
-    their names in the picture.
+    The operation that leads at the end is highlighted: blue for channel attention, vermilion for spatial attention. A
+    dashed line marks equal probabilities. With more than seven operations, only the first five are labelled.
 
     Args:
         history: logits (times, sets, operations of all edges), or (times, operations) for one set; the first time is
-            before the first epoch. ``alphas.npz`` of a search holds such an array.
-        edges: from each edge to the names of its operations, in the order of the logits (``SearchSpace.to_dict()``).
-        epochs: the times; by default 0, 1, 2, ...
-        decided: for each set and edge, whether the search decided it ('decided' of a result's edges). Where it did not,
-            the panel says so and emphasises no operation; if no edge was decided, the figure says so above the panels.
+            before the first epoch. A search's ``alphas.npz`` contains such an array.
+        edges: maps each edge to the names of its operations, in the order of the logits (``SearchSpace.to_dict()``).
+        epochs: the times; default: 0, 1, 2, ...
+        decided: for each set and edge, whether the search decided it ('decided' of a result's edges). The panel of an
+            undecided edge says so and highlights nothing; if no edge was decided, the figure says so above the panels.
 
     Returns:
         The figure; keep it with ``save_figure(figure, path)``.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: an array of another shape or with values that are not finite, or another number of times.
+        ValueError: an array of the wrong shape or with non-finite values, or a wrong number of times.
     """
     figure_class, style = load_matplotlib()
     from matplotlib.ticker import MaxNLocator
@@ -56,12 +55,12 @@ def plot_logits(
     if logits.ndim != 3 or 0 in logits.shape or logits.shape[2] != total:
         raise ValueError(f'history must be (times, sets, {total}) for these edges, got {np.shape(history)}')
     if not np.isfinite(logits).all():
-        raise ValueError('history holds values that are not finite')
+        raise ValueError('history has values that are not finite')
     times = np.arange(len(logits)) if epochs is None else np.asarray(epochs, dtype=np.float64)
     if len(times) != len(logits):
-        raise ValueError(f'history holds {len(logits)} times, and epochs {len(times)}')
+        raise ValueError(f'history has {len(logits)} times, but epochs has {len(times)}')
     if decided is not None and len(decided) != logits.shape[1]:
-        raise ValueError(f'history holds {logits.shape[1]} sets, and decided {len(decided)}')
+        raise ValueError(f'history has {logits.shape[1]} sets, but decided has {len(decided)}')
     marks = [{}] * logits.shape[1] if decided is None else decided
 
     sets, columns = logits.shape[1], 3
@@ -100,15 +99,15 @@ def plot_logits(
 
 
 def plot_evaluation(result: Mapping[str, Any]) -> Figure:
-    """Draw the accuracies of the blocks that were trained from scratch, ranked by their mean.
+    """Draw the accuracies of the blocks trained from scratch, ranked by their mean.
 
-    A dot is a seed, the upright line the mean, the bar its standard deviation over the seeds. The found block is blue,
-    random blocks of its space are grey, and a dashed line stands at the found block's mean. On the right parameters and
-    the time of a forward pass in times of the network without attention.
+    A dot is a seed, the vertical line the mean, the bar the standard deviation over the seeds. The found block is blue,
+    random blocks of its space are grey, and a dashed line marks the found block's mean. The table on the right gives
+    parameters, and forward time relative to the network without attention.
 
     Args:
-        result: what ``evaluate`` of the search returns and ``evaluation.json`` holds: 'candidates', each with name,
-            kind, 'accuracies' (by seed, per cent), mean, spread, parameters and time_ratio.
+        result: the return value of the search's ``evaluate``, or the content of ``evaluation.json``: 'candidates', each
+            with name, kind, 'accuracies' (by seed, per cent), mean, spread, parameters and time_ratio.
 
     Returns:
         The figure; keep it with ``save_figure(figure, path)``.
@@ -196,7 +195,7 @@ def _draw_edge(
     for number, height in zip(named, heights, strict=True):
         wins = number == winner
         shade = color if wins else GREY
-        # From the end of the curve to its name, which may have had to give way.
+        # A line from the end of the curve to its label, which may have been moved.
         axis.annotate(
             names[number],
             (1, float(last[number]) / top),
@@ -226,16 +225,16 @@ def _draw_edge(
 
 
 def _spread_out(heights: Sequence[float], top: float, gap: float) -> list[float]:
-    """Heights at least ``gap`` apart within 0 to ``top``, near the given ones, which are in descending order."""
+    """Heights near the given ones (in descending order), at least ``gap`` apart, within 0 to ``top``."""
     placed = list(heights)
     for i in range(1, len(placed)):
         placed[i] = min(placed[i], placed[i - 1] - gap)
-    # What was pushed below the lower end pushes back.
+    # Push up again whatever ended below the lower end.
     floor = 0.35 * gap
     for i in reversed(range(len(placed))):
         placed[i] = max(placed[i], floor)
         floor = placed[i] + gap
-    # Halfway up again, so that a cluster stands around its middle.
+    # Move halfway up again to centre each cluster.
     shift = min(
         max(0.0, (sum(heights) - sum(placed)) / max(len(placed), 1)),
         max(0.0, top - 0.35 * gap - placed[0]) if placed else 0.0,

@@ -1,4 +1,4 @@
-"""What all pictures share: matplotlib, loaded late, its settings, and one colour for one meaning."""
+"""Shared by all pictures: lazy loading of matplotlib, its settings, and one colour for one meaning."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sase_blocks.reading import quoted
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which the common kinds of colour blindness tell apart, without its yellow (unreadable on
-# white). The networks of the documentation have a fixed colour, so that one colour means one network in every picture.
+# Okabe and Ito's palette, safe for the common kinds of colour blindness, without its yellow (unreadable on white).
+# The networks of the documentation have fixed colours, so one colour means one network in every picture.
 FIXED_COLORS = {'none': '#4d4d4d', 'se': '#e69f00', 'cbam': '#009e73', 'sase': '#0072b2'}
 SPARE_COLORS = ('#d55e00', '#cc79a7', '#56b4e9', '#000000')
 CHANNEL_COLOR, SPATIAL_COLOR = '#0072b2', '#d55e00'  # attention along the channels, and over the positions
@@ -33,7 +33,7 @@ STYLE: dict[str, Any] = {
 }
 
 
-# The formats of pictures, with the date that each would else hold.
+# Picture formats, each with the date field to leave out.
 DATES: dict[str, dict[str, None]] = {'.png': {}, '.svg': {'Date': None}, '.pdf': {'CreationDate': None}}
 
 
@@ -42,7 +42,7 @@ def network_color(name: str, index: int = 0) -> str:
 
     Args:
         name: A block name of ``list_blocks()`` or ``'none'``; a name without a fixed colour gets a spare one.
-        index: Position of a network of another name among those drawn; chooses the spare colour.
+        index: Position among the drawn networks; chooses the spare colour.
 
     Returns:
         A hexadecimal RGB colour.
@@ -51,7 +51,7 @@ def network_color(name: str, index: int = 0) -> str:
 
 
 def load_matplotlib() -> tuple[type[Figure], Any]:
-    """The class of figures and the context for settings. Raises ImportError that names the extra."""
+    """The figure class and the style context. Raises an ImportError that names the extra."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -61,7 +61,7 @@ def load_matplotlib() -> tuple[type[Figure], Any]:
 
 
 def missing_matplotlib() -> str | None:
-    """The text of the error that ``load_matplotlib`` would raise, or None."""
+    """The text of the error that ``load_matplotlib`` would raise; None if matplotlib is installed."""
     try:
         load_matplotlib()
     except ImportError as error:
@@ -70,10 +70,10 @@ def missing_matplotlib() -> str | None:
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:
-    """Raise what ``save_figure`` would raise about the path or a missing matplotlib."""
+    """Raise early the errors that ``save_figure`` would raise for this path or a missing matplotlib."""
     path = Path(path)
     if path.suffix.lower() not in DATES:
-        raise ValueError(f'a picture is written as .png, .svg or .pdf, got {quoted(str(path))}')
+        raise ValueError(f'a picture must be .png, .svg or .pdf, got {quoted(str(path))}')
     load_matplotlib()
     if path.is_dir():
         raise IsADirectoryError(f'the picture {path} cannot be written: it is a folder')
@@ -85,11 +85,11 @@ def check_picture(path: str | os.PathLike[str]) -> None:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write a figure as PNG, SVG or PDF, by the suffix of ``path``; the same figure gives the same file.
+    """Write a figure as PNG, SVG or PDF, by the suffix of ``path``; equal figures give equal files.
 
     Raises:
         ValueError: another suffix.
-        OSError: the file cannot be written; what stood there is still there.
+        OSError: the file cannot be written; an existing file is left unchanged.
     """
     path = Path(path)
     check_picture(path)
@@ -98,7 +98,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     buffer = io.BytesIO()
     with style({'svg.hashsalt': 'sase_blocks'}):
         figure.savefig(buffer, format=suffix[1:], metadata=DATES[suffix])
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')  # workers of one search draw the same pictures
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')  # several workers of a search write the same pictures
     try:
         temporary.write_bytes(buffer.getvalue())
         temporary.replace(path)

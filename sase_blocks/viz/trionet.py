@@ -1,4 +1,4 @@
-"""Pictures of a TrioNet search: the networks that were found against their cost, and one network's architecture."""
+"""Pictures of a TrioNet search: the found networks against their cost, and one network's architecture."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ if TYPE_CHECKING:
 
 __all__ = ['draw_architecture', 'plot_front']
 
-# One colour and one mark for one operator in every picture.
+# Each operator has the same colour and marker in every picture.
 OPERATOR_COLORS = {'conv': '#4d4d4d', 'local': '#e69f00', 'axial': '#0072b2'}
 OPERATOR_MARKS = {'conv': 's', 'local': 'D', 'axial': '^'}
 COSTS = {
-    'macs': ('multiply-accumulates an image (M)', 1e6),
+    'macs': ('multiply-accumulates per image (M)', 1e6),
     'parameters': ('parameters (M)', 1e6),
-    'milliseconds': ('milliseconds an image, sum of measured parts', 1.0),
+    'milliseconds': ('milliseconds per image, sum of measured parts', 1.0),
 }
 
 
 def plot_front(result: Mapping[str, Any]) -> Figure:
     """Draw the Pareto front of a search: held-out accuracy with the supernet's weights against cost.
 
-    The title says how many of the others may be as good as the found network by their scores ('tied'), if the result
-    knows. The found network is ringed, the pure ones (of one operator as far as the space allows) are marked by their
-    operator, and a limit is a dashed line.
+    The title gives the number of networks that may be as good as the found one by their scores ('tied'), if the result
+    has it. A ring marks the found network, an operator's marker the pure ones (one operator wherever the space allows),
+    and a dashed line a limit.
 
     Args:
-        result: what ``search.trionet.search`` returns or ``architecture.json`` holds.
+        result: the return value of ``search.trionet.search``, or the content of ``architecture.json``.
 
     Returns:
         The figure; keep it with ``save_figure(figure, path)``.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: not a search's result.
+        ValueError: not the result of a search.
     """
     figure_class, style = load_matplotlib()
     try:
@@ -82,15 +82,15 @@ def plot_front(result: Mapping[str, Any]) -> Figure:
         if tied is not None:
             title += ': nothing was decided' if tied == evaluations - 1 else f', {tied} may be as good as the found one'
         axis.set_title(title, loc='left')
-        # A legend beside the axes hides no network.
+        # A legend beside the axes covers no network.
         axis.legend(loc='upper left', bbox_to_anchor=(1.0, 1.0), borderaxespad=0.4)
     return figure
 
 
 def draw_architecture(architecture: Architecture | str, *, title: str | None = None) -> Figure:
-    """Draw a network of TrioNet's blocks: one box a block, as wide as its operator, in its operator's colour.
+    """Draw a network of TrioNet's blocks: one box per block, as wide as its operator, in its operator's colour.
 
-    A box is as high as the map that it works on is, so that the stages step down; its text is the kernel or window.
+    A box is as high as its feature map, so the stages step down; its text is the kernel or window size.
 
     Args:
         architecture: the network, or its text.
@@ -101,7 +101,7 @@ def draw_architecture(architecture: Architecture | str, *, title: str | None = N
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: a text that is no architecture.
+        ValueError: the text is not an architecture.
     """
     figure_class, style = load_matplotlib()
     from matplotlib.patches import FancyBboxPatch, Patch

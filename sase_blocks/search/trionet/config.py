@@ -1,4 +1,4 @@
-"""The settings of a TrioNet search. The paper's (arXiv 2111.07547) are not public; these are ours, after practice."""
+"""Settings of a TrioNet search. The paper's (arXiv 2111.07547) are not public; these follow common practice."""
 
 from __future__ import annotations
 
@@ -19,62 +19,62 @@ ALGORITHMS = ('nsga2', 'random')
 
 @dataclass(frozen=True)
 class TrioConfig:
-    """Settings of a search; each is also an option of ``sase-blocks search trionet``, where its help text shows."""
+    """Settings of a search; each is also an option of ``sase-blocks search trionet``, whose help describes it."""
 
     data: str = field(metadata={'help': 'folder with train/CLASS/* in it, or the root of --dataset', 'place': True})
     out: str = setting('runs/trionet', 'folder for checkpoints, metrics, the study and the result', place=True)
     resume: bool = setting(
-        False, 'continue what is in --out, after a run that still writes there; or start it', free=True
+        False, 'resume the run in --out, waiting for a live one to finish; start a new run if there is none', free=True
     )
 
     space: str = setting('imagenet', "'imagenet', 'cifar' or a JSON file of a space")
-    max_macs: str | None = setting(None, 'most multiply-accumulates an image, such as 300M', free=True)
-    max_params: str | None = setting(None, 'most parameters, such as 5M', free=True)
+    max_macs: str | None = setting(None, 'maximum multiply-accumulates per image, such as 300M', free=True)
+    max_params: str | None = setting(None, 'maximum number of parameters, such as 5M', free=True)
     max_ms: float | None = setting(
-        None, 'most milliseconds an image on this device, as a sum of measured parts', free=True
+        None, 'maximum milliseconds per image on this device, as a sum of measured parts', free=True
     )
 
-    dataset: str = setting('', "a data set by timm's name for it, such as torch/cifar10; --data is then its root")
+    dataset: str = setting('', "timm's name of a data set, such as torch/cifar10; --data is then its root")
     train_split: str = setting('train', 'training split of a --dataset')
     val_split: str = setting('validation', 'test split of a --dataset, used once, at the end', free=True)
-    num_classes: int | None = setting(None, 'number of classes, where a --dataset does not tell')
+    num_classes: int | None = setting(None, 'number of classes, if the --dataset does not define it')
     download: bool = setting(False, 'let a --dataset download itself', free=True)
     skip_broken: bool = setting(False, 'leave broken images out, with a warning')
-    in_chans: int = setting(3, 'channels in which images are loaded: 1 is grey, 3 colour', choices=(1, 3))
+    in_chans: int = setting(3, 'channels of the loaded images: 1 for grey, 3 for colour', choices=(1, 3))
     hflip: float = setting(0.5, 'probability of a horizontal flip; 0 for text and digits')
-    fraction: float = setting(0.9, 'part of every class that trains the supernet; the rest scores networks')
+    fraction: float = setting(0.9, 'fraction of every class that trains the supernet; the rest scores networks')
 
-    epochs: int = setting(100, 'passes of the supernet over its part of the training images')
+    epochs: int = setting(100, 'passes of the supernet over its fraction of the training images')
     batch_size: int = setting(128, 'images a step, over all processes together')
     opt: str = setting('sgd', 'optimizer', choices=('sgd', 'adamw'))
     lr: float = setting(0.1, 'highest learning rate')
-    warmup: float = setting(0.05, 'part of all steps in which the learning rate rises; it then falls as a cosine to 0')
+    warmup: float = setting(0.05, 'fraction of all steps for warm-up; then cosine decay to 0')
     momentum: float = setting(0.9, 'momentum of SGD')
-    weight_decay: float = setting(1e-4, 'weight decay, of all parameters but the one-dimensional')
+    weight_decay: float = setting(1e-4, 'weight decay of all parameters except one-dimensional ones')
     label_smoothing: float = setting(0.1, 'label smoothing, for the largest network')
     drop_rate: float = setting(0.1, 'dropout before the classifier of the largest network')
-    clip_grad: float | None = setting(5.0, 'largest norm of the gradient')
+    clip_grad: float | None = setting(5.0, 'maximum gradient norm')
     ema_decay: float | None = setting(0.999, 'search on an average of the weights with this decay')
-    networks: int = setting(2, 'networks a step that are drawn at random, besides the largest and the smallest')
+    networks: int = setting(2, 'random networks per step, besides the largest and the smallest')
     sampling: str = setting('hierarchical', 'how the operators of a network are drawn', choices=tuple(LAWS))
-    concentration: float = setting(1.0, 'of hierarchical sampling; less draws purer networks')
+    concentration: float = setting(1.0, 'concentration of hierarchical sampling; lower values draw purer networks')
     sharing: str = setting('heads', 'which rows narrower attentions share', choices=SHARINGS)
 
-    algorithm: str = setting('nsga2', 'of the search', choices=ALGORITHMS, free=True)
+    algorithm: str = setting('nsga2', 'search algorithm', choices=ALGORITHMS, free=True)
     evaluations: int = setting(500, 'networks that the search scores', free=True)
-    population: int = setting(50, 'networks of a generation', free=True)
+    population: int = setting(50, 'networks per generation', free=True)
     calibration: int = setting(
         2048, "training images for a network's batch-norm statistics before it is scored", free=True
     )
-    finetune: int = setting(0, 'epochs for which the found network is trained further', free=True)
-    finetune_lr: float = setting(0.01, 'highest learning rate of that', free=True)
+    finetune: int = setting(0, 'epochs of further training of the found network', free=True)
+    finetune_lr: float = setting(0.01, 'highest learning rate of that training', free=True)
 
-    seed: int = setting(0, 'seed of everything random')
+    seed: int = setting(0, 'random seed')
     mixed_precision: str = setting('no', 'arithmetic below fp32', choices=('no', 'bf16'))
     channels_last: bool = setting(False, 'channels_last memory format')
-    deterministic: bool = setting(False, 'only algorithms that give the same result every time; slower on GPUs')
-    cpu: bool = setting(False, 'search on the CPU though there is a GPU', free=True)
-    workers: int = setting(4, 'processes that load images above 64 px, for each process', free=True)
+    deterministic: bool = setting(False, 'use only deterministic algorithms; slower on GPUs')
+    cpu: bool = setting(False, 'search on the CPU even if there is a GPU', free=True)
+    workers: int = setting(4, 'loader processes per training process, for images above 64 px', free=True)
     save_minutes: float = setting(10.0, 'minutes between checkpoints within an epoch', free=True)
     tensorboard: bool = setting(True, 'write a TensorBoard log', free=True)
 
@@ -109,12 +109,12 @@ class TrioConfig:
 
     @cached_property
     def limits(self) -> Limits:
-        """The limits as numbers."""
+        """The cost limits as numbers."""
         return Limits(count_number(self.max_macs), count_number(self.max_params), self.max_ms)
 
     @property
     def law(self) -> Law:
-        """By which the operators of a network are drawn."""
+        """The sampling law for a network's operators."""
         if self.sampling == 'hierarchical':
             return partial(hierarchical, concentration=self.concentration)
         return LAWS[self.sampling]

@@ -1,7 +1,7 @@
-"""What a network costs: multiply-accumulates with those of attention, parameters, and measured milliseconds.
+"""Cost of a network: multiply-accumulates including attention, parameters, and measured milliseconds.
 
-The first two are exact sums over the blocks, each looked up once, so that a search can ask for thousands of networks.
-Batch norms, activations and poolings count as nothing in MACs, as everywhere.
+The first two are exact sums over cached blocks, so a search can query thousands of networks. MACs do not count batch
+norms, activations and poolings, as usual.
 """
 
 from __future__ import annotations
@@ -53,29 +53,29 @@ def _sum(architecture: Architecture, which: int) -> int:
 
 
 def macs(architecture: Architecture, num_classes: int = 1000, in_chans: int = 3) -> int:
-    """Multiply-accumulates of one image of the architecture's size."""
+    """Multiply-accumulates for one image of the architecture's size."""
     k, stride = (7, 2) if architecture.reduction == 4 else (3, 1)
     stem = k**2 * in_chans * architecture.stem * (-(-architecture.image_size // stride)) ** 2
     return stem + _sum(architecture, 0) + architecture.stages[-1].width * num_classes
 
 
 def parameters(architecture: Architecture, num_classes: int = 1000, in_chans: int = 3) -> int:
-    """Parameters, those of norms and of tables of positions with them."""
+    """Number of parameters, including norms and position tables."""
     k = 7 if architecture.reduction == 4 else 3
     stem = (k**2 * in_chans + 2) * architecture.stem
     return stem + _sum(architecture, 1) + (architecture.stages[-1].width + 1) * num_classes
 
 
 class Latency:
-    """Milliseconds a batch on this device, as a sum over parts that are measured when they are first asked for.
+    """Milliseconds per batch on this device, as a sum over parts, each measured at its first use.
 
-    The parts are the stem's convolution, of RGB images, and the blocks. Their sum is not the time of a network, which
-    overlaps them, but costs a search nothing once the parts are known.
+    The parts are the stem's convolution, on RGB images, and the blocks. Their sum is not the time of a network, which
+    overlaps them, but is free for a search once the parts are measured.
 
     Args:
         device: where to measure.
-        batch: images at a time.
-        rounds: of which the median counts.
+        batch: images per batch.
+        rounds: number of rounds; the median counts.
     """
 
     def __init__(self, device: torch.device | str = 'cpu', batch: int = 1, rounds: int = 9) -> None:
@@ -104,12 +104,12 @@ class Latency:
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that a network may cost; None for no limit.
+    """Maximum cost of a network; None for no limit.
 
     Args:
-        macs: multiply-accumulates an image.
+        macs: multiply-accumulates per image.
         parameters: number of parameters.
-        milliseconds: of ``Latency``.
+        milliseconds: as measured by ``Latency``.
     """
 
     macs: int | None = None
@@ -118,10 +118,10 @@ class Limits:
 
 
 def count_number(text: str | float | None) -> int | None:
-    """A count from a text such as '300M', '1.2G', '25k' or '5e6'.
+    """Parse a count such as '300M', '1.2G', '25k' or '5e6'.
 
     Raises:
-        ValueError: it is none, or below 1.
+        ValueError: not a count, or below 1.
     """
     if text is None:
         return None
@@ -133,17 +133,17 @@ def count_number(text: str | float | None) -> int | None:
     except (ValueError, OverflowError):
         value = 0
     if value < 1:
-        raise ValueError(f'a count is a number such as 300M, 1.2G or 250000, got {text!r}')
+        raise ValueError(f'a count must be a number such as 300M, 1.2G or 250000, got {text!r}')
     return value
 
 
 def bound(
     space: TrioSpace, measure: Callable[[Architecture], float], pick: Callable[..., Any] = min
 ) -> tuple[float, Architecture]:
-    """The cheapest (or, with ``pick=max``, dearest) network of a space by ``macs`` or ``parameters``, exactly.
+    """The cheapest (``pick=max``: the most expensive) network of a space by ``macs`` or ``parameters``, exactly.
 
-    The cost is a sum over the blocks, and that of a block depends on its own choices, the width of its stage and the
-    width before it alone. So, stage after stage, the best network so far for every width is enough.
+    The cost is a sum over the blocks, and a block's cost depends only on its own choices, its stage's width and the
+    width before it. So it suffices to track, stage by stage, the best network for every width.
     """
     ends = []
     for image in space.image_sizes:
@@ -175,7 +175,7 @@ def _stages(
     cost: Callable[[tuple[Stage, ...]], float],
     pick: Callable[..., Any],
 ) -> Iterator[tuple[Stage, ...]]:
-    """``before`` with one more stage, whose blocks are the best ones, in its least and its greatest depth."""
+    """``before`` plus one stage of the best blocks, at its minimum and maximum depth."""
     kinds = [
         Block(operator, size, space.width(width, expansion))
         for operator in space.stage_operators(number)

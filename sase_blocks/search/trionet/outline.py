@@ -11,7 +11,7 @@ __all__ = ['outline']
 
 
 class _WithoutDrawing(TorchFunctionMode):
-    """Leaves out random numbers: on the meta device there is nothing to fill, yet each draw costs milliseconds."""
+    """Skips random initialisation: it has no effect on the meta device, but each draw costs milliseconds."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -24,6 +24,6 @@ class _WithoutDrawing(TorchFunctionMode):
 
 @contextmanager
 def outline() -> Iterator[torch.device]:
-    """Within this context modules built on the device that it gives are not initialised."""
+    """Context that yields a device; modules built on it are not initialised."""
     with _WithoutDrawing():
         yield torch.device('meta')

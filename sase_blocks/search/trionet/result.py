@@ -1,4 +1,4 @@
-"""What a TrioNet search leaves: ``architecture.json``, the network with its weights, and pictures."""
+"""Output of a TrioNet search: ``architecture.json``, the network with its weights, and pictures."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def describe_result(
     """The result as plain data.
 
     Args:
-        space: of the search.
-        candidates: all networks that were scored.
-        pure: from an operator to the text of the network that consists of it as far as the space allows.
-        limits, objective: what was allowed, and which cost the front is drawn against.
+        space: the search space.
+        candidates: all scored networks.
+        pure: maps each operator to the text of the network that uses it wherever the space allows.
+        limits, objective: the cost limits, and the cost axis of the front.
         config: the settings.
-        facts: of the data.
+        facts: facts about the data.
         in_chans: channels of the images.
 
     Returns:
-        'architecture' (text), 'score' (held-out accuracy in percent, with the supernet's weights), 'cost'; 'tied', how
-        many of the other networks may be as good by their scores (``significance.not_worse``), and 'verdict', a
-        sentence on it (both are ours); 'front' and 'pure', lists of such networks; 'space', 'limits', 'objective',
-        'seed', 'settings', 'data', 'evaluations', 'versions', 'machine'.
+        'architecture' (text), 'score' (held-out accuracy in percent, with the supernet's weights), 'cost'; 'tied', the
+        number of other networks that may be as good by their scores (``significance.not_worse``), and 'verdict', a
+        sentence about it (neither is in the paper); 'front' and 'pure', lists of such networks; 'space', 'limits',
+        'objective', 'seed', 'settings', 'data', 'evaluations', 'versions', 'machine'.
 
     Raises:
         ImportError: SciPy is missing (extra ``search``).
@@ -81,34 +81,34 @@ def describe_result(
 
 def _verdict(tied: int, others: int, images: int) -> str:
     if others == 0:
-        return 'nothing was decided: one network was scored, and there is none to compare it with'
+        return 'nothing was decided: only one network was scored, with nothing to compare it with'
     on = f'on {images:,} held-out images'
     if tied == others:
         return (
-            f'nothing was decided: {on} no network scores worse than the found one by more than chance; take it as '
-            f'drawn at random from the {others + 1} that were scored'
+            f'nothing was decided: {on} no network scores worse than the found one by more than chance; treat it as '
+            f'drawn at random from the {others + 1} scored networks'
         )
     if tied:
-        return f'{tied} of the {others} other networks may be as good as the found one: {on} chance could reverse them'
+        return f'{tied} of the {others} other networks may be as good as the found one: {on} chance could swap them'
     return f'the found network scores better than each of the {others} others by more than chance {on}'
 
 
 def write_result(result: Mapping[str, Any], out: Path) -> Path:
-    """``architecture.json`` in ``out``; ``timm.create_model('trionet', architecture=PATH)`` reads it."""
+    """Write ``architecture.json`` to ``out``; ``timm.create_model('trionet', architecture=PATH)`` reads it."""
     path = out / 'architecture.json'
     write_text(path, json.dumps(result, indent=2) + '\n')
     return path
 
 
 def write_network(network: TrioNet, architecture: str, out: Path) -> Path:
-    """``network.pt`` in ``out``, for the ``checkpoint_path`` of ``timm.create_model``."""
+    """Write ``network.pt`` to ``out``, for the ``checkpoint_path`` of ``timm.create_model``."""
     return save_checkpoint(
         {'arch': 'trionet', 'architecture': architecture, 'state_dict': network.state_dict()}, out / 'network.pt'
     )
 
 
 def draw_result(result: Mapping[str, Any], out: Path) -> list[Path]:
-    """``front.png`` and ``architecture.png`` in ``out``.
+    """Write ``front.png`` and ``architecture.png`` to ``out``.
 
     Raises:
         ImportError: matplotlib is missing (extra ``viz``).
@@ -123,7 +123,7 @@ def draw_result(result: Mapping[str, Any], out: Path) -> list[Path]:
 
 
 def format_result(result: Mapping[str, Any]) -> str:
-    """The networks of a result as a table: what was found, the pure ones, and the front."""
+    """The networks of a result as a table: the found one, the pure ones, and the front."""
     rows = [('found', result), *((f'all {name}', entry) for name, entry in result['pure'].items())]
     rows += [('front', entry) for entry in result['front'] if entry['architecture'] != result['architecture']]
     header = f'{"network":12}{"held-out %":>11}{"MACs":>11}{"parameters":>13}'

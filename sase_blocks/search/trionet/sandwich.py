@@ -1,9 +1,8 @@
 """One training step of the supernet: the sandwich rule with in-place distillation (as in BigNAS, arXiv 2003.11142).
 
-The largest network learns from the labels, and its outputs teach the smallest one and some that are drawn at random.
-Ours: the operators of the largest and the smallest are drawn, too, or one operator would be privileged. Which networks
-a step trains is a function of (seed, step), so that every process trains the same ones and a resumed run the ones that
-it would have trained.
+The largest network learns from the labels, and its outputs teach the smallest one and some random ones. Not in the
+paper: the largest and the smallest draw their operators, too, so that no operator is favoured. The networks of a step
+depend only on (seed, step), so all processes train the same ones, and a resumed run those that it would have trained.
 """
 
 from __future__ import annotations
@@ -46,9 +45,9 @@ def sandwich_step(
     label_smoothing: float = 0.0,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Tensor:
-    """Add up the gradients of these networks in the supernet's parameters. -> their losses, (networks,).
+    """Accumulate the gradients of these networks in the supernet's parameters. -> their losses, (networks,).
 
-    The first one learns from the labels and is the teacher of the others.
+    The first network learns from the labels and teaches the others.
     """
     losses, teacher = [], torch.empty(0)
     for number, architecture in enumerate(networks):

@@ -1,7 +1,7 @@
-"""How good a network of the supernet is: its own batch-norm statistics first, then its accuracy on held-out images.
+"""Score a network of the supernet: recalibrate its batch norms, then measure its accuracy on held-out images.
 
-The statistics of the supernet's training belong to no network: they are measured anew for every candidate, on training
-images, 1-d and 2-d norms and those inside axial attention alike. Without that accuracies are those of chance.
+The supernet's training gives no statistics that fit a network: every candidate measures its own on training images, for
+1-d and 2-d norms and those inside axial attention. Without that, accuracies are at chance level.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ['accuracy', 'batches_of', 'recalibrate', 'resize']
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, size, size) by bilinear interpolation with antialiasing; what fits is left as it is."""
+    """(B, C, H, W) -> (B, C, size, size) by bilinear interpolation with antialiasing; unchanged if the size fits."""
     if images.shape[2:] == (size, size):
         return images
     return F.interpolate(images, (size, size), mode='bilinear', antialias=True)
 
 
 def batches_of(part: Batches, batch_size: int, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first images of a part of the data in its first epoch's order, all of them by default, each once."""
+    """The first images of a part of the data in its first epoch's order, each once; default: all."""
     count = len(part) if most is None else min(most, len(part))
     steps = -(-count // batch_size)
     for number, (images, labels) in enumerate(part.epoch(0, batch_size, 0, steps, 0, 1)):
@@ -41,7 +41,7 @@ def batches_of(part: Batches, batch_size: int, most: int | None = None) -> Itera
 def recalibrate(
     network: nn.Module, images: Iterable[Tensor], autocast: AbstractContextManager[Any] | None = None
 ) -> None:
-    """Replace the statistics of all batch norms by the mean over these batches; the mode of the network stays."""
+    """Replace the statistics of all batch norms by the mean over these batches; keeps the network's mode."""
     training = network.training
     with autocast or nullcontext():
         update_bn(images, network)
@@ -54,7 +54,7 @@ def accuracy(
     batches: Iterable[tuple[Tensor, Tensor]],
     autocast: AbstractContextManager[Any] | None = None,
 ) -> float:
-    """Percent of the images whose class is put first, in eval mode.
+    """Top-1 accuracy in percent, in eval mode.
 
     Raises:
         ValueError: no images. FloatingPointError: outputs that are not finite.
@@ -71,7 +71,7 @@ def accuracy(
             count += len(labels)
     network.train(training)
     if count == 0:
-        raise ValueError('there are no images to measure an accuracy on')
+        raise ValueError('there are no images to measure the accuracy on')
     good, finite_count = torch.stack(right).sum(0).tolist()
     if finite_count < count:
         raise FloatingPointError(f'the outputs for {count - finite_count} of {count} images are not finite')

@@ -1,13 +1,13 @@
-"""Which weights of a supernet a smaller block uses: prefixes, centres, and Multi-head Sharing (arXiv 2111.07547).
+"""Select the supernet weights of a smaller block: prefixes, centres, and Multi-head Sharing (arXiv 2111.07547).
 
-What is public of the paper names Multi-head Sharing; this reading of it is ours. The number of heads stays. A narrower
-attention takes the first channels inside every head, so that a weight serves the same head and the same role (q, k or
-v, and of local attention's q and k the half for rows or for columns) in every network: ``'heads'``. ``'plain'`` is what
-slicing does where it does not look: the first rows of a projection in which q, k and v are packed one behind the other,
-head after head. At half the width axial attention keeps head and role of 3.1 % of its rows then.
+The public part of the paper only names Multi-head Sharing; this is our interpretation. The number of heads is fixed.
+With ``'heads'``, a narrower attention takes the first channels inside every head, so a weight has the same head and the
+same role (q, k or v, and in local attention's q and k the half for rows or columns) in every network. ``'plain'`` is
+naive slicing: the first rows of a projection that packs q, k and v one after the other, head after head. At half the
+width, axial attention then keeps head and role for 3.1 % of its rows.
 
-Channels of our attentions are stored as ``c * heads + head``, so under ``'heads'`` all but the roles are prefixes. Of
-kernels and windows the centre is taken.
+Our attentions store channels as ``c * heads + head``, so under ``'heads'`` everything but the roles is a prefix.
+Kernels and windows use their centre.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ __all__ = ['SHARINGS', 'operator_tensors', 'output_channels', 'packed_rows', 'pr
 
 SHARINGS = ('heads', 'plain')
 
-# Channels that each role has in one head, by projection: of axial attention ((g / 2,), (g / 2,), (g,)) for q, k and v.
+# Channels of each role in one head, by projection: for axial attention ((g / 2,), (g / 2,), (g,)) for q, k and v.
 Roles = tuple[tuple[int, ...], ...]
 
 
 @lru_cache(maxsize=4096)
 def packed_rows(full: Roles, narrow: Roles, heads: int, sharing: str) -> Tensor:
-    """For each row of a narrower packed projection, the row of the full one that it uses. -> (rows,) of int64.
+    """Index of the full packed projection's row for each row of a narrower one. -> (rows,) of int64.
 
-    Both in our order: q, k and v one behind the other, in each of them ``c * heads + head``.
+    Both in our order: q, k and v one after the other, each with ``c * heads + head``.
 
     Args:
         full, narrow: channels of each role in one head.
         heads: number of heads.
         sharing: 'heads' or 'plain'.
     """
-    # Kept for later calls, so as an ordinary tensor, wherever the first call comes from.
+    # Cached for later calls, so never an inference tensor, whatever the mode of the first call.
     with torch.inference_mode(False), torch.device('cpu'):
         if sharing == 'heads':
             rows, at = [], 0
@@ -49,7 +49,7 @@ def packed_rows(full: Roles, narrow: Roles, heads: int, sharing: str) -> Tensor:
                 rows.append(at + torch.arange(few * heads))
                 at += many * heads
             return torch.cat(rows)
-        # Where each row of ours lies when the heads follow one another: the same place in both.
+        # Position of each of our rows if heads are packed one after another: the same in both.
         place = torch.argsort(_head_major([sum(part) for part in narrow], heads))
         return _head_major([sum(part) for part in full], heads)[place]
 
@@ -59,7 +59,7 @@ def _flat(roles: Roles) -> list[int]:
 
 
 def _head_major(parts: Sequence[int], heads: int) -> Tensor:
-    """For each place of a projection packed head after head, our row: (sum(parts) * heads,)."""
+    """Our row for each position of a projection packed head after head: (sum(parts) * heads,)."""
     rows, at = [], 0
     for channels in parts:
         rows.append(at + torch.arange(channels * heads).reshape(channels, heads).T.flatten())
@@ -68,35 +68,37 @@ def _head_major(parts: Sequence[int], heads: int) -> Tensor:
 
 
 def output_channels(channels: int, heads: int, sharing: str) -> slice | Tensor:
-    """Which channels of what follows an attention (a norm, a 1x1 convolution) its ``channels`` outputs go to."""
+    """The channels of the layer after an attention (a norm, a 1x1 convolution) for its ``channels`` outputs."""
     if sharing == 'heads':
         return slice(channels)
     return torch.argsort(_head_major([channels // heads], heads))
 
 
 def take(tensor: Tensor, dim: int, which: slice | Tensor) -> Tensor:
-    """The chosen places of one dimension: a view for a slice."""
+    """Select along one dimension; a view for a slice."""
     if isinstance(which, slice):
         return tensor.narrow(dim, which.start or 0, which.stop - (which.start or 0))
-    return tensor.index_select(dim, which.to(tensor.device, non_blocking=True))  # or each would wait for a GPU
+    return tensor.index_select(
+        dim, which.to(tensor.device, non_blocking=True)
+    )  # without it each call would wait for the GPU
 
 
 def prefix(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """The first places of every dimension, as a view."""
+    """The first entries along every dimension, as a view."""
     for dim, size in enumerate(shape):
         tensor = tensor.narrow(dim, 0, size)
     return tensor
 
 
 def centre(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """The places in the middle of one dimension, as a view."""
+    """The centre entries along one dimension, as a view."""
     return tensor.narrow(dim, (tensor.shape[dim] - size) // 2, size)
 
 
 def operator_tensors(full: nn.Module, narrow: nn.Module, sharing: str) -> dict[str, Tensor]:
-    """The parameters that the operator ``narrow`` has by name, cut from those of ``full``, which is of its kind."""
+    """The parameters of the operator ``narrow`` by name, sliced from ``full``, an operator of the same kind."""
     if isinstance(narrow, AxialSelfAttention) and isinstance(full, AxialSelfAttention):
-        # The second pass reads what the first one writes.
+        # The second pass reads the first one's output.
         columns = output_channels(narrow.channels, narrow.heads, sharing)
         passes = {
             'height': _axis(full.height, narrow.height, slice(narrow.channels), sharing),
@@ -135,7 +137,7 @@ def _axis(full: AxisAttention, narrow: AxisAttention, columns: slice | Tensor, s
     roles = ((many // 2,), (many // 2,), (many,)), ((few // 2,), (few // 2,), (few,))
     rows = packed_rows(*roles, narrow.heads, sharing)
     outputs = output_channels(narrow.channels, narrow.heads, sharing)
-    # The table is shared by the heads: one head, the same roles.
+    # The heads share the table: one head, the same roles.
     table = take(full.relative, 0, packed_rows(*roles, 1, sharing))
     found = {
         'project.weight': take(take(full.project.weight, 1, columns), 0, rows),

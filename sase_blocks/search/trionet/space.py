@@ -1,8 +1,8 @@
-"""The space of a TrioNet search (after the abstract of arXiv 2111.07547): one declared value, and its points.
+"""The space of a TrioNet search (from the abstract of arXiv 2111.07547), declared as one value, and its points.
 
-The paper's space is not public but for its three operators; both spaces here are ours. A point is an ``Architecture``.
-A search moves in genes: every choice by name, each as text, for all blocks that a network can have, so that a gene
-keeps its meaning when the depth changes. Genomes that differ in blocks left out are the same point.
+Only the three operators of the paper's space are public; both spaces here are our own. A point is an ``Architecture``.
+A search works on genes: every choice by name, each as text, for all blocks that a network can have, so a gene keeps its
+meaning when the depth changes. Genomes that differ only in unused blocks are the same point.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ Genome = Mapping[str, str]
 
 @dataclass(frozen=True)
 class TrioSpace:
-    """What may vary, and over which values. Stages are counted from 1, values are in rising order.
+    """The choices and their values. Stages are counted from 1, values are in rising order.
 
     Args:
         image_sizes: heights and widths of the images, px.
         stem: width of the stem.
-        reduction: of the stem, 1 or 4, see ``Architecture``.
-        heads: of all attentions; widths of operators are multiples of 2 x heads.
-        depths: for each stage, how many blocks; fewer are the first ones.
+        reduction: reduction of the stem, 1 or 4, see ``Architecture``.
+        heads: number of heads of all attentions; operator widths are multiples of 2 x heads.
+        depths: for each stage, the number of blocks; smaller depths use the first ones.
         widths: for each stage, its channels.
-        expansions: for each block, the width of its operator as a part of its stage's, rounded to 2 x heads.
-        kernels: for each convolution.
-        windows: for each local attention.
-        attention_stages: the stages that may use attention; the others are of convolutions.
-        operators: what a block may be.
+        expansions: for each block, operator width as a fraction of the stage's, rounded to 2 x heads.
+        kernels: kernel sizes of each convolution.
+        windows: window sizes of each local attention.
+        attention_stages: the stages that may use attention; the others use convolutions.
+        operators: operators that a block may use.
 
     Raises:
-        ValueError: an inconsistent space; the text names the field.
+        ValueError: an inconsistent space; the message names the field.
 
     Examples:
         >>> space = TrioSpace((32,), 16, 1, 4, ((1, 2),) * 3, ((64,), (128,), (256,)), attention_stages=(2, 3))
@@ -106,12 +106,12 @@ class TrioSpace:
     # ---- choices ----
 
     def width(self, stage_width: int, expansion: float) -> int:
-        """Channels of an operator: ``expansion`` of its stage's, rounded to the nearest multiple of 2 x heads."""
+        """Channels of an operator: ``expansion`` times its stage's, rounded to the nearest multiple of 2 x heads."""
         unit = 2 * self.heads
         return max(unit, int(stage_width * expansion / unit + 0.5) * unit)
 
     def stage_operators(self, stage: int) -> tuple[str, ...]:
-        """What a block of a stage may be."""
+        """The operators that a block of a stage may use."""
         return self.operators if stage in self.attention_stages else ('conv',)
 
     def sizes(self, operator: str) -> tuple[int | None, ...]:
@@ -136,10 +136,10 @@ class TrioSpace:
         return found
 
     def architecture(self, genome: Genome) -> Architecture:
-        """The point that a genome stands for.
+        """The point of a genome.
 
         Raises:
-            ValueError: a gene is missing or has a value that is not its own.
+            ValueError: a gene is missing or has an invalid value.
         """
         for name, values in self.genes.items():
             if genome.get(name) not in values:
@@ -157,7 +157,7 @@ class TrioSpace:
         return Architecture(int(genome['image']), self.stem, self.reduction, self.heads, tuple(stages))
 
     def check(self, architecture: Architecture) -> None:
-        """Raise a ValueError that names the first thing in which an architecture is not of this space."""
+        """Raise a ValueError that names the first mismatch if an architecture is not in this space."""
         for name, mine, its in (
             ('stem', self.stem, architecture.stem),
             ('reduction', self.reduction, architecture.reduction),
@@ -165,7 +165,7 @@ class TrioSpace:
             ('number of stages', len(self.depths), len(architecture.stages)),
         ):
             if mine != its:
-                raise ValueError(f'the architecture is not of this space: its {name} is {its}, not {mine}')
+                raise ValueError(f'the architecture is not in this space: its {name} is {its}, not {mine}')
         allowed: list[tuple[str, Any, tuple[Any, ...]]] = [('image size', architecture.image_size, self.image_sizes)]
         for number, stage in enumerate(architecture.stages, start=1):
             allowed.append((f'stage {number}: depth', len(stage.blocks), self.depths[number - 1]))
@@ -178,11 +178,11 @@ class TrioSpace:
         for name, value, values in allowed:
             if value not in values:
                 known = ', '.join(map(str, values))
-                raise ValueError(f'the architecture is not of this space: {name} is {value}, not one of {known}')
+                raise ValueError(f'the architecture is not in this space: {name} is {value}, not one of {known}')
 
     @cached_property
     def size(self) -> int:
-        """How many different networks the space holds."""
+        """Number of different networks in the space."""
         count = len(self.image_sizes)
         for stage, (depths, widths) in enumerate(zip(self.depths, self.widths, strict=True), start=1):
             kinds = sum(len(self.sizes(operator)) for operator in self.stage_operators(stage))
@@ -193,15 +193,15 @@ class TrioSpace:
     # ---- text ----
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, the same whether it was read from JSON or written in Python."""
+        """As plain data, the same for a space from JSON or from Python."""
         return dict(json.loads(json.dumps(asdict(self))))
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> TrioSpace:
-        """From what ``to_dict`` gives. Raises ValueError for anything else."""
+        """Inverse of ``to_dict``. Raises ValueError for anything else."""
         if not isinstance(value, Mapping):
             raise ValueError(
-                f'a space is a JSON object of {", ".join(f.name for f in fields(cls))}, got {quoted(value)}'
+                f'a space must be a JSON object of {", ".join(f.name for f in fields(cls))}, got {quoted(value)}'
             )
         unknown = sorted(set(value) - {f.name for f in fields(cls)})
         if unknown:
@@ -215,10 +215,10 @@ class TrioSpace:
 
     @classmethod
     def parse(cls, text: str) -> TrioSpace:
-        """A space that ships by its name, or one in a JSON file.
+        """A built-in space by name, or a space from a JSON file.
 
         Raises:
-            ValueError: neither; or an inconsistent space, whose field the text names.
+            ValueError: neither, or an inconsistent space; the message names the field.
         """
         if text in SPACES:
             return SPACES[text]
@@ -247,7 +247,7 @@ def _is_rising(values: Any, good: Callable[[Any], bool] = _is_whole) -> bool:
 
 
 SPACES = {
-    # ResNet-50 at its widest without the first stage's attention, where maps are largest.
+    # ResNet-50 at its widest, without attention in the first stage, where maps are largest.
     'imagenet': TrioSpace(
         image_sizes=(160, 192, 224),
         stem=64,

@@ -1,12 +1,12 @@
 """The supernet of TrioNet (arXiv 2111.07547): one set of weights for all networks of a space.
 
-As in the paper's figure, the two 1x1 convolutions of a block are shared by its three operators and each operator has
-weights of its own; everything is as large as the space allows, and a smaller network uses parts of it (``slicing.py``).
-Ours: the norms around the 1x1 convolutions are shared with them, the norm behind an operator is its own; statistics of
-norms are never shared, for every network has others (``score.recalibrate``).
+As in the paper's figure, a block's three operators share its two 1x1 convolutions, and each operator has its own
+weights. All are as large as the space allows; a smaller network uses parts of them (``slicing.py``). Not in the paper:
+the norms after the 1x1 convolutions are shared with them, and each operator has its own norm. Networks never share norm
+statistics, since each needs its own (``score.recalibrate``).
 
-There are no elastic layers. A network of the space runs as what it is, a ``TrioNet``, whose parameters are replaced in
-each forward by parts of the shared ones; so it costs what it costs alone, and ``extract`` gives the same bits.
+There are no elastic layers. A network of the space runs as an ordinary ``TrioNet`` whose parameters are replaced in
+each forward by parts of the shared ones, so it costs no more than on its own, and ``extract`` gives the same bits.
 """
 
 from collections.abc import Iterator
@@ -33,15 +33,15 @@ def _norm(channels: int) -> nn.Module:
 
 
 def _laid_out(tensor: Tensor) -> Tensor:
-    """With the strides of a new tensor: from others a convolution may take another kernel, and give other bits."""
+    """Give the tensor default strides: with others a convolution may use another kernel and give other bits."""
     tensor = tensor.contiguous()
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor.flatten().view(tensor.shape)  # both formats at once, as 1x1 kernels are: strides of either
+        return tensor.flatten().view(tensor.shape)  # contiguous in both formats, as 1x1 kernels are: either strides
     return tensor
 
 
 class SharedBlock(nn.Module):
-    """The weights of all blocks that may stand at one place."""
+    """The weights of all blocks that may occupy one position."""
 
     def __init__(self, space: TrioSpace, stage: int, first: bool, channels: int, size: int) -> None:
         super().__init__()
@@ -58,15 +58,15 @@ class SharedBlock(nn.Module):
         self.conv3 = nn.Conv2d(width, out, 1, bias=False)
         self.norm3 = _norm(out)
         self.shortcut: nn.Module = nn.Identity()
-        if first:  # a later one has none; this one has it wherever the widths differ
+        if first:  # later blocks have none; the first has one if the widths differ
             self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, bias=False), _norm(out))
 
     def tensors(self, block: TrioBlock, sharing: str) -> Iterator[tuple[str, Tensor]]:
-        """The parameters of a block at this place by name, as parts of the shared ones."""
+        """The parameters of a block at this position by name, as parts of the shared ones."""
         width, middle = block.conv1.out_channels, block.middle
         operator = operator_tensors(self.operators[block.operator], middle, sharing)
         yield from ((f'middle.{name}', tensor) for name, tensor in operator.items())
-        # What an attention hands on goes to channels of the shared parts that depend on the sharing.
+        # The sharing decides which channels of the shared parts an attention's outputs go to.
         outputs: slice | Tensor = slice(width)
         if not isinstance(middle, nn.Conv2d):
             outputs = output_channels(width, middle.heads, sharing)  # type: ignore[arg-type]
@@ -84,14 +84,14 @@ class SuperNet(nn.Module):
     """All networks of a space, with shared weights.
 
     Args:
-        space: of the networks.
-        num_classes: of the classifier.
+        space: the search space.
+        num_classes: number of classes.
         in_chans: input channels.
         sharing: 'heads' for Multi-head Sharing, or 'plain', see ``slicing.py``.
-        drop_rate: dropout before the classifier of a network that is activated with ``dropout=True``.
+        drop_rate: dropout before the classifier of a network activated with ``dropout=True``.
 
     Raises:
-        ValueError: an unknown sharing; in ``activate``, an architecture that is not of the space.
+        ValueError: an unknown sharing; in ``activate``, an architecture that is not in the space.
 
     Examples:
         >>> space = TrioSpace.parse('cifar')
@@ -124,9 +124,9 @@ class SuperNet(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """He for convolutions; attentions have an initialisation of their own.
+        """He initialisation for convolutions; attentions keep their own.
 
-        Blocks do not start as the identity: each weight is met by a part of the steps only, and would start slowly.
+        Blocks do not start as the identity: each step trains only some of the weights, so they would start slowly.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -135,8 +135,7 @@ class SuperNet(nn.Module):
     def tensors(self, network: TrioNet) -> dict[str, Tensor]:
         """The parameters of a network of the space by name, as parts of the shared ones.
 
-        Views where a part is a prefix or a centre; rows of packed projections are gathered. Gradients reach the shared
-        weights.
+        Prefixes and centres are views; rows of packed projections are gathered. Gradients reach the shared weights.
         """
         found: dict[str, Tensor] = {'conv1.weight': self.conv1.weight}
         found['bn1.weight'], found['bn1.bias'] = self.bn1.weight, self.bn1.bias  # type: ignore[assignment]
@@ -154,9 +153,9 @@ class SuperNet(nn.Module):
         return SubNetwork(self, architecture, dropout)
 
     def extract(self, architecture: Architecture) -> TrioNet:
-        """An ordinary network with a copy of its weights, with statistics of norms as at the start.
+        """An ordinary network with a copy of its weights and initial norm statistics.
 
-        ``activate``, ``score.recalibrate`` and ``SubNetwork.extract`` give one that has statistics, too.
+        ``activate``, ``score.recalibrate`` and ``SubNetwork.extract`` give one with measured statistics.
         """
         return self.activate(architecture).extract()
 
@@ -167,8 +166,8 @@ class SuperNet(nn.Module):
 class SubNetwork(nn.Module):
     """One network of a supernet: its structure and its norms' statistics, without weights of its own.
 
-    Shape: as ``TrioNet``. It follows the supernet: what the weights become is what it uses in its next forward. It is
-    there to be run: parameters to optimise or to move are the supernet's, before it is activated.
+    Shape: as ``TrioNet``. It follows the supernet: each forward uses the supernet's present weights. Use it only to run
+    the network: optimise or move the supernet's parameters instead, before activation.
     """
 
     def __init__(self, supernet: SuperNet, architecture: Architecture, dropout: bool = False) -> None:
@@ -176,7 +175,7 @@ class SubNetwork(nn.Module):
         self.architecture = architecture
         self._supernet = [supernet]  # in a list: its parameters are not this module's
         rate = supernet.drop_rate if dropout else 0.0
-        # Its parameters are shapes alone; the statistics get memory.
+        # Its parameters are only shapes; the statistics get memory.
         with outline() as meta:
             self.network = TrioNet(
                 architecture,

@@ -1,8 +1,8 @@
-"""Training of a supernet (arXiv 2111.07547): the loop around ``sandwich.py`` on accelerate, with what it leaves.
+"""Training of a supernet (arXiv 2111.07547): the loop around ``sandwich.py`` on accelerate, and its output.
 
-No gradient is averaged by a wrapper: the networks of a step use different parts of the weights, so the sum of their
-gradients is averaged over the processes once, at the end of the step. Everything random is a function of the seed and
-of the step, so a run that is killed at any moment and resumed arrives at the same bits.
+No wrapper averages gradients: the networks of a step use different parts of the weights, so the sum of their gradients
+is averaged over the processes once, at the end of the step. All randomness depends only on the seed and the step, so a
+run killed at any moment and resumed gives the same bits.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ LOOKED_AT = 303  # stream of random numbers: the networks of the progress lines
 
 
 def saved_supernet(config: TrioConfig) -> dict[str, Any] | None:
-    """The checkpoint of the supernet in ``config.out`` to resume from, None for a fresh start.
+    """The checkpoint of the supernet in ``config.out`` to resume from; None for a new run.
 
     Raises:
-        ValueError: one that is not to be resumed, of other settings, or of another space, whose fields are named.
+        ValueError: there is one without ``resume``, with other settings, or of another space; names what differs.
     """
     last = Path(config.out) / 'supernet.pt'
     needed = ['config', 'supernet', 'space', 'data', 'in_chans', 'step', 'average', 'optimizer', 'sums']
@@ -70,7 +70,7 @@ def saved_supernet(config: TrioConfig) -> dict[str, Any] | None:
             f'{name} was {before.get(name)} and is {value}' for name, value in now.items() if before.get(name) != value
         ]
         if differing:
-            raise ValueError(f'{last} is a supernet of another space: {"; ".join(differing)}')
+            raise ValueError(f'{last} has a supernet of another space: {"; ".join(differing)}')
     return saved
 
 
@@ -78,8 +78,8 @@ def load_supernet(path: str | Path, *, average: bool = True) -> SuperNet:
     """A supernet from its checkpoint, in eval mode, on the CPU.
 
     Args:
-        path: of supernet.pt, or the run's folder.
-        average: the average of the weights, where the run kept one.
+        path: supernet.pt, or the run's folder.
+        average: load the average of the weights, if the run kept one.
 
     Raises:
         ValueError, OSError: no such file, or not a supernet.
@@ -102,14 +102,14 @@ def load_supernet(path: str | Path, *, average: bool = True) -> SuperNet:
 
 
 class SupernetTraining:
-    """A supernet on its way.
+    """A supernet in training.
 
     Args:
         config: the settings.
         accelerator: accelerate's.
         halves: the data.
         in_chans: channels of the images.
-        saved: what ``saved_supernet`` found.
+        saved: the checkpoint from ``saved_supernet``.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class SupernetTraining:
         self.space, self.law = TrioSpace.parse(config.space), config.law
         torch.manual_seed(derive_seed(config.seed, MODEL))
         self.supernet = SuperNet(self.space, len(halves.classes), in_chans, config.sharing, config.drop_rate)
-        # channels_last is a matter of the images alone: parts of weights are cut anew in each forward.
+        # channels_last applies only to the images: each forward slices the weights again.
         self.supernet.to(accelerator.device)
         self.optimizer = make_optimizer(config, self.supernet)
         self.steps = len(halves.weights) // config.batch_size  # a last partial batch is dropped
@@ -148,14 +148,14 @@ class SupernetTraining:
 
     @property
     def found(self) -> SuperNet:
-        """The supernet that the search uses: the average where there is one."""
+        """The supernet that the search uses: the average if there is one."""
         return self.average.module if self.average else self.supernet
 
     # ---- one step ----
 
     def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
         config = self.config
-        # Dropout: a function of the step, whatever drew random numbers in between.
+        # Dropout depends only on the step, whatever drew random numbers in between.
         torch.manual_seed(derive_seed(config.seed, MODEL, self.step, self.rank))
         self.scheduler.step_update(self.step)
         losses = sandwich_step(
@@ -166,7 +166,7 @@ class SupernetTraining:
             label_smoothing=config.label_smoothing,
             autocast=self.autocast,
         )
-        # What no network of this step used has no gradient, on no process, and stays as it is.
+        # Weights that no network of this step used have no gradient on any process and do not change.
         used = [p for p in self.supernet.parameters() if p.grad is not None]
         if self.world > 1:
             flat = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in used if p.grad is not None]), 'mean')
@@ -251,7 +251,7 @@ class SupernetTraining:
         )
 
     def _look(self, unseen: list[Tensor]) -> None:
-        """Wait for the losses, stop at one that is not finite, and add them up."""
+        """Wait for the losses, stop at a non-finite one, and sum them."""
         seen = torch.stack(unseen)
         seen = (self.accelerator.reduce(seen, 'mean') if self.world > 1 else seen).cpu()
         start = self.step - len(unseen)
@@ -262,7 +262,7 @@ class SupernetTraining:
         self.sums += seen.sum(0)
 
     def _accuracy(self, extent: str) -> float:
-        """Held-out accuracy, in percent, of one of the ends of the space, with the same operators each time."""
+        """Held-out accuracy, in percent, of the largest or smallest network, with the same operators each time."""
         rng = np.random.default_rng(derive_seed(self.config.seed, LOOKED_AT))
         return self.score(self.space.architecture(draw(self.space, rng, self.law, extent)))
 
@@ -272,7 +272,7 @@ class SupernetTraining:
         return accuracy(network, self.resized(self.halves.held_out, architecture), self.autocast())
 
     def calibrated(self, architecture: Architecture) -> SubNetwork:
-        """A network with statistics of its own."""
+        """A network with its own statistics."""
         network = self.found.activate(architecture)
         images = (x for x, _ in self.resized(self.halves.weights, architecture, self.config.calibration))
         recalibrate(network, images, self.autocast())
@@ -281,7 +281,7 @@ class SupernetTraining:
     def resized(
         self, part: Batches, architecture: Architecture, most: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The first images of a part in the size of a network, and their labels."""
+        """The first images of a part, in the network's size, and their labels."""
         for images, labels in batches_of(part, self.config.batch_size, most):
             yield resize(images, architecture.image_size), labels
 
