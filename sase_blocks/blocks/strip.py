@@ -52,7 +52,7 @@ class CoordinateAttention(AttentionModule):
         self.conv_w = nn.Conv1d(hidden, channels, 1, bias=False, **kwargs)
 
     def current_channels(self) -> int:
-        return self.conv1.weight.shape[1]
+        return self.conv_h.weight.shape[0]
 
     def gate(self, x: Tensor) -> Tensor:
         strips = torch.cat([x.mean(3), x.mean(2)], 2)  # (B, C, H + W)

@@ -420,7 +420,7 @@ class ChannelGSoP(ChannelSqueeze):
         self.reset_parameters()
 
     def current_channels(self) -> int:
-        return self.reduce.weight.shape[1]
+        return self.fc.weight.shape[0]
 
     def reset_parameters(self) -> None:
         for layer in (self.reduce, self.reduce_norm, self.norm, self.fc):
