@@ -13,6 +13,7 @@ from .blocks import (
     SpatialAttention,
     compile_blocks,
     create_block,
+    keep_channels,
     list_blocks,
 )
 from .convert import convert_paper_state_dict, load_checkpoint
@@ -47,6 +48,7 @@ __all__ = [
     'export_onnx',
     'fuse',
     'insert',
+    'keep_channels',
     'list_blocks',
     'load_checkpoint',
     'no_weight_decay',

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import socket
@@ -127,7 +128,7 @@ class Ray:
             more: dict[str, Any] = {'include_dashboard': False} if self.address == 'local' else {}
             try:
                 self._knock()
-                ray.init(self.address, log_to_driver=False, logging_level='error', **more)
+                ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, **more)
             except (OSError, RuntimeError, ValueError) as error:
                 raise ValueError(
                     f'there is no Ray cluster at {quoted(self.address)} ({one_line(error, 300)}); start one with `ray '

@@ -1,10 +1,12 @@
 """Our models inside other libraries: the examples that need the extra `ecosystem`; `make test-ecosystem` runs these."""
 
+import copy
 import importlib.util
 import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import sase_blocks
+from sase_blocks.blocks import AttentionModule
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
@@ -45,6 +48,7 @@ LIGHTNING = [*ERRORS, '-W', 'ignore::FutureWarning', '-W', 'ignore::UserWarning'
             ],
         ),
         ('lightning_digits.py', LIGHTNING, [], ['accuracy']),
+        ('prune_channels.py', [], [], ['resnet18 with SE: 11,', 'classes 10']),
     ],
     ids=lambda value: value if isinstance(value, str) else '-'.join(value)[:20],
 )
@@ -294,3 +298,70 @@ def test_an_annotation_file_that_is_no_json(tmp_path, capsys):
     (tmp_path / 'objects.json').write_text('{"images": [')
     assert detection.main(arguments(tmp_path)) == 2
     assert 'objects.json is no JSON file' in capsys.readouterr().err
+
+
+RESNET = timm.models.resnet
+
+
+def network(block, way):
+    """A small ResNet with a block behind each second batch norm, whose biases number its channels."""
+    torch.manual_seed(0)
+    args = {'num_classes': 5, 'channels': (32, 64, 64, 64), 'zero_init_last': False}
+    if way == 'slot':
+        args['block_args'] = {'attn_layer': partial(sase_blocks.create_block, block)}
+    model = RESNET.ResNet(RESNET.BasicBlock, (1, 1, 1, 1), **args)
+    if way == 'inserted':
+        sase_blocks.insert(model, block)
+    for name, parameter in model.named_parameters():
+        if name.endswith('alpha'):
+            torch.nn.init.constant_(parameter, 0.7)
+        elif name.endswith('bn2.bias'):
+            parameter.data = torch.arange(float(len(parameter))) / 64
+        elif '.se.' in name:
+            torch.nn.init.uniform_(parameter, -0.5, 0.5)
+    return model
+
+
+@pytest.mark.parametrize('way', ['slot', 'inserted'])
+@pytest.mark.parametrize('block', sase_blocks.list_blocks())
+@pytest.mark.filterwarnings('ignore:Unwrapped parameters detected')
+def test_pruned_channels(block, way):
+    """What torch-pruning leaves of each block is the block of the channels that are left, and it still acts."""
+    model, x = network(block, way), torch.randn(2, 3, 64, 64)
+    whole = copy.deepcopy(model)
+    prune = example('prune_channels')
+    prune.make_pruner(model, x, pruning_ratio=0.5, round_to=16, ignored_layers=[model.fc]).step()
+    assert model.conv1.out_channels == 32
+    for name, width in (('layer1', 16), ('layer2', 32), ('layer3', 32), ('layer4', 32)):
+        kept = getattr(model, name)[0].bn2.bias.mul(64).long().tolist()
+        assert len(kept) == width
+        expected = getattr(whole, name)[0]
+        for part in expected.modules():
+            if part is not expected and isinstance(part, AttentionModule):
+                sase_blocks.keep_channels(part, kept)
+        found = attention(getattr(model, name)[0]).state_dict()
+        torch.testing.assert_close(found, attention(expected).state_dict(), rtol=0, atol=0)
+    model.train()(x).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    y = model.eval()(x)
+    blocks = [module for module in model.modules() if isinstance(module, AttentionModule)]
+    for module in blocks:
+        module.register_forward_hook(lambda module, inputs, y: inputs[0])
+    assert not torch.allclose(model(x), y)
+
+
+def attention(block):
+    """What stands in the slot of a ResNet's block, or was inserted into it."""
+    return torch.nn.ModuleList(m for m in block.modules() if m is not block and isinstance(m, AttentionModule))
+
+
+@pytest.mark.parametrize(('block', 'ratio', 'multiple'), [('ema', 0.35, 2), ('ela', 0.3, 16)])
+@pytest.mark.filterwarnings('ignore:Unwrapped parameters detected')
+def test_pruned_groups_name_their_multiple(block, ratio, multiple):
+    model = network(block, 'inserted')
+    pruner = example('prune_channels').make_pruner(
+        model, torch.randn(2, 3, 64, 64), pruning_ratio=ratio, ignored_layers=[model.fc]
+    )
+    with pytest.raises(ValueError, match=rf'round_to={multiple} in torch-pruning') as error:
+        pruner.step()
+    assert '\n' not in str(error.value)

@@ -9,6 +9,7 @@ from .genotype import SASE_GENOTYPE, Genotype
 from .graph import Edge, Graph
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
 from .named import BLOCKS, block_graph, create_block, list_blocks, resolve_block
+from .pruning import keep_channels
 from .simam import SimAM
 from .strip import CoordinateAttention, EfficientLocalAttention, SimpleCoordinateAttention, StripAttention
 from .triplet import TripletAttention
@@ -38,6 +39,7 @@ __all__ = [
     'block_graph',
     'compile_blocks',
     'create_block',
+    'keep_channels',
     'list_blocks',
     'resolve_block',
 ]

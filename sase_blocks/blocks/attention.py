@@ -78,6 +78,9 @@ class AttentionBlock(AttentionModule):
         self.norm = BatchNorm2d(1, device=device, dtype=dtype)
         self.spatial_excite = EXTENDED_SPATIAL_EXCITE[g.spatial_excite](channels, **args)
 
+    def current_channels(self) -> int:
+        return self.channel_excite.current_channels()
+
     def reset_parameters(self) -> None:
         nn.init.constant_(self.mix_weight, 0.5)
         super().reset_parameters()
@@ -129,7 +132,7 @@ class AttentionBlock(AttentionModule):
 
     def extra_repr(self) -> str:
         size = '' if self.feat_size is None else f', feat_size={self.feat_size}'
-        return f"{self.channels}, '{self.genotype}'{size}"
+        return f"{self.current_channels() or self.channels}, '{self.genotype}'{size}"
 
 
 class SASE(AttentionBlock):
@@ -154,4 +157,4 @@ class SASE(AttentionBlock):
         super().__init__(channels, SASE_GENOTYPE, feat_size, device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
-        return f'{self.channels}'
+        return f'{self.current_channels() or self.channels}'

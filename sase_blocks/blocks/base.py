@@ -1,6 +1,7 @@
 """The one interface of all blocks: channels in the constructor, a gate for x, and y = x * gate."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +50,16 @@ class AttentionModule(nn.Module, ABC):
         TypeError: in ``forward``, a non-floating input.
     """
 
+    # The block's own parameters and layers with an entry for each channel, and its axis, for ``keep_channels``.
+    per_channel: ClassVar[dict[str, int]] = {}
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = check_channels(channels, type(self).__name__)
+
+    def current_channels(self) -> int:
+        """The channels that the parameters are for; pruning makes them fewer. 0: any number, or the parts check it."""
+        return 0
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew."""
@@ -94,9 +102,9 @@ class AttentionModule(nn.Module, ABC):
 
     def forward(self, x: Tensor, alpha: Tensor | None = None) -> Tensor:
         """y = x * gate; with an alpha of shape (1,), that of ``insert``, y = x * (1 + alpha (gate - 1))."""
-        check_features(x, self.channels)
+        check_features(x, self.current_channels())
         gate = self.gate(x) if alpha is None else self.faded_gate(x, alpha)
         return x * gate.to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f'{self.channels}'
+        return f'{self.current_channels() or self.channels}'

@@ -84,6 +84,9 @@ class ChannelAttention(AttentionModule):
         self.act = nn.Identity() if self.excite.gated or add else nn.Sigmoid()
         self._names = (names, excite)
 
+    def current_channels(self) -> int:
+        return self.excite.current_channels()
+
     def gate(self, x: Tensor) -> Tensor:
         values = [self.excite(squeeze(x)) for squeeze in self.squeeze]
         return self.act(torch.stack(values).sum(0) if len(values) > 1 else values[0])
@@ -92,7 +95,7 @@ class ChannelAttention(AttentionModule):
         return _fade_value(self.gate(x), alpha) if self.add else fade(self.gate(x), alpha)
 
     def forward(self, x: Tensor, alpha: Tensor | None = None) -> Tensor:
-        check_features(x, self.channels)
+        check_features(x, self.current_channels())
         gate = (self.gate(x) if alpha is None else self.faded_gate(x, alpha)).to(x.dtype)
         return x + gate if self.add else x * gate
 
@@ -110,7 +113,8 @@ class ChannelAttention(AttentionModule):
 
     def extra_repr(self) -> str:
         squeezes, excite = self._names
-        return f'{self.channels}, {squeezes[0] if len(squeezes) == 1 else squeezes!r}, {excite!r}' + (
+        channels = self.current_channels() or self.channels
+        return f'{channels}, {squeezes[0] if len(squeezes) == 1 else squeezes!r}, {excite!r}' + (
             ', add=True' if self.add else ''
         )
 
@@ -172,7 +176,8 @@ class SpatialAttention(AttentionModule):
 
     def extra_repr(self) -> str:
         squeezes, excite = self._names
-        return f'{self.channels}, {squeezes[0] if len(squeezes) == 1 else squeezes!r}, {excite!r}'
+        channels = self.current_channels() or self.channels
+        return f'{channels}, {squeezes[0] if len(squeezes) == 1 else squeezes!r}, {excite!r}'
 
 
 class ParallelAttention(AttentionModule):
@@ -218,6 +223,9 @@ class ParallelAttention(AttentionModule):
         self.spatial_act = nn.Identity() if joint or self.spatial_excite.gated else nn.Sigmoid()
         self._names = (cs, ce, ss, se)
 
+    def current_channels(self) -> int:
+        return self.channel_excite.current_channels()
+
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         c = self.channel_act(self.channel_excite(self.channel_squeeze(x)))
         s = self.spatial_act(self.spatial_excite(self.spatial_squeeze(x)))
@@ -251,7 +259,7 @@ class ParallelAttention(AttentionModule):
 
     def extra_repr(self) -> str:
         cs, ce, ss, se = self._names
-        return f'{self.channels}, {(cs, ce)!r}, {(ss, se)!r}, joint={self.joint}'
+        return f'{self.current_channels() or self.channels}, {(cs, ce)!r}, {(ss, se)!r}, joint={self.joint}'
 
 
 class SequentialAttention(nn.Sequential):

@@ -1,6 +1,6 @@
 """Gather-Excite (arXiv 1810.12348): each position is gated by its wide neighbourhood."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,8 @@ class GatherExcite(AttentionModule):
     Raises:
         ValueError: bad channels or an extent that is no power of 2; in ``forward`` another rank or number of channels.
     """
+
+    per_channel: ClassVar[dict[str, int]] = {'gather': 0, 'excite.0': 1, 'excite.2': 0}
 
     def __init__(
         self,
@@ -110,4 +112,4 @@ class GatherExcite(AttentionModule):
         return Graph(nodes, edges, f'y = x * sigmoid(nearest({"mlp(g)" if with_mlp else "g"})), g = gather(x)')
 
     def extra_repr(self) -> str:
-        return f'{self.channels}, extent={self.extent}'
+        return f'{self.current_channels() or self.channels}, extent={self.extent}'

@@ -1,7 +1,7 @@
 """Blocks whose groups of channels each have a spatial gate of their own: SGE (arXiv 1905.09646), EMA (2305.13563)."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,16 @@ from .base import AttentionModule
 from .graph import MAP, Edge, Graph
 
 GROUPS = 'G x H x W'
+
+
+@torch.fx.wrap
+def check_groups(x: Tensor, multiple: int) -> None:
+    """Raise unless the channels of ``x`` are a multiple of what the parameters are for."""
+    if x.shape[1] % multiple != 0:
+        raise ValueError(
+            f'expected a multiple of {multiple} channels, which are grouped, got {x.shape[1]}; '
+            f'prune to such a multiple (round_to={multiple} in torch-pruning)'
+        )
 
 
 @torch.fx.wrap
@@ -32,11 +42,13 @@ class SpatialGroupEnhance(AttentionModule):
     0 and the shift at 1, as in the authors' code.
     """
 
+    per_channel: ClassVar[dict[str, int]] = {'weight': 0, 'bias': 0}
+
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels)
-        self.groups = math.gcd(channels, 64)
-        self.weight = nn.Parameter(torch.empty(self.groups, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(self.groups, device=device, dtype=dtype))
+        groups = math.gcd(channels, 64)
+        self.weight = nn.Parameter(torch.empty(groups, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(groups, device=device, dtype=dtype))
         self.eps = 1e-5
         self.reset_parameters()
 
@@ -45,8 +57,10 @@ class SpatialGroupEnhance(AttentionModule):
         nn.init.ones_(self.bias)
 
     def gate(self, x: Tensor) -> Tensor:
-        a = torch.sigmoid(group_similarity(x, self.groups, self.weight, self.bias, self.eps))
-        return a.repeat_interleave(self.channels // self.groups, 1)
+        groups = self.weight.shape[0]
+        check_groups(x, groups)
+        a = torch.sigmoid(group_similarity(x, groups, self.weight, self.bias, self.eps))
+        return a.repeat_interleave(x.shape[1] // groups, 1)
 
     def graph(self) -> Graph:
         nodes = {'x': MAP, 'g': 'C x 1 x 1', 'c': GROUPS, 'a': GROUPS, 'y': MAP}
@@ -82,8 +96,7 @@ class EfficientMultiScaleAttention(AttentionModule):
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels)
         kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
-        self.groups = math.gcd(channels, 32)
-        width = channels // self.groups
+        width = channels // math.gcd(channels, 32)
         self.conv1x1 = nn.Conv1d(width, width, 1, **kwargs)
         self.conv3x3 = Conv2d(width, width, 3, padding=1, **kwargs)
         self.norm_weight = nn.Parameter(torch.empty(width, **kwargs))
@@ -97,16 +110,19 @@ class EfficientMultiScaleAttention(AttentionModule):
         nn.init.zeros_(self.norm_bias)
 
     def gate(self, x: Tensor) -> Tensor:
-        b, _, height, width = x.shape
-        x = x.reshape(b * self.groups, self.channels // self.groups, height, width)
+        b, channels, height, width = x.shape
+        size = self.conv3x3.weight.shape[1]
+        check_groups(x, size)
+        groups = channels // size
+        x = x.reshape(b * groups, size, height, width)
         strips = torch.sigmoid(self.conv1x1(torch.cat([x.mean(3), x.mean(2)], 2)))
         u = x * (strips[:, :, :height].unsqueeze(3) * strips[:, :, height:].unsqueeze(2))
         u = instance_norm(u, self.norm_weight, self.norm_bias, self.eps)
         v = self.conv3x3(x)
         s = (torch.softmax(u.mean((2, 3), keepdim=True), 1) * v).sum(1, keepdim=True)
         s = s + (torch.softmax(v.mean((2, 3), keepdim=True), 1) * u).sum(1, keepdim=True)
-        gate = torch.sigmoid(s).reshape(b, self.groups, height, width)
-        return gate.repeat_interleave(self.channels // self.groups, 1)
+        gate = torch.sigmoid(s).reshape(b, groups, height, width)
+        return gate.repeat_interleave(size, 1)
 
     def graph(self) -> Graph:
         nodes = {'x': MAP, 'h, w': 'C x (H + W)', 'u': MAP, 'v': MAP, 's': GROUPS, 'y': MAP}

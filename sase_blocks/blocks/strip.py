@@ -5,7 +5,7 @@ which are in no paper. All four: h = mean over W, (B, C, H); w = mean over H, (B
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,8 @@ class CoordinateAttention(AttentionModule):
     f = hardswish(norm(F_1([h; w]))) goes to max(8, C // 32) channels and is split again; no biases.
     """
 
+    per_channel: ClassVar[dict[str, int]] = {'conv1': 1, 'conv_h': 0, 'conv_w': 0}
+
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels)
         kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
@@ -50,6 +52,9 @@ class CoordinateAttention(AttentionModule):
         self.norm = BatchNorm2d(hidden, **kwargs)
         self.conv_h = nn.Conv1d(hidden, channels, 1, bias=False, **kwargs)
         self.conv_w = nn.Conv1d(hidden, channels, 1, bias=False, **kwargs)
+
+    def current_channels(self) -> int:
+        return self.conv_h.weight.shape[0]
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         strips = torch.cat([x.mean(3), x.mean(2)], 2)  # (B, C, H + W)
@@ -75,12 +80,17 @@ class SimpleCoordinateAttention(AttentionModule):
     The hidden width is C / 6, rounded to a multiple of 8.
     """
 
+    per_channel: ClassVar[dict[str, int]] = {'fc1': 1, 'fc_h': 0, 'fc_w': 0}
+
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels)
         hidden = make_divisible(channels / 6, 8, round_limit=0.0)
         self.fc1 = Linear(channels, hidden, device=device, dtype=dtype)
         self.fc_h = Linear(hidden, channels, device=device, dtype=dtype)
         self.fc_w = Linear(hidden, channels, device=device, dtype=dtype)
+
+    def current_channels(self) -> int:
+        return self.fc1.weight.shape[1]
 
     def gate(self, x: Tensor) -> Tensor:
         a_h = self.fc_h(F.silu(self.fc1(x.mean(3).transpose(1, 2)))).transpose(1, 2)
@@ -98,6 +108,8 @@ class EfficientLocalAttention(AttentionModule):
     with 16). timm's ``ela`` has a SiLU before the sigmoid and one group.
     """
 
+    per_channel: ClassVar[dict[str, int]] = {'conv_h': 0, 'conv_w': 0, 'norm_h': 0, 'norm_w': 0}
+
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels)
         kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
@@ -105,6 +117,9 @@ class EfficientLocalAttention(AttentionModule):
         self.conv_w = nn.Conv1d(channels, channels, 7, padding=3, groups=channels, bias=False, **kwargs)
         self.norm_h = GroupNorm(math.gcd(channels, 16), channels, **kwargs)
         self.norm_w = GroupNorm(math.gcd(channels, 16), channels, **kwargs)
+
+    def current_channels(self) -> int:
+        return self.conv_h.weight.shape[0]
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         gate_h = torch.sigmoid(self.norm_h(self.conv_h(x.mean(3))))
@@ -126,11 +141,16 @@ class EfficientLocalAttention(AttentionModule):
 class StripAttention(AttentionModule):
     """timm's strip attention: a depthwise convolution of size 3 along each strip, y = x * sigmoid(a_h + a_w)."""
 
+    per_channel: ClassVar[dict[str, int]] = {'conv_h': 0, 'conv_w': 0}
+
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels)
         kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.conv_h = nn.Conv1d(channels, channels, 3, padding=1, groups=channels, bias=False, **kwargs)
         self.conv_w = nn.Conv1d(channels, channels, 3, padding=1, groups=channels, bias=False, **kwargs)
+
+    def current_channels(self) -> int:
+        return self.conv_h.weight.shape[0]
 
     def gate(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self.conv_h(x.mean(3)).unsqueeze(3) + self.conv_w(x.mean(2)).unsqueeze(2))

@@ -53,7 +53,7 @@ class ChannelExcite(Primitive):
     gated: ClassVar[bool] = True  # whether the output is a gate already; if not, a composition adds a sigmoid
 
     def forward(self, q: Tensor) -> Tensor:
-        check_features(q, self.channels)
+        check_features(q, self.current_channels())
         return self.excite(q)
 
     @abstractmethod
@@ -103,6 +103,7 @@ class ChannelMLP(ChannelExcite):
     paper_key: ClassVar[str | None] = '2conv_1x1'
     gated = False
     reduction: ClassVar[int] = 16
+    per_channel: ClassVar[dict[str, int]] = {'fc1': 1, 'fc2': 0}
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
@@ -112,6 +113,9 @@ class ChannelMLP(ChannelExcite):
         self.fc1 = Linear(channels, hidden, bias=False, device=device, dtype=dtype)
         self.fc2 = Linear(hidden, channels, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
+
+    def current_channels(self) -> int:
+        return self.fc1.weight.shape[1]
 
     def reset_parameters(self) -> None:
         self.fc1.reset_parameters()
@@ -157,12 +161,16 @@ class ChannelAffine(ChannelExcite):
     """
 
     paper_key = 'affine'
+    per_channel: ClassVar[dict[str, int]] = {'weight': 0, 'bias': 0}
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
         self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.reset_parameters()
+
+    def current_channels(self) -> int:
+        return self.weight.shape[0]
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
@@ -188,6 +196,7 @@ class ChannelNorm(ChannelExcite):
     """Batch norm of the statistic, as in SRM (arXiv 1903.10829, section 3)."""
 
     gated = False
+    per_channel: ClassVar[dict[str, int]] = {'norm': 0}
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
@@ -206,12 +215,17 @@ class ChannelNormTanh(ChannelExcite):
     The gate is 1 + tanh(...), in (0, 2); its parameters start at zero, hence at a gate of 1.
     """
 
+    per_channel: ClassVar[dict[str, int]] = {'weight': 0, 'bias': 0}
+
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
         self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.eps = 1e-5
         self.reset_parameters()
+
+    def current_channels(self) -> int:
+        return self.weight.shape[0]
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -224,10 +238,15 @@ class ChannelNormTanh(ChannelExcite):
 class ChannelFC(ChannelExcite):
     """One C -> C linear layer with bias and a hard sigmoid: the eSE module of CenterMask (arXiv 1911.06667)."""
 
+    per_channel: ClassVar[dict[str, int]] = {'fc': 0, 'fc.weight': 1}
+
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
         self.fc = Linear(channels, channels, device=device, dtype=dtype)
         self.reset_parameters()
+
+    def current_channels(self) -> int:
+        return self.fc.weight.shape[1]
 
     def reset_parameters(self) -> None:
         self.fc.reset_parameters()
@@ -294,6 +313,7 @@ class ChannelMLPNorm(ChannelExcite):
     """
 
     gated = False
+    per_channel: ClassVar[dict[str, int]] = {'fc1': 1, 'fc2': 0}
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
@@ -302,6 +322,9 @@ class ChannelMLPNorm(ChannelExcite):
         self.norm = nn.LayerNorm(hidden, device=device, dtype=dtype)
         self.fc2 = Linear(hidden, channels, device=device, dtype=dtype)
         self.reset_parameters()
+
+    def current_channels(self) -> int:
+        return self.fc1.weight.shape[1]
 
     def reset_parameters(self) -> None:
         for layer in (self.fc1, self.norm, self.fc2):
@@ -315,6 +338,7 @@ class ChannelMLPBatchNorm(ChannelExcite):
     """C -> max(1, C // 16) -> ReLU -> C with biases, then batch norm, no gate: BAM (arXiv 1807.06514, eq. 3)."""
 
     gated = False
+    per_channel: ClassVar[dict[str, int]] = {'fc1': 1, 'fc2': 0, 'norm': 0}
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
@@ -323,6 +347,9 @@ class ChannelMLPBatchNorm(ChannelExcite):
         self.fc2 = Linear(hidden, channels, device=device, dtype=dtype)
         self.norm = BatchNorm2d(channels, device=device, dtype=dtype)
         self.reset_parameters()
+
+    def current_channels(self) -> int:
+        return self.fc1.weight.shape[1]
 
     def reset_parameters(self) -> None:
         for layer in (self.fc1, self.fc2, self.norm):

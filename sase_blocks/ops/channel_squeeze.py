@@ -9,7 +9,7 @@ bf16 inputs, group counts below 2 are allowed, any image size is taken, and the 
 
 import math
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -100,11 +100,11 @@ def channel_covariance(x: Tensor, groups: int) -> Tensor:
 class ChannelSqueeze(Primitive):
     """Base of the channel squeezes. Shape: (B, C, H, W) -> (B, C, 1, 1), any H and W.
 
-    Raises in ``forward``: ValueError for another rank, TypeError for a non-floating input.
+    Raises in ``forward``: ValueError for another rank or number of channels, TypeError for a non-floating input.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        check_features(x, 0)
+        check_features(x, self.current_channels())
         return self.squeeze(x)
 
     @abstractmethod
@@ -128,6 +128,7 @@ class ChannelL2Norm(ChannelSqueeze):
     """
 
     paper_key = 'L2-norm'
+    per_channel: ClassVar[dict[str, int]] = {'weight': 0, 'bias': 0}
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
@@ -135,6 +136,9 @@ class ChannelL2Norm(ChannelSqueeze):
         self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.eps = 1e-5
         self.reset_parameters()
+
+    def current_channels(self) -> int:
+        return self.weight.shape[0]
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
@@ -200,15 +204,18 @@ class ChannelSecondOrder(ChannelSqueeze):
     """
 
     paper_key = '2nd-order pooling'
+    per_channel: ClassVar[dict[str, int]] = {'fc': 0}
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
-        self.groups = max(1, channels // 4)
-        g = self.groups
+        g = max(1, channels // 4)
         self.norm = BatchNorm2d(g, device=device, dtype=dtype)
         self.row_weight = nn.Parameter(torch.empty(g, g, device=device, dtype=dtype))
         self.fc = Linear(g, channels, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
+
+    def current_channels(self) -> int:
+        return self.fc.weight.shape[0]
 
     def reset_parameters(self) -> None:
         self.norm.reset_parameters()
@@ -216,7 +223,7 @@ class ChannelSecondOrder(ChannelSqueeze):
         self.fc.reset_parameters()
 
     def squeeze(self, x: Tensor) -> Tensor:
-        rows = channel_covariance(x, self.groups).unsqueeze(3)  # (B, g, g, 1): row, column
+        rows = channel_covariance(x, self.row_weight.shape[0]).unsqueeze(3)  # (B, g, g, 1): row, column
         q = self.fc(torch.relu(contract_rows(self.norm(rows).squeeze(3), self.row_weight)))  # (B, C)
         return q.to(x.dtype)[:, :, None, None]
 
@@ -316,13 +323,18 @@ class ChannelAttentionPool(ChannelSqueeze):
     Without the bias that timm and the authors' code have: a softmax does not depend on it.
     """
 
+    per_channel: ClassVar[dict[str, int]] = {'weight': 0}
+
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
         self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.reset_parameters()
 
+    def current_channels(self) -> int:
+        return self.weight.shape[0]
+
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=math.sqrt(2 / self.channels))  # He, fan in
+        nn.init.normal_(self.weight, std=math.sqrt(2 / self.weight.shape[0]))  # He, fan in
 
     def squeeze(self, x: Tensor) -> Tensor:
         return channel_attention_pool(x, self.weight)
@@ -331,10 +343,15 @@ class ChannelAttentionPool(ChannelSqueeze):
 class ChannelStyle(ChannelSqueeze):
     """Style pooling and channel-wise full connection of SRM (arXiv 1903.10829, section 3): a mean and a deviation."""
 
+    per_channel: ClassVar[dict[str, int]] = {'weight': 0}
+
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
         self.weight = nn.Parameter(torch.empty(channels, 2, device=device, dtype=dtype))
         self.reset_parameters()
+
+    def current_channels(self) -> int:
+        return self.weight.shape[0]
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as torch's linear layers
@@ -346,11 +363,16 @@ class ChannelStyle(ChannelSqueeze):
 class ChannelL2(ChannelSqueeze):
     """Global context embedding of the gated channel transformation (arXiv 1909.11519, section 3): weighted 2-norm."""
 
+    per_channel: ClassVar[dict[str, int]] = {'weight': 0}
+
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
         self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.eps = 1e-5
         self.reset_parameters()
+
+    def current_channels(self) -> int:
+        return self.weight.shape[0]
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
@@ -384,6 +406,8 @@ class ChannelGSoP(ChannelSqueeze):
     positions is batch-normalised, each row becomes four numbers by its own kernel, and a linear map gives C.
     """
 
+    per_channel: ClassVar[dict[str, int]] = {'reduce': 1, 'fc': 0}
+
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
         c = min(128, channels)
@@ -394,6 +418,9 @@ class ChannelGSoP(ChannelSqueeze):
         self.row_bias = nn.Parameter(torch.empty(c, 4, device=device, dtype=dtype))
         self.fc = Linear(4 * c, channels, device=device, dtype=dtype)
         self.reset_parameters()
+
+    def current_channels(self) -> int:
+        return self.fc.weight.shape[0]
 
     def reset_parameters(self) -> None:
         for layer in (self.reduce, self.reduce_norm, self.norm, self.fc):

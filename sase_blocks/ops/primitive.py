@@ -26,6 +26,8 @@ class Primitive(nn.Module, ABC):
 
     paper_key: ClassVar[str | None] = None  # the SASE authors' name for this operation
     needs_feat_size: ClassVar[bool] = False
+    # The parameters and layers with an entry for each channel, and the axis on which it is, for ``keep_channels``.
+    per_channel: ClassVar[dict[str, int]] = {}
 
     def __init__(
         self,
@@ -48,6 +50,10 @@ class Primitive(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw the parameters anew."""
 
+    def current_channels(self) -> int:
+        """The channels that the parameters are for; a pruned layer has fewer than it was built with. 0: any number."""
+        return 0
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters with more than one dimension that take no weight decay, by timm's convention.
@@ -61,7 +67,8 @@ class Primitive(nn.Module, ABC):
         """See the base of each set."""
 
     def extra_repr(self) -> str:
-        return f'{self.channels}, feat_size={self.feat_size}' if self.needs_feat_size else f'{self.channels}'
+        channels = f'{self.current_channels() or self.channels}'
+        return f'{channels}, feat_size={self.feat_size}' if self.needs_feat_size else channels
 
 
 def no_weight_decay(model: nn.Module) -> set[str]:

@@ -8,7 +8,7 @@ backward pass a traversal of x.
 
 import math
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -124,11 +124,11 @@ def pool_to(s: Tensor, x: Tensor) -> Tensor:
 class SpatialSqueeze(Primitive):
     """Base of the spatial squeezes. Shape: x (B, C, H, W), gate (B, C, 1, 1) or None -> (B, 1, H, W), any H and W.
 
-    Raises in ``forward``: ValueError for another rank, TypeError for a non-floating input.
+    Raises in ``forward``: ValueError for another rank or number of channels, TypeError for a non-floating input.
     """
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        check_features(x, 0)
+        check_features(x, self.current_channels())
         return narrow(self.squeeze(apply_gate(x, gate)), x)
 
     @abstractmethod
@@ -179,7 +179,7 @@ class SpatialPNorm(SpatialSqueeze):
     paper_key = 'p-norm'
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        check_features(x, 0)
+        check_features(x, self.current_channels())
         return spatial_p_norm(x, gate)
 
     def squeeze(self, x: Tensor) -> Tensor:
@@ -273,13 +273,18 @@ class SpatialAvgPlusMax(SpatialSqueeze):
 class SpatialProject(SpatialSqueeze):
     """A weighted sum of the channels: the 1x1 convolution to one map of scSE (arXiv 1803.02579, section 2.2)."""
 
+    per_channel: ClassVar[dict[str, int]] = {'weight': 0}
+
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
         self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.reset_parameters()
 
+    def current_channels(self) -> int:
+        return self.weight.shape[0]
+
     def reset_parameters(self) -> None:
-        bound = 1 / math.sqrt(self.channels)  # as torch's convolutions
+        bound = 1 / math.sqrt(self.weight.shape[0])  # as torch's convolutions
         nn.init.uniform_(self.weight, -bound, bound)
 
     def squeeze(self, x: Tensor) -> Tensor:
@@ -292,6 +297,8 @@ class SpatialDilated(SpatialSqueeze):
     ReLU stands after the first three, as in the authors' code; the paper's formula does not write it. Its batch norm
     is the excitation ``norm``.
     """
+
+    per_channel: ClassVar[dict[str, int]] = {'convs.0': 1}
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
@@ -307,6 +314,9 @@ class SpatialDilated(SpatialSqueeze):
             Conv2d(c, 1, 1, **kwargs),
         )
         self.reset_parameters()
+
+    def current_channels(self) -> int:
+        return self.convs[0].weight.shape[1]  # type: ignore[index, return-value]
 
     def reset_parameters(self) -> None:
         for layer in self.convs:

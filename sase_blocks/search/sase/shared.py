@@ -53,7 +53,7 @@ class SharedSqueezes:
         if _worth_sharing(channel_ops) and not torch.compiler.is_compiling():
             grids = {op.grid for op in spatial_ops if type(op) is SpatialSecondOrder}
             grid = next((n for n in grids if height % n == width % n == 0 and height * width > n * n), 0)
-            of_groups = {op.groups for op in channel_ops if type(op) is ChannelSecondOrder}
+            of_groups = {op.row_weight.shape[0] for op in channel_ops if type(op) is ChannelSecondOrder}
             groups = next((n for n in of_groups if channels % n == 0), 0)
         self._plan = Positions(grid, groups)
         self._over_positions: tuple[Tensor, ...] | None = None
@@ -69,9 +69,9 @@ class SharedSqueezes:
             elif shared and type(op) is ChannelL2Norm:
                 l2 = channel_l2(self.over_positions(), widen(op.weight), widen(op.bias), n, op.eps)
                 outputs[i] = narrow(l2, self.x)
-            elif type(op) is ChannelSecondOrder and self.x.shape[1] % op.groups == 0:
-                taken = self._plan.groups == op.groups
-                means = self.over_positions()[-1] if taken else group_means(self.wide, op.groups)
+            elif type(op) is ChannelSecondOrder and self.x.shape[1] % op.row_weight.shape[0] == 0:
+                taken = self._plan.groups == op.row_weight.shape[0]
+                means = self.over_positions()[-1] if taken else group_means(self.wide, op.row_weight.shape[0])
                 outputs[i] = second_order(op, means.flatten(2).transpose(1, 2)).to(self.x.dtype)[:, :, None, None]
             elif not (shared and type(op) in BESIDE_MEAN):
                 outputs[i] = op(self.x)

@@ -1,0 +1,101 @@
+"""Fewer channels for a block that is there already, when the network around it is pruned."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from sase_blocks.ops import GroupNorm, Linear
+from sase_blocks.ops.primitive import Primitive
+
+from .base import AttentionModule
+from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
+
+
+@torch.no_grad()
+def keep_channels(block: nn.Module, keep: Sequence[int]) -> None:
+    """Cut a block down to some of its channels, in place, for a pruned network. Hidden widths stay.
+
+    The parameters are new objects, so make the optimiser afterwards. What has no parameter for each channel goes by the
+    channels in their new order: the neighbours in ``eca``, the frequencies in ``fca``, the groups in ``sge`` and
+    ``ema``, which stay as large as they were. In ``sge`` a group has the parameters of its first channel's old one.
+
+    Args:
+        block: a block of this library, or a module that holds blocks of the same channels.
+        keep: the indices that stay, each once, in the order of the new channels.
+
+    Raises:
+        TypeError: no block of this library in ``block``.
+        ValueError: no channels, one twice or outside the block, or a number that the block's groups do not divide. The
+            block is unchanged.
+    """
+    parts = [part for part in block.modules() if isinstance(part, AttentionModule | Primitive)]
+    if not parts:
+        raise TypeError(f'expected a block of sase_blocks, got {type(block).__name__}')
+    index = list(keep)
+    for part in parts:
+        if not index or len(set(index)) < len(index) or not all(0 <= i < part.channels for i in index):
+            raise ValueError(
+                f'keep must be some of the {part.channels} channels of {type(part).__name__}, each once, got {index}'
+            )
+        multiple = _multiple(part)
+        if len(index) % multiple:
+            raise ValueError(
+                f'{type(part).__name__} of {part.channels} channels has groups and keeps a multiple of {multiple} '
+                f'channels, got {len(index)}; prune to such a multiple (round_to={multiple} in torch-pruning)'
+            )
+    for part in parts:
+        for path, axis in part.per_channel.items():
+            for owner, name, tensor in _tensors(part, path):
+                if tensor.dim() > axis:  # a bias has no entry for each input
+                    size = part.channels // tensor.shape[axis]  # channels for each entry, the groups of sge
+                    entries = torch.tensor(index[::size], device=tensor.device) // size
+                    kept: Tensor = tensor.index_select(axis, entries)
+                    if isinstance(tensor, nn.Parameter):
+                        kept = nn.Parameter(kept, tensor.requires_grad)
+                    setattr(owner, name, kept)
+        part.channels = len(index)
+    for layer in block.modules():
+        _fit(layer)
+
+
+def _multiple(part: nn.Module) -> int:
+    """What the number of a part's channels stays a multiple of."""
+    if isinstance(part, SpatialGroupEnhance):
+        return part.channels // part.weight.shape[0]
+    if isinstance(part, EfficientMultiScaleAttention):
+        return part.conv3x3.weight.shape[1]
+    return max([norm.num_groups for norm in part.children() if isinstance(norm, GroupNorm)], default=1)
+
+
+def _tensors(part: nn.Module, path: str) -> list[tuple[nn.Module, str, Tensor]]:
+    """The parameters and buffers with values for each channel: of a layer, of the layers in it, or one by its name."""
+    owner: Any = part
+    for name in path.split('.'):
+        found = getattr(owner, name, None)
+        if found is None:  # a part that this block was built without
+            return []
+        if isinstance(found, Tensor):
+            return [(owner, name, found)]
+        owner = found
+    return [
+        (module, name, tensor)
+        for module in owner.modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    ]
+
+
+def _fit(layer: Any) -> None:
+    """What a layer knows of its sizes beside its weight; some of torch's compute by it."""
+    if isinstance(layer, _ConvNd):
+        layer.groups = layer.weight.shape[0] if layer.groups > 1 else 1  # ours are depthwise or have one group
+        layer.out_channels, layer.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
+    elif isinstance(layer, Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, nn.BatchNorm2d):
+        layer.num_features = len(layer.bias)
+    elif isinstance(layer, GroupNorm):
+        layer.num_channels = len(layer.bias)
