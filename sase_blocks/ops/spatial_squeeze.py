@@ -315,9 +315,6 @@ class SpatialDilated(SpatialSqueeze):
         )
         self.reset_parameters()
 
-    def current_channels(self) -> int:
-        return self.convs[0].weight.shape[1]  # type: ignore[index, return-value]
-
     def reset_parameters(self) -> None:
         for layer in self.convs:
             if isinstance(layer, Conv2d):
