@@ -209,12 +209,12 @@ def run_route(
     q: Tensor, k: Tensor, v: Tensor, relative: Tensor, scale: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor]:
     """``axial_attention`` after its checks, outside autocast."""
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out what is under such a line alone
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips code only under such a line
         if recompute:
             return recomputed(q, k, v, relative, scale)
     values, positions = einsum(widen(q), widen(k), widen(v), widen(relative), widen(scale))
     values, positions = narrow(values, v), narrow(positions, v)
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out what is under such a line alone
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips code only under such a line
         if not captured():  # keep the memory order of v, so a channels_last map stays channels_last
             return torch.empty_like(v).copy_(values), torch.empty_like(v).copy_(positions)
     return values, positions

@@ -303,7 +303,7 @@ def run_route(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool, rou
     """``local_attention`` after its checks, outside autocast."""
     if route == 'auto' and relative.shape[3] <= 3:
         route = 'shifts'
-    if not torch.jit.is_scripting():  # TorchScript leaves out what is under such a line alone
+    if not torch.jit.is_scripting():  # TorchScript skips code only under such a line
         if route == 'recompute':
             return recomputed(q, k, v, relative, mask, side)
         if route == 'triton':

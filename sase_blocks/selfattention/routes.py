@@ -85,7 +85,7 @@ def halve(x: Tensor) -> Tensor:
 
     Equal to a pool that ignores positions outside; the strided convolutions of a ResNet round up in the same way.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out what is under such a line alone
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips code only under such a line
         if captured():  # a pool that rounds up, and in torch 2.8 any pool, would fix the exported sizes to odd or even
             wide = widen(x)
             wide = wide[:, :, ::2] + torch.cat([wide[:, :, 1:], wide[:, :, -1:]], 2)[:, :, ::2]
