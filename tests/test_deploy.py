@@ -215,7 +215,7 @@ WRONG = {
     'opset too old': ({'opset_version': 17}, ValueError, 'opset_version must be an int of at least 18.*got 17'),
     'no opset': ({'opset_version': '18'}, ValueError, "at least 18.*got '18'"),
     'dynamic': ({'dynamic': 'height'}, ValueError, "dynamic must be True, False or 'batch', got 'height'"),
-    'no size': ({'input_size': None}, ValueError, r'Small does not say its input size: give input_size'),
+    'no size': ({'input_size': None}, ValueError, r'Small does not say for which images it is: give input_size'),
     'size': ({'input_size': (0, 8)}, ValueError, r'input_size must be an int, \(H, W\) or .*got \(0, 8\)'),
     'size too small': ({'input_size': 2}, ValueError, r'the forward of Small fails .*\(2, 3, 2, 2\)'),
     'channels': ({'input_size': (4, 9, 9)}, ValueError, r'the forward of Small fails .*\(2, 4, 9, 9\).*4 channels'),
@@ -265,6 +265,6 @@ def test_a_network_that_is_not_finite_in_torch_is_not_blamed_on_onnxruntime(tmp_
     model = Small().eval()
     with torch.no_grad():
         next(model.parameters()).fill_(float('inf'))
-    with pytest.raises(RuntimeError, match=r'torch itself gives values that are not finite .*check=False'):
+    with pytest.raises(RuntimeError, match=r'torch itself gives non-finite values .*check=False'):
         export_onnx(model, tmp_path / 'model.onnx', 32)
     assert list(tmp_path.iterdir()) == []

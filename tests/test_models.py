@@ -148,10 +148,10 @@ def test_register_resnet():
         ((50, 'sase'), {}, 'identifier such as resnet50_mine, got 50'),
         # An entry point becomes a name of its module, whose own names it must not take.
         (('ResNet', 'se'), {}, "'ResNet' is used by the code of .*; choose another name, such as resnet50_mine"),
-        (('default_cfgs', 'se'), {}, "'default_cfgs' is a name"),
-        (('_register', 'se'), {'depth': 101}, "'_register' is a name .* such as resnet101_mine"),
-        (('__name__', 'se'), {}, "'__name__' is a name"),
-        (('setattr', 'se'), {}, "'setattr' is a name"),
+        (('default_cfgs', 'se'), {}, "'default_cfgs' is used by"),
+        (('_register', 'se'), {'depth': 101}, "'_register' is used by .* such as resnet101_mine"),
+        (('__name__', 'se'), {}, "'__name__' is used by"),
+        (('setattr', 'se'), {}, "'setattr' is used by"),
     ]:
         names = dict(vars(resnet))
         with pytest.raises(ValueError, match=text):

@@ -59,10 +59,10 @@ def test_a_front_without_a_limit_against_parameters():
     ('scores', 'images', 'tied', 'verdict', 'title'),
     [
         ([70.0, 70.0, 70.0], 1000, 2, '^nothing was decided: on 1,000 held-out images no network', ': nothing'),
-        ([71.0, 70.0, 69.0], 100, 2, '^nothing was decided: .* drawn at random from the 3 that', ': nothing'),
+        ([71.0, 70.0, 69.0], 100, 2, '^nothing was decided: .* drawn at random from the 3 scored', ': nothing'),
         ([71.0, 70.0, 40.0], 1000, 1, '^1 of the 2 other networks may be as good', ', 1 may be as good as the found'),
         ([90.0, 70.0, 40.0], 1000, 0, '^the found network scores better than each of the 2', ', 0 may be as good'),
-        ([70.0], 1000, 0, '^nothing was decided: one network was scored', ': nothing was decided'),
+        ([70.0], 1000, 0, '^nothing was decided: only one network was scored', ': nothing was decided'),
     ],
 )
 def test_a_result_says_what_was_decided(scores, images, tied, verdict, title, tmp_path, monkeypatch):
