@@ -239,6 +239,16 @@ def test_one_clear_error_and_nothing_written(name, tmp_path):
     assert model.training == mode
 
 
+def test_a_size_that_the_exporter_fixed_is_an_error():
+    helper = onnx.helper
+    image = helper.make_tensor_value_info('input', 1, ['s0', 3, 8, 's1'])
+    graph = helper.make_graph([], 'graph', [image], [helper.make_tensor_value_info('output', 1, ['s0', 's1//2'])])
+    with pytest.raises(ValueError, match='the exporter fixed height at 8'):
+        onnx_file._name_axes(graph, True)
+    onnx_file._name_axes(graph, 'batch')
+    assert [dim.dim_param for dim in graph.output[0].type.tensor_type.shape.dim] == ['batch', 's1//2']
+
+
 def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     file = tmp_path / 'model.onnx'
     file.write_text('the last good one')
