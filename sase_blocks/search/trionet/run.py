@@ -6,7 +6,6 @@ on where it stopped.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
@@ -318,6 +317,7 @@ class _Score:
         self, config: TrioConfig, data: Samples | Arrays, in_chans: int, training: SupernetTraining | None
     ) -> None:
         self.config, self.data, self.in_chans, self.training = config, data, in_chans, training
+        self.launch: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), 'training': None, 'config': replace(self.config, resume=True)}
@@ -330,7 +330,8 @@ class _Score:
 
     def _load(self) -> SupernetTraining:
         config, space = self.config, TrioSpace.parse(self.config.space)
-        accelerator = contextlib.ExitStack().enter_context(launched(config, 'a search', 'search'))
+        self.launch = launched(config, 'a search', 'search')  # held, or it would end with its last reference
+        accelerator = self.launch.__enter__()
         halves = _open_halves(config, accelerator, self.data, space, self.in_chans)
         training = SupernetTraining(config, accelerator, halves, self.in_chans, saved_supernet(config))
         training.found.eval()
