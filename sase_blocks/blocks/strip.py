@@ -5,6 +5,7 @@ which are in no paper. All four: h = mean over W, (B, C, H); w = mean over H, (B
 """
 
 import math
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -36,7 +37,23 @@ def _graph(label: str, formula: str) -> Graph:
     return Graph(nodes, edges, formula)
 
 
-class CoordinateAttention(AttentionModule):
+class _RowsTimesColumns(AttentionModule):
+    """Base of the blocks whose gate is a product of one gate a row and one a column."""
+
+    @abstractmethod
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The gates (B, C, H, 1) and (B, C, 1, W) for a checked x."""
+
+    def gate(self, x: Tensor) -> Tensor:
+        rows, columns = self.gates(x)
+        return rows * columns
+
+    def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        rows, columns = self.gates(x)
+        return fade_product(rows, columns, alpha)
+
+
+class CoordinateAttention(_RowsTimesColumns):
     """Coordinate attention (arXiv 2103.02907, eq. 4 to 9): y = x * sigmoid(F_h(f_h)) * sigmoid(F_w(f_w)).
 
     f = hardswish(norm(F_1([h; w]))) goes to max(8, C // 32) channels and is split again; no biases.
@@ -56,19 +73,11 @@ class CoordinateAttention(AttentionModule):
     def current_channels(self) -> int:
         return self.conv_h.weight.shape[0]
 
-    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         strips = torch.cat([x.mean(3), x.mean(2)], 2)  # (B, C, H + W)
         f = F.hardswish(self.norm(self.conv1(strips)))
         f_h, f_w = f[:, :, : x.shape[2]], f[:, :, x.shape[2] :]
         return torch.sigmoid(self.conv_h(f_h)).unsqueeze(3), torch.sigmoid(self.conv_w(f_w)).unsqueeze(2)
-
-    def gate(self, x: Tensor) -> Tensor:
-        rows, columns = self._gates(x)
-        return rows * columns
-
-    def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
-        rows, columns = self._gates(x)
-        return fade_product(rows, columns, alpha)
 
     def graph(self) -> Graph:
         return _graph('shared conv, norm, hardswish; conv', 'y = x * sigmoid(a_h) * sigmoid(a_w)')
@@ -101,7 +110,7 @@ class SimpleCoordinateAttention(AttentionModule):
         return _graph('shared fc, silu; fc', 'y = x * sigmoid(a_h + a_w)')
 
 
-class EfficientLocalAttention(AttentionModule):
+class EfficientLocalAttention(_RowsTimesColumns):
     """Efficient local attention (arXiv 2403.01123, section 3, its form ELA-B): y = x * gate_h * gate_w.
 
     gate = sigmoid(GroupNorm(depthwise convolution of size 7)), 16 groups (at other widths the greatest common divisor
@@ -121,18 +130,10 @@ class EfficientLocalAttention(AttentionModule):
     def current_channels(self) -> int:
         return self.conv_h.weight.shape[0]
 
-    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         gate_h = torch.sigmoid(self.norm_h(self.conv_h(x.mean(3))))
         gate_w = torch.sigmoid(self.norm_w(self.conv_w(x.mean(2))))
         return gate_h.unsqueeze(3), gate_w.unsqueeze(2)
-
-    def gate(self, x: Tensor) -> Tensor:
-        rows, columns = self._gates(x)
-        return rows * columns
-
-    def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
-        rows, columns = self._gates(x)
-        return fade_product(rows, columns, alpha)
 
     def graph(self) -> Graph:
         return _graph('depthwise conv7, group norm', 'y = x * sigmoid(a_h) * sigmoid(a_w)')
