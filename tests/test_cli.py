@@ -277,6 +277,7 @@ def as_a_program(command, folder):
     return subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_as_a_program(tmp_path):
     """Exit code and the single line, from outside."""
     done = as_a_program('sase-blocks info nothing', tmp_path)

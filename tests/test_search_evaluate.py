@@ -110,6 +110,7 @@ def test_evaluation(budget, tmp_path, monkeypatch):
     assert not {'data', 'out', 'cpu', 'seed', 'resume'} & set(result['budget'])
 
 
+@pytest.mark.slow
 def test_last_epoch_counts_and_more_may_be_added(budget, trained):
     trained.accuracies.update({FOUND: lambda seed: 70.0 + seed, OTHER: 60.0})
     first = evaluate(FOUND, budget, baselines=['none'], randoms=2, seeds=[0, 1], say=[].append)

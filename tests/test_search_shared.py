@@ -97,7 +97,13 @@ CASES = {  # channels, feature size built for, shape of x
 }
 
 
-@pytest.mark.parametrize(('channels', 'size', 'shape'), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ('channels', 'size', 'shape'),
+    [
+        pytest.param(*CASES[name], id=name, marks=pytest.mark.slow if name in ('one image', 'one channel') else ())
+        for name in CASES
+    ],
+)
 def test_shapes(channels, size, shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     for memory_format in (torch.contiguous_format, torch.channels_last):

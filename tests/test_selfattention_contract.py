@@ -59,12 +59,10 @@ def test_contract(row, check):
     check(row)
 
 
-# Capturing takes seconds each.
-captured_rows = pytest.mark.parametrize(
-    'row', [pytest.param(r, id=r.name, marks=() if r.name == 'local-3' else pytest.mark.slow) for r in ROWS]
-)
+captured_rows = pytest.mark.parametrize('row', [pytest.param(r, id=r.name) for r in ROWS])
 
 
+@pytest.mark.slow
 @captured_rows
 def test_export(row):
     contract.test_export_with_dynamic_batch_and_size(row)
@@ -106,7 +104,8 @@ def test_every_parameter_gets_a_gradient(row):
     assert none == [name for name in gradients if name.endswith('logit_norm.bias')]
 
 
-@pytest.mark.parametrize('cls', [LocalSelfAttention, pytest.param(AxialSelfAttention, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('cls', [LocalSelfAttention, AxialSelfAttention])
 def test_stride_rounds_up_and_exports(cls):
     layer = cls(16, 4, stride=2, **({'kernel_size': 3} if cls is LocalSelfAttention else {})).eval()
     for h, w in [(1, 1), (2, 3), (7, 6), (14, 9)]:

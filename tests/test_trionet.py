@@ -133,7 +133,10 @@ def test_what_stands_where():
     assert model.layer4[1].conv2.size == (2, 2)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+    'name',
+    [pytest.param(n, marks=pytest.mark.slow if '101' in n or n.endswith(('38_sasa', 'net50')) else ()) for n in NAMES],
+)
 def test_networks_run_at_any_size(name):
     model = timm.create_model(name, **SMALL).eval()
     with torch.no_grad():
