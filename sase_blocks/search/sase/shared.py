@@ -89,7 +89,7 @@ class SharedSqueezes:
         wide_gate = gate.to(self.wide.dtype)
         edges = ((gated_ops, wide_gate), (plain_ops, None))
         norms = [(op, factor) for ops, factor in edges for op in ops if type(op) is SpatialL2Norm]
-        plan = Plan(_worth_sharing(gated_ops), _worth_sharing(plain_ops), bool(norms))
+        plan = Plan(_worth_sharing(gated_ops), _worth_sharing(plain_ops), len(norms) > 0)
         maps: list[Tensor] = []
         if any(plan):
             mean = rates = None
