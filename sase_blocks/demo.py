@@ -152,7 +152,7 @@ def run_search_demo(out: str | Path = 'runs/search', seed: int = 0, epochs: int 
         ValueError, OSError: as ``search.sase.search``.
     """
     from .search.sase.config import SearchConfig
-    from .search.sase.run import search
+    from .search.sase.searching import search
 
     images, labels, classes = _small_digits()
     config = SearchConfig(

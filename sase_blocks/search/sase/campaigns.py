@@ -26,7 +26,7 @@ from .comparison import format_table
 from .config import SearchConfig
 from .evaluate import BASELINES, check_evaluation, evaluate
 from .result import read_result, write_result
-from .run import saved_search, search
+from .searching import saved_search, search
 from .space import SearchSpace
 
 __all__ = ['campaign', 'evaluation_budget']

@@ -39,17 +39,17 @@ from sase_blocks.runs import (
     write_rows,
 )
 from sase_blocks.search.halves import Arrays, check_same_data, find_samples, open_halves
-from sase_blocks.search.synchronize import synchronize_norms
+from sase_blocks.search.sync_batch_norm import synchronize_norms
 from sase_blocks.train import build_model, check_model_name, hits
 from sase_blocks.viz import missing_matplotlib
 
 from .bilevel import VirtualStep, logits_gradient
 from .compiling import compile_mixed_blocks, without_compilation
 from .config import SearchConfig
+from .diagnostics import dead_operations, describe_edges, hessian_eigenvalue, noise_leads, warnings_of
 from .network import SearchNetwork
 from .result import describe_result, draw_result, write_logits, write_result
 from .space import SearchSpace
-from .watch import dead_operations, describe_edges, hessian_eigenvalue, noise_leads, warnings_of
 
 __all__ = ['saved_search', 'search']
 

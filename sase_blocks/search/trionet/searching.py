@@ -21,7 +21,7 @@ from torch import Tensor
 from sase_blocks.data import Samples, config_for, create_transforms, derive_seed
 from sase_blocks.jobs import Each, Ray, share
 from sase_blocks.models import Architecture
-from sase_blocks.models.trio_network import default_cfgs
+from sase_blocks.models.trionet import default_cfgs
 from sase_blocks.runs import alone_in, be_deterministic, check_writable, launched, leave_out_broken, say
 from sase_blocks.search.batches import Batches, LoadedBatches, MemoryBatches
 from sase_blocks.search.evolution import Candidate, Problem, evolve, load_optuna
