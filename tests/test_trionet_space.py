@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from sase_blocks.insertion.measure import count_macs
 from sase_blocks.models import Architecture, TrioNet
 from sase_blocks.models.architecture import Block
+from sase_blocks.profiling import count_macs
 from sase_blocks.search.trionet import cost as cost_module
 from sase_blocks.search.trionet.cost import Latency, bound, count_number, macs, parameters
 from sase_blocks.search.trionet.meta_device import meta_device

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sase_blocks.blocks import Genotype, resolve_block
-from sase_blocks.ops.primitive import check_feat_size, no_weight_decay
+from sase_blocks.checks import check_feat_size
+from sase_blocks.ops.primitive import no_weight_decay
+from sase_blocks.profiling import Trace, run, run_block
 
 from .layout import Layout
-from .measure import Trace, run, run_block
 from .places import Place, Where, find_places
 from .report import InsertedPlace, InsertReport
 from .surgery import RECORD, IdentityStart, Mark, attach, detach, inserted_in

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from sase_blocks.models.slots import check_stages
+from sase_blocks.profiling import quietly
 from sase_blocks.selfattention import OPERATORS, build_operator
 from sase_blocks.selfattention.routes import check_choice
 
 from .families import numbered_blocks
 from .insertion import _check_optimizer, _extend, check_model, example_of
-from .measure import quietly
 from .places import Where
 from .surgery import hand_on
 

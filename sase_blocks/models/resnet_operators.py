@@ -28,7 +28,7 @@ from timm.models import build_model_with_cfg, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
-from sase_blocks.ops.primitive import check_feat_size
+from sase_blocks.checks import check_feat_size
 from sase_blocks.selfattention import OPERATORS, build_operator
 
 from .resnet import AttentionResNet, imagenet_cfg

@@ -15,8 +15,8 @@ import torch
 from timm.models import build_model_with_cfg, checkpoint_seq, register_model
 from torch import Tensor, nn
 
+from sase_blocks.checks import check_feat_size
 from sase_blocks.ops import BatchNorm2d
-from sase_blocks.ops.primitive import check_feat_size
 from sase_blocks.selfattention import TrioBlock
 
 from .architecture import Architecture

@@ -21,8 +21,8 @@ import torch
 from sase_blocks import models  # noqa: F401  # registers our models with timm
 from sase_blocks.blocks import Genotype
 from sase_blocks.data import Samples, derive_seed, image_config, name_data
-from sase_blocks.insertion.measure import count_macs, milliseconds_per_image
 from sase_blocks.jobs import Ray, check_jobs, job_folder, run_jobs
+from sase_blocks.profiling import count_macs, milliseconds_per_image
 from sase_blocks.reading import quoted, shorten
 from sase_blocks.runs import check_writable, environment, is_main, launched, write_text
 from sase_blocks.search.significance import load_stats

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sase_blocks.insertion.measure import milliseconds_per_image
 from sase_blocks.models import Architecture
 from sase_blocks.models.architecture import Block, Stage
+from sase_blocks.profiling import milliseconds_per_image
 from sase_blocks.selfattention import TrioBlock
 
 from .meta_device import meta_device
