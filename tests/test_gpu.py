@@ -457,7 +457,7 @@ def test_no_step_of_a_search_waits(order, space, settings, tmp_path, monkeypatch
         return found
 
     monkeypatch.setattr(sase_search._Search, '_train_step', watched)
-    assert sase_search.LOOK_EVERY > STEPS  # a look at the losses waits, and is one in twenty steps
+    assert sase_search.LOSS_CHECK_STEPS > STEPS  # a look at the losses waits, and is one in twenty steps
     try:
         config = search_config(tmp_path, order=order, space=space, epochs=1, save_minutes=60.0, **settings)
         result = sase_search.search(config, test_search_run.pictures())
@@ -471,7 +471,7 @@ def test_no_step_of_a_search_waits(order, space, settings, tmp_path, monkeypatch
 @pytest.mark.parametrize('deterministic', [False, True], ids=['fast', 'deterministic'])
 @pytest.mark.parametrize('order', ['1', '2'])
 def test_a_search_resumes(order, deterministic, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sase_search, 'LOOK_EVERY', 2)
+    monkeypatch.setattr(sase_search, 'LOSS_CHECK_STEPS', 2)
     step = sase_search._Search._train_step
 
     def interrupted(self, *arguments):

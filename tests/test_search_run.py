@@ -74,7 +74,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def look_often(monkeypatch):
-    monkeypatch.setattr(searching, 'LOOK_EVERY', 2)
+    monkeypatch.setattr(searching, 'LOSS_CHECK_STEPS', 2)
 
 
 # ---- the loop ----
@@ -225,7 +225,7 @@ def processes():
 
 def _searching(config, delay):
     torch.set_num_threads(1)
-    searching.LOOK_EVERY = 2
+    searching.LOSS_CHECK_STEPS = 2
     if delay is not None:
         threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
     search(config, pictures())

@@ -78,7 +78,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def look_often(monkeypatch):
-    monkeypatch.setattr(training, 'LOOK_EVERY', 2)
+    monkeypatch.setattr(training, 'LOSS_CHECK_STEPS', 2)
 
 
 @pytest.fixture
@@ -425,7 +425,7 @@ def processes():
 
 def _searching(config, delay):
     torch.set_num_threads(1)
-    training.LOOK_EVERY = 2
+    training.LOSS_CHECK_STEPS = 2
     if delay is not None:
         threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
     search(config, pictures())
