@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sase_blocks.numerics import narrow, widen
 from sase_blocks.ops import ChannelL2Norm, ChannelSecondOrder, SpatialL2Norm, SpatialSecondOrder
-from sase_blocks.ops.primitive import adaptive_avg_pool, narrow, widen
+from sase_blocks.ops.primitive import adaptive_avg_pool
 from sase_blocks.ops.spatial_squeeze import pool_to
 
 from .formulas import BESIDE_MEAN, OF_MOMENTS, PURE, SpatialMaps, beside_mean, channel_l2
