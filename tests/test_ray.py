@@ -23,8 +23,7 @@ from sase_blocks.search.trionet import TrioConfig, search
 os.environ['RAY_USAGE_STATS_ENABLED'] = '0'
 os.environ['RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'] = '0'  # as there: everything is bound to 127.0.0.1
 # On a busy machine a worker needs minutes to start, and a live process is slow to answer; Ray takes either for dead.
-os.environ['RAY_worker_register_timeout_seconds'] = '3600'
-os.environ['RAY_health_check_timeout_ms'] = os.environ['RAY_health_check_initial_delay_ms'] = '3600000'
+os.environ.update({'RAY_worker_register_timeout_seconds': '3600', 'RAY_health_check_timeout_ms': '3600000'})
 ray = pytest.importorskip('ray', reason='Ray is not installed (extra ray)')
 from ray.cluster_utils import Cluster  # noqa: E402
 
