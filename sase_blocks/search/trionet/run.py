@@ -166,11 +166,11 @@ def _search(
                 seeds=list(pure.values()),
                 settings=_settings(config, space, training, costs.limits),
                 seed=config.seed,
-                each=each if ray is None else ray.each,
+                each=each,
                 say=tell,
             )
 
-        candidates = share(score, drive, config.cpu)
+        candidates = share(score, drive, cpu=config.cpu, ray=ray)
     result = describe_result(
         space,
         candidates,
