@@ -2,8 +2,7 @@
 
 from .config import TrioConfig
 from .run import search
-from .sampling import draw, hierarchical, uniform
-from .space import SPACES, TrioSpace
+from .space import SPACES, TrioSpace, draw, hierarchical, uniform
 from .supernet import SubNetwork, SuperNet
 from .training import load_supernet
 
