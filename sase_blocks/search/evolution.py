@@ -147,7 +147,7 @@ def evolve(
         population: scored networks of a generation, and parents of the next one; above 1, below evaluations.
         mutation: probability that a gene of a child is drawn anew, uniformly. Default: 1 / number of genes.
         seeds: genomes to score first, in this order.
-        settings: JSON values on which the scores depend, too; ``evolve`` raises ValueError for a file with others, or
+        settings: other JSON values that the scores depend on. ``evolve`` raises ValueError for a file with others, or
             with other genes, seeds, algorithm, population, mutation or seed.
         seed: of all draws; not negative.
         each: calls ``problem.score`` with each of several texts. Default: one after another in this process.

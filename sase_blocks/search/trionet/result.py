@@ -88,21 +88,18 @@ def _verdict(tied: int, others: int, images: int) -> str:
     return f'the found network scores better than each of the {others} others by more than chance {on}'
 
 
-def write_result(result: Mapping[str, Any], out: Path) -> Path:
+def write_result(result: Mapping[str, Any], out: Path) -> None:
     """Write ``architecture.json`` to ``out``; ``timm.create_model('trionet', architecture=PATH)`` reads it."""
-    path = out / 'architecture.json'
-    write_text(path, json.dumps(result, indent=2) + '\n')
-    return path
+    write_text(out / 'architecture.json', json.dumps(result, indent=2) + '\n')
 
 
-def write_network(network: TrioNet, architecture: str, out: Path) -> Path:
+def write_network(network: TrioNet, architecture: str, out: Path) -> None:
     """Write ``network.pt`` to ``out``, for the ``checkpoint_path`` of ``timm.create_model``."""
-    return save_checkpoint(
-        {'arch': 'trionet', 'architecture': architecture, 'state_dict': network.state_dict()}, out / 'network.pt'
-    )
+    saved = {'arch': 'trionet', 'architecture': architecture, 'state_dict': network.state_dict()}
+    save_checkpoint(saved, out / 'network.pt')
 
 
-def draw_result(result: Mapping[str, Any], out: Path) -> list[Path]:
+def draw_result(result: Mapping[str, Any], out: Path) -> None:
     """Write ``front.png`` and ``architecture.png`` to ``out``.
 
     Raises:
@@ -111,10 +108,8 @@ def draw_result(result: Mapping[str, Any], out: Path) -> list[Path]:
     from sase_blocks.viz import draw_architecture, plot_front, save_figure
 
     title = 'nothing was decided' if result['tied'] == result['evaluations'] - 1 else None
-    return [
-        Path(save_figure(plot_front(result), out / 'front.png')),
-        Path(save_figure(draw_architecture(result['architecture'], title=title), out / 'architecture.png')),
-    ]
+    save_figure(plot_front(result), out / 'front.png')
+    save_figure(draw_architecture(result['architecture'], title=title), out / 'architecture.png')
 
 
 def format_result(result: Mapping[str, Any]) -> str:
