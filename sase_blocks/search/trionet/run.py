@@ -24,7 +24,7 @@ from sase_blocks.models.trio_network import default_cfgs
 from sase_blocks.runs import alone_in, be_deterministic, check_writable, launched, leave_out_broken, say
 from sase_blocks.search.batches import Batches, LoadedBatches, MemoryBatches
 from sase_blocks.search.evolution import Candidate, Problem, evolve, load_optuna
-from sase_blocks.search.halves import Arrays, Halves, check_images, check_same_data, find_samples, open_halves
+from sase_blocks.search.halves import Arrays, check_images, check_same_data, find_samples, open_halves
 from sase_blocks.search.significance import load_stats
 from sase_blocks.train import TrainConfig, open_in_turn, train
 from sase_blocks.viz import missing_matplotlib
@@ -121,16 +121,12 @@ def _search(
             check_images(*test)
     costs = Costs(len(classes), in_chans, accelerator.device, **config.limits)
     costs.check(space)
-    halves = _open_halves(config, accelerator, data, space, in_chans)
     if (missing := missing_matplotlib()) is not None:
         tell(f'no pictures will be drawn: {missing}')
     with alone_in(config, accelerator):
-        saved = saved_supernet(config)
-        if saved:
-            check_same_data(out / 'supernet.pt', saved['data'], halves)
-        training = SupernetTraining(config, accelerator, halves, in_chans, saved)
+        training = _open_training(config, accelerator, data, in_chans)
         weights = sum(p.numel() for p in training.supernet.parameters())
-        tell(f'{space.size:.3g} networks of {weights:,} shared weights; {halves}')
+        tell(f'{space.size:.3g} networks of {weights:,} shared weights; {training.halves}')
         tell(
             f'supernet: {config.epochs} epochs of {training.steps} steps of {config.batch_size}, {config.networks + 2} '
             f'networks each, {config.sampling} sampling, {config.sharing} sharing; {processes} process(es) on '
@@ -164,7 +160,7 @@ def _search(
 
         candidates = share(score, drive, cpu=config.cpu, ray=ray)
     texts = {name: str(space.architecture(genome)) for name, genome in pure.items()}
-    result = describe_result(space, candidates, texts, costs, config=asdict(config), facts=halves.facts)
+    result = describe_result(space, candidates, texts, costs, config=asdict(config), facts=training.halves.facts)
     tell(format_result(result))
     if main:
         found = training.calibrated(Architecture.parse(result['architecture']))
@@ -265,26 +261,22 @@ class _Score:
     def __call__(self, text: str) -> float:
         with be_deterministic(self.config.deterministic):
             if self.training is None:
-                self.training = self._load()
+                self.launch = launched(self.config, 'a search', 'search')  # kept, or it would end here
+                accelerator = self.launch.__enter__()
+                self.training = _open_training(self.config, accelerator, self.data, self.in_chans)
+                self.training.found.eval()
             return self.training.score(Architecture.parse(text))
 
-    def _load(self) -> SupernetTraining:
-        config, space = self.config, TrioSpace.parse(self.config.space)
-        self.launch = launched(config, 'a search', 'search')  # kept, or it would end here
-        accelerator = self.launch.__enter__()
-        halves = _open_halves(config, accelerator, self.data, space, self.in_chans)
-        training = SupernetTraining(config, accelerator, halves, self.in_chans, saved_supernet(config))
-        training.found.eval()
-        return training
 
-
-def _open_halves(
-    config: TrioConfig, accelerator: Any, data: Samples | Arrays, space: TrioSpace, in_chans: int
-) -> Halves:
-    """The parts of the training images, which are checked already."""
-    data_config = _data_config(space.image_sizes[-1], in_chans)
+def _open_training(config: TrioConfig, accelerator: Any, data: Samples | Arrays, in_chans: int) -> SupernetTraining:
+    """The training of the supernet, where a checkpoint has left it. The images are checked already."""
+    data_config = _data_config(TrioSpace.parse(config.space).image_sizes[-1], in_chans)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    return open_halves(config, accelerator, data, data_config, memory_format, trains_on_both=False, checked=True)
+    halves = open_halves(config, accelerator, data, data_config, memory_format, trains_on_both=False, checked=True)
+    saved = saved_supernet(config)
+    if saved:
+        check_same_data(Path(config.out) / 'supernet.pt', saved['data'], halves)
+    return SupernetTraining(config, accelerator, halves, in_chans, saved)
 
 
 def _data_config(size: int, in_chans: int) -> dict[str, Any]:
