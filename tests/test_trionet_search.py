@@ -37,8 +37,8 @@ from sase_blocks.search.trionet import (
     draw,
     hierarchical,
     load_supernet,
-    run,
     search,
+    searching,
     training,
     uniform,
 )
@@ -79,7 +79,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def look_often(monkeypatch):
-    monkeypatch.setattr(training, 'LOOK_EVERY', 2)
+    monkeypatch.setattr(training, 'LOSS_CHECK_STEPS', 2)
 
 
 @pytest.fixture
@@ -426,7 +426,7 @@ def processes():
 
 def _searching(config, delay):
     torch.set_num_threads(1)
-    training.LOOK_EVERY = 2
+    training.LOSS_CHECK_STEPS = 2
     if delay is not None:
         threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
     search(config, pictures())
@@ -650,7 +650,7 @@ def test_a_folder_of_another_run(config, tmp_path):
 def test_pure_networks_fit_and_are_pure(config):
     space = TrioSpace.from_dict(SPACE)
     costs = Costs(3, 1, **replace(config, max_macs='40k').limits)
-    found = run.pure_networks(space, costs)
+    found = searching.pure_networks(space, costs)
     assert found.keys() == {'conv', 'local', 'axial'}
     for name, genome in found.items():
         network = space.architecture(genome)
@@ -658,7 +658,7 @@ def test_pure_networks_fit_and_are_pure(config):
         assert {block.operator for block in network.stages[0].blocks} == {'conv'}
         assert macs(network, 3, 1) <= 40_000
     only_conv = TrioSpace.from_dict({**SPACE, 'attention_stages': []})
-    assert run.pure_networks(only_conv, costs).keys() == {'conv'}
+    assert searching.pure_networks(only_conv, costs).keys() == {'conv'}
 
 
 def test_concentration_is_that_of_the_draws(config):

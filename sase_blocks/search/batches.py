@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from sase_blocks.data import AUGMENT, SHUFFLE, Samples, TransformedSamples, derive_seed
-from sase_blocks.runs import named_errors
+from sase_blocks.runs import annotate_errors
 
 __all__ = ['Batches', 'LoadedBatches', 'MemoryBatches']
 
@@ -170,7 +170,7 @@ class LoadedBatches:
             [(epoch, position) for position in order[step * batch_size : (step + 1) * batch_size][part]]
             for step in range(first, last)
         ]
-        for images, positions in named_errors(self.loader):
+        for images, positions in annotate_errors(self.loader):
             images = images.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
             yield images, self.labels[positions].to(self.device, non_blocking=True)
 

@@ -29,7 +29,7 @@ from sase_blocks.data import (
     open_training_data,
     same_data,
 )
-from sase_blocks.runs import leave_out_broken, resuming
+from sase_blocks.runs import drop_broken, resuming
 
 from .batches import Batches, LoadedBatches, MemoryBatches
 
@@ -126,7 +126,7 @@ def open_halves(
     }
     if isinstance(data, Samples):
         if not checked:
-            (data,) = leave_out_broken(config.skip_broken, accelerator, data)
+            (data,) = drop_broken(config.skip_broken, accelerator, data)
         workers, main = min(config.workers, os.cpu_count() or 1), accelerator.is_main_process
         found = halves(data, data_config, workers=workers, progress=main, **common)
     else:

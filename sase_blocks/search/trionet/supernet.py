@@ -20,7 +20,7 @@ from sase_blocks.models import Architecture, TrioNet
 from sase_blocks.selfattention import TrioBlock, build_operator
 from sase_blocks.selfattention.routes import check_choice
 
-from .outline import outline
+from .meta_device import meta_device
 from .slicing import SHARINGS, operator_tensors, output_channels, prefix, take
 from .space import TrioSpace
 
@@ -146,7 +146,7 @@ class SuperNet(nn.Module):
     def on_meta(self, architecture: Architecture, drop_rate: float = 0.0) -> TrioNet:
         """The network of an architecture on the meta device."""
         facts: dict[str, Any] = {'drop_rate': drop_rate, 'dtype': self.conv1.weight.dtype}
-        with outline() as meta:
+        with meta_device() as meta:
             return TrioNet(architecture, self.num_classes, self.in_chans, device=meta, **facts)
 
     def activate(self, architecture: Architecture, *, dropout: bool = False) -> 'SubNetwork':

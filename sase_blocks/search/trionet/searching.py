@@ -20,8 +20,8 @@ from torch import Tensor
 from sase_blocks.data import Samples, config_for, create_transforms, derive_seed
 from sase_blocks.jobs import Each, Ray, share
 from sase_blocks.models import Architecture
-from sase_blocks.models.trio_network import default_cfgs
-from sase_blocks.runs import alone_in, be_deterministic, check_writable, launched, leave_out_broken, say
+from sase_blocks.models.trionet import default_cfgs
+from sase_blocks.runs import be_deterministic, check_writable, drop_broken, open_accelerator, run_lock, say
 from sase_blocks.search.batches import Batches, LoadedBatches, MemoryBatches
 from sase_blocks.search.evolution import Candidate, Problem, evolve, load_optuna
 from sase_blocks.search.halves import Arrays, check_images, check_same_data, find_samples, open_halves
@@ -77,7 +77,7 @@ def search(
     """
     if config.finetune and images is not None:
         raise ValueError('finetune reads class folders or a data set of timm; for images in memory write a loop')
-    with launched(config, 'a search', 'search') as accelerator, be_deterministic(config.deterministic):
+    with open_accelerator(config, 'a search', 'search') as accelerator, be_deterministic(config.deterministic):
         result, splits = _search(config, accelerator, images, test, ray)
         main = accelerator.is_main_process
         accelerator.wait_for_everyone()
@@ -123,7 +123,7 @@ def _search(
     costs.check(space)
     if (missing := missing_matplotlib()) is not None:
         tell(f'no pictures will be drawn: {missing}')
-    with alone_in(config, accelerator):
+    with run_lock(config, accelerator):
         training = _open_training(config, accelerator, data, in_chans)
         weights = sum(p.numel() for p in training.supernet.parameters())
         tell(f'{space.size:.3g} networks of {weights:,} shared weights; {training.halves}')
@@ -191,7 +191,7 @@ def _open_images(config: TrioConfig, accelerator: Any, test: Any) -> tuple[Sampl
         if accelerator.is_main_process:
             say(f'there will be no test: {error}')
     splits = [samples.in_channels(config.in_chans) for samples in splits]
-    data, *tests = leave_out_broken(config.skip_broken, accelerator, *splits)
+    data, *tests = drop_broken(config.skip_broken, accelerator, *splits)
     return data, tests[0] if tests else None
 
 
@@ -261,7 +261,7 @@ class _Score:
     def __call__(self, text: str) -> float:
         with be_deterministic(self.config.deterministic):
             if self.training is None:
-                self.launch = launched(self.config, 'a search', 'search')  # kept, or it would end here
+                self.launch = open_accelerator(self.config, 'a search', 'search')  # kept, or it would end here
                 accelerator = self.launch.__enter__()
                 self.training = _open_training(self.config, accelerator, self.data, self.in_chans)
                 self.training.found.eval()
