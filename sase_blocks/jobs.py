@@ -205,7 +205,7 @@ class Ray:
             except (OSError, RuntimeError, ValueError) as error:
                 raise ValueError(
                     f'there is no Ray cluster at {quoted(self.address)} ({one_line(error, 300)}); start one with `ray '
-                    f"start --head`, or use this machine only with 'local'"
+                    f"start --head`, or use this machine alone with 'local'"
                 ) from error
         machines = [dict(node['Resources']) for node in ray.nodes() if node['Alive']]
         most = max(machine.get('GPU', 0.0) for machine in machines)
