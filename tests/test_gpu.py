@@ -34,8 +34,7 @@ from sase_blocks.search.sase.result import read_logits
 from sase_blocks.search.trionet import SuperNet, TrioConfig, TrioSpace, hierarchical
 from sase_blocks.search.trionet import search as search_trionet
 from sase_blocks.search.trionet.cost import Latency
-from sase_blocks.search.trionet.sandwich import networks_of, sandwich_step
-from sase_blocks.search.trionet.training import SupernetTraining
+from sase_blocks.search.trionet.training import SupernetTraining, networks_of, sandwich_step
 from sase_blocks.selfattention import (
     AXIAL_ROUTES,
     BORDERS,

@@ -239,9 +239,9 @@ def test_a_folder_made_for_something_else_is_refused(tmp_path, jobs, settings, s
     [
         ('jobs.json', 'no JSON', 'is damaged: .* is no valid JSON'),
         ('jobs.json', '', 'is damaged: .* is empty'),
-        ('jobs.json', '[1]', 'is not what a command with several runs writes; delete it'),
+        ('jobs.json', '[1]', 'is damaged: it holds no settings and jobs; delete it'),
         ('a/result.json', '{"result"', 'is damaged: .* is no valid JSON.*; delete it'),
-        ('a/result.json', '{}', 'is damaged: it holds no result; delete it, and the job is done again'),
+        ('a/result.json', '{}', 'is damaged: it holds no result; delete it and start again'),
     ],
 )
 def test_damaged_files(tmp_path, file, text, says):
@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_be_had(tmp_path):
         run_jobs(JOBS, square, tmp_path / 'file')
     with contextlib.ExitStack() as stack:
         assert lock_folder(tmp_path, stack) is None
-        with pytest.raises(ValueError, match=rf'is being written by another run, process {os.getpid()} on .*again'):
+        with pytest.raises(ValueError, match=rf'written by another run, process {os.getpid()} on .*again after'):
             run_jobs(JOBS, square, tmp_path)
     assert len(run_jobs(JOBS, square, tmp_path, say=[].append).results) == 6
 
@@ -266,7 +266,7 @@ def test_a_folder_that_cannot_be_had(tmp_path):
     ('arguments', 'says'),
     [
         ({'address': ' '}, "ray: expected 'auto', 'local' or HOST:PORT, got ' '"),
-        ({'gpus': -1}, 'ray gpus: expected a whole number or a part of one GPU, got -1'),
+        ({'gpus': -1}, 'ray gpus: expected a whole number or a fraction of one GPU, got -1'),
         ({'gpus': 1.5}, 'got 1.5'),
         ({'gpus': float('nan')}, 'got nan'),
         ({'retries': -1}, 'ray retries: expected at least 0, got -1'),

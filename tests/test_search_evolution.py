@@ -11,7 +11,7 @@ import pytest
 
 from sase_blocks.jobs import each_in_turn
 from sase_blocks.search import evolution
-from sase_blocks.search.evolution import Candidate, Problem, _Drawn, _Search, best, evolve, front
+from sase_blocks.search.evolution import Candidate, Problem, _Search, best, evolve, front
 
 GENES = {f'gene{i}': ['a', 'b', 'c'] for i in range(12)}
 ONE = np.random.default_rng(5).normal(size=(12, 3))
@@ -86,9 +86,8 @@ def test_evolution_beats_random_search(tmp_path):
 def test_parents_are_the_best_of_all_generations(tmp_path):
     path = tmp_path / 'search.jsonl'
     found = run(toy(), path, 36, 6)
-    search = _Search(toy(), evolution.load_optuna(), _Drawn(path, {}), 50, True, 6, None, 0, 100, [])
-    search.drawn.settings = json.loads(path.read_text().splitlines()[0])['settings']
-    search.drawn.open()
+    search = _Search(toy(), evolution.load_optuna(), path, 50, 6, None, 0, 100, [])
+    search.open(json.loads(path.read_text().splitlines()[0])['settings'])
     search.propose()
     for generation in range(1, 7):
         parents = [trial.number for trial in search.parents[generation]]
@@ -318,12 +317,12 @@ def test_what_stops_the_search_leaves_its_network_to_the_next(tmp_path):
         ({'problem': toy(genes={'x': 'abc'})}, "gene x: expected a list of texts to choose from, got 'abc'"),
         ({'problem': toy(genes={'x': []})}, 'gene x: expected a list'),
         ({'problem': toy(genes={'x': ['a', 1]})}, 'gene x: expected a list'),
-        ({'problem': toy(genes={'x': ['a', 'a']})}, 'gene x: a choice stands twice'),
-        ({'seeds': [{'gene0': 'a'}]}, 'a seed has other genes than are searched: gene1, gene10'),
+        ({'problem': toy(genes={'x': ['a', 'a']})}, 'gene x: a choice is repeated'),
+        ({'seeds': [{'gene0': 'a'}]}, 'a seed and the search differ in these genes: gene1, gene10'),
         ({'seeds': [genome('d' * 12)]}, "a seed: gene gene0 is 'd', expected one of a, b, c"),
         ({'seeds': [genome('c' * 12)]}, 'a seed is over the limits: cccccccccccc'),
         ({'settings': {'seed': 7}}, 'settings: seed is 7, but the search is called with 0'),
-        ({'problem': toy(draw=lambda rng: {'other': 'a'})}, 'what was drawn has other genes .* gene9, other'),
+        ({'problem': toy(draw=lambda rng: {'other': 'a'})}, 'what was drawn and the search differ .* gene9, other'),
     ],
 )  # fmt: skip
 def test_wrong_arguments(tmp_path, changes, says):
@@ -357,8 +356,8 @@ def test_a_file_made_for_something_else_is_refused(tmp_path, changes, says):
 @pytest.mark.parametrize(
     ('harm', 'says'),
     [
-        (lambda lines: ['no JSON', *lines[1:]], 'is damaged; delete it'),
-        (lambda lines: lines[1:], 'holds no candidates of a search; delete it'),
+        (lambda lines: ['no JSON', *lines[1:]], r'is damaged \(JSONDecodeError\); delete it'),
+        (lambda lines: lines[1:], r'is damaged \(KeyError\); delete it'),
         (
             lambda lines: [lines[0], *lines[2:]],
             r'is damaged \(IndexError\); delete it, and the networks are scored again',

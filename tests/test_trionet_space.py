@@ -19,8 +19,7 @@ from sase_blocks.profiling import count_macs
 from sase_blocks.search.trionet import cost as cost_module
 from sase_blocks.search.trionet.cost import Latency, bound, count_number, macs, parameters
 from sase_blocks.search.trionet.meta_device import meta_device
-from sase_blocks.search.trionet.sampling import LAWS, draw, hierarchical, uniform
-from sase_blocks.search.trionet.space import SPACES, TrioSpace
+from sase_blocks.search.trionet.space import LAWS, SPACES, TrioSpace, draw, hierarchical, uniform
 from sase_blocks.selfattention import AxialSelfAttention, LocalSelfAttention
 
 # Two expansions of 8 channels are one width, 4. Where the stem's 16 channels stay 16, there is no shortcut to pay for.
@@ -117,7 +116,7 @@ def test_inconsistent_fields_are_named(tmp_path, field, value, says):
 
 
 def test_a_space_without_convolutions():
-    with pytest.raises(ValueError, match="attention_stages of the space must be all stages, where 'conv' is not"):
+    with pytest.raises(ValueError, match="attention_stages of the space must be all stages, as 'conv' is not"):
         dataclasses.replace(COINCIDING, operators=('local', 'axial'))
     space = dataclasses.replace(DISTINCT, operators=('axial', 'local'))
     drawn = {op for _ in range(9) for op in space.architecture(draw(space, np.random.default_rng(_))).operators}
@@ -222,10 +221,10 @@ POINT = 'image 16; stem 16; heads 2; 16: conv3/8*2; 24: local3/12'
 @pytest.mark.parametrize(
     ('old', 'new', 'says'),
     [
-        ('stem 16', 'stem 8', 'its stem is 8, not 16'),
-        ('stem 16', 'stem 16/4', 'its reduction is 4, not 1'),
-        ('heads 2', 'heads 1', 'its heads is 1, not 2'),
-        ('; 24: local3/12', '', 'its number of stages is 1, not 2'),
+        ('stem 16', 'stem 8', 'stem is 8, not one of 16'),
+        ('stem 16', 'stem 16/4', 'reduction is 4, not one of 1'),
+        ('heads 2', 'heads 1', 'heads is 1, not one of 2'),
+        ('; 24: local3/12', '', 'number of stages is 1, not one of 2'),
         ('image 16', 'image 32', 'image size is 32, not one of 7, 16'),
         ('*2', '*3', 'stage 1: depth is 3, not one of 1, 2'),
         ('24:', '32:', 'stage 2: width is 32, not one of 16, 24'),

@@ -15,9 +15,8 @@ from torch.func import functional_call
 
 from sase_blocks.models import Architecture, TrioNet
 from sase_blocks.search.trionet.meta_device import meta_device
-from sase_blocks.search.trionet.sampling import draw
 from sase_blocks.search.trionet.slicing import SHARINGS, packed_rows
-from sase_blocks.search.trionet.space import TrioSpace
+from sase_blocks.search.trionet.space import TrioSpace, draw
 from sase_blocks.search.trionet.supernet import SuperNet
 from sase_blocks.selfattention import TrioBlock
 
@@ -596,7 +595,7 @@ def test_channels_and_a_large_stem():
     ('text', 'says'),
     [
         ('image 16; stem 8; heads 2; 8: conv3/8; 16: conv7/8', 'stage 2: size of conv7/8 is 7, not one of 3, 5'),
-        ('image 16; stem 16; heads 2; 8: conv3/8; 16: conv3/8', 'its stem is 16, not 8'),
+        ('image 16; stem 16; heads 2; 8: conv3/8; 16: conv3/8', 'stem is 16, not one of 8'),
         ('image 16; stem 8; heads 2; 8: conv3/8*3; 16: conv3/8', 'stage 1: depth is 3, not one of 1, 2'),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 
 from sase_blocks.models import Architecture
 from sase_blocks.search.evolution import Candidate
-from sase_blocks.search.trionet.cost import Limits
+from sase_blocks.search.trionet.cost import Costs
 from sase_blocks.search.trionet.result import describe_result, draw_result, format_result
 from sase_blocks.search.trionet.space import TrioSpace
 from sase_blocks.viz import draw_architecture, plot_front, save_figure
@@ -69,7 +69,7 @@ def test_a_result_says_what_was_decided(scores, images, tied, verdict, title, tm
     texts = [f'image 8; stem 4; heads 1; 8: conv3/{width}' for width in (4, 8, 12)]
     candidates = [Candidate(text, score, n, {}, n) for n, (text, score) in enumerate(zip(texts, scores, strict=False))]
     found = describe_result(
-        TrioSpace.parse('cifar'), candidates, {'conv': texts[0]}, limits=Limits(None, None, None), objective='macs',
+        TrioSpace.parse('cifar'), candidates, {'conv': texts[0]}, Costs(2),
         config={'seed': 0}, facts={'classes': ['a', 'b'], 'held_out': images},
     )  # fmt: skip
     assert (found['architecture'], found['tied']) == (texts[0], tied)

@@ -23,11 +23,11 @@ examples:
   sase-blocks search trionet --data DIR --max-macs 300M --resume --ray auto
   torchrun --nproc-per-node 8 -m sase_blocks search trionet --data DIR ...
 
-DIR holds train/CLASS/*.jpg, and val/CLASS/*.jpg (or validation/ or test/) for a single test at the end. The result is
+DIR holds train/CLASS/*.jpg, and val/CLASS/*.jpg (or validation/ or test/) for one test at the end. The result is
 architecture.json and network.pt in --out:
   timm.create_model('trionet', architecture='OUT/architecture.json', checkpoint_path='OUT/network.pt', num_classes=N)
-The supernet is trained first, then networks of it are scored, with --ray on many GPUs and machines. The same command
-with --resume goes on where it stopped.
+The search trains a supernet and then scores networks of it, with --ray on many GPUs and machines. The same command with
+--resume continues a stopped search.
 """
 
 

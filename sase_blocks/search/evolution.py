@@ -1,18 +1,19 @@
 """Evolution (NSGA-II) and random search over genes with few choices each.
 
-The engine is Optuna's NSGA-II (Deb et al., "A fast and elitist multiobjective genetic algorithm: NSGA-II", 2002): the
-score is maximised, the cost minimised. Ours around it:
+The engine is Optuna's NSGA-II (Deb et al., "A fast and elitist multiobjective genetic algorithm: NSGA-II", 2002), which
+maximises the score and minimises the cost. Our additions:
 
-- Limits are hard: what does not fit is drawn again before anything is paid for it, and is never written down.
-- No network is scored twice: genomes are compared by the text of the network that they stand for.
-- A generation is drawn at once and scored in any order, in this process or on many machines. What is drawn is a
-  function of the seed, the texts before it and the generations before its own, so the order changes nothing.
+- Limits are hard: a network over them is drawn again before it costs anything, and is never written down.
+- No network is scored twice: genomes are compared by the text of their network.
+- A generation is drawn as a whole and scored in any order, in this process or on many machines. A draw depends only on
+  the seed, the earlier texts and the earlier generations, so the order changes nothing.
 - Candidates are lines of a file, written before and after they are scored: a search that is killed and started again
-  ends with the candidates of one that was not.
+  ends with the candidates of an uninterrupted one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections import Counter
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sase_blocks.jobs import Each, check_settings, each_in_turn
+from sase_blocks.jobs import Each, Ended, check_settings, each_in_turn
 from sase_blocks.reading import one_line
 from sase_blocks.runs import append_row, write_rows
 from sase_blocks.runs import say as print_line
@@ -31,7 +32,7 @@ from sase_blocks.runs import say as print_line
 __all__ = ['ALGORITHMS', 'Candidate', 'Genome', 'Problem', 'best', 'evolve', 'front', 'load_optuna']
 
 ALGORITHMS = ('nsga2', 'random')
-FAILURES = 3  # candidates in a row that may fail
+FAILURES = 3  # failed candidates in a row that end a search
 LINES = 20  # progress lines of a whole search
 
 Genome = dict[str, str]
@@ -39,16 +40,16 @@ Genome = dict[str, str]
 
 @dataclass(frozen=True)
 class Problem:
-    """What is searched: the genes, and functions of them.
+    """What to search: the genes, and functions of them.
 
     Args:
-        genes: from the name of a gene to its choices.
-        decode: the text of the network that a genome stands for. Several genomes may give the same: genes that are of
-            no effect are ignored here.
-        fits: do the hard limits allow this network? Cheap: asked of all that is drawn.
+        genes: maps the name of a gene to its choices.
+        decode: the text of a genome's network. Several genomes may have the same, as genes without effect have no part
+            in it.
+        fits: whether the hard limits allow a network. Cheap: called for every draw.
         cost: of a network; less is better.
-        score: of a network; more is better. Expensive: asked once of each.
-        draw: a random genome of the law by which the first generation, or all of a random search, is drawn.
+        score: of a network; more is better. Expensive: called once per network.
+        draw: a random genome, for the first generation and for random search.
     """
 
     genes: Mapping[str, Sequence[str]]
@@ -59,20 +60,20 @@ class Problem:
     draw: Callable[[np.random.Generator], Genome]
 
     def check(self) -> None:
-        """Refuse genes that are none."""
+        """Validate the gene table."""
         if not self.genes:
             raise ValueError('there are no genes to search')
         for name, choices in self.genes.items():
             if isinstance(choices, str) or not choices or not all(isinstance(choice, str) for choice in choices):
                 raise ValueError(f'gene {name}: expected a list of texts to choose from, got {choices!r}')
             if len(set(choices)) < len(choices):
-                raise ValueError(f'gene {name}: a choice stands twice in {list(choices)}')
+                raise ValueError(f'gene {name}: a choice is repeated in {list(choices)}')
 
     def check_genome(self, genome: Mapping[str, str], what: str) -> Genome:
-        """The genome, with its genes in their order; ``what`` says in an error whose it is."""
+        """The genome with its genes in order; an error calls it ``what``."""
         if genome.keys() != self.genes.keys():
             differing = sorted(genome.keys() ^ self.genes.keys())
-            raise ValueError(f'{what} has other genes than are searched: {", ".join(differing)}')
+            raise ValueError(f'{what} and the search differ in these genes: {", ".join(differing)}')
         for name, choices in self.genes.items():
             if genome[name] not in choices:
                 raise ValueError(f'{what}: gene {name} is {genome[name]!r}, expected one of {", ".join(choices)}')
@@ -80,7 +81,7 @@ class Problem:
 
 
 class Candidate(NamedTuple):
-    """A network that was scored: its text, values, a genome of it and the number of its trial in the study."""
+    """A scored network: its text, values, one of its genomes, and its number in the order of the draws."""
 
     text: str
     score: float
@@ -90,10 +91,10 @@ class Candidate(NamedTuple):
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that no other one beats, that is, equals or betters in score and cost and betters in one of them.
+    """The Pareto front: no other candidate is at least as good in score and cost and better in one of them.
 
     Returns:
-        Sorted by cost; equals in cost and score all stay, sorted by text.
+        Sorted by cost; of candidates equal in cost and score all stay, sorted by text.
     """
     chosen: list[Candidate] = []
     for one in sorted(candidates, key=lambda one: (one.cost, -one.score, one.text)):
@@ -103,7 +104,7 @@ def front(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def best(candidates: Sequence[Candidate]) -> Candidate:
-    """The highest score; of equals the cheapest, then the first by text."""
+    """The highest score; among equals the cheapest, then the first by text."""
     if not candidates:
         raise ValueError('there are no candidates')
     return min(candidates, key=lambda one: (-one.score, one.cost, one.text))
@@ -135,41 +136,47 @@ def evolve(
 ) -> list[Candidate]:
     """Search until ``evaluations`` networks are scored.
 
-    Called again, this continues; with more evaluations it goes on from there. What failed since the last success is
-    then tried again.
+    The same call again continues, and more evaluations extend the search. Failures since the last success are then
+    tried again.
 
     Args:
-        problem: what is searched.
-        file: of the candidates, one JSON a line; its folder is made. One call at a time may write it.
-        evaluations: networks to score. Candidates that failed do not count.
-        algorithm: 'nsga2', or 'random' for ``problem.draw`` alone, the baseline.
-        population: scored networks of a generation, and parents of the next one; more than 1, fewer than evaluations.
+        problem: what to search.
+        file: the candidates, one JSON a line; its folder is made. Only one call at a time may write to it.
+        evaluations: networks to score. Failed candidates do not count.
+        algorithm: 'nsga2', or 'random' for ``problem.draw`` only, the baseline.
+        population: scored networks of a generation, and parents of the next one; above 1, below evaluations.
         mutation: probability that a gene of a child is drawn anew, uniformly. Default: 1 / number of genes.
-        seeds: genomes that are scored first, in this order.
-        settings: what else the scores depend on, as JSON can hold it; a file with other settings is refused, as is one
+        seeds: genomes to score first, in this order.
+        settings: other JSON values that the scores depend on. ``evolve`` raises ValueError for a file with others, or
             with other genes, seeds, algorithm, population, mutation or seed.
-        seed: of all that is drawn; not negative.
+        seed: of all draws; not negative.
         each: calls ``problem.score`` with each of several texts. Default: one after another in this process.
         say: prints a line. Default: print.
-        tries: draws in vain after which the search ends, for NSGA-II first of children, then of ``problem.draw``.
+        tries: draws without a new network before the search ends, for NSGA-II first of children, then of
+            ``problem.draw``.
 
     Returns:
-        All networks scored so far, each once, in the order in which they were drawn.
+        All networks scored so far, each once, in the order of their draws.
 
     Raises:
         ImportError: Optuna is missing (extra ``search``).
-        ValueError: a wrong argument, a file with other settings, or limits under which nothing was found at all.
+        ValueError: a wrong argument, a file with other settings, or limits that no drawn network meets.
         OSError: the file cannot be written.
         RuntimeError: three candidates in a row have failed.
     """
     problem.check()
     if algorithm not in ALGORITHMS:
         raise ValueError(f'algorithm: expected {" or ".join(ALGORITHMS)}, got {algorithm!r}')
-    least = {'evaluations': 1, 'population': 2, 'seed': 0, 'tries': 1}
-    for what, value in zip(least, (evaluations, population, seed, tries), strict=True):
-        if value < least[what]:
-            raise ValueError(f'{what}: expected at least {least[what]}, got {value}')
-    if algorithm == 'nsga2' and population >= evaluations:
+    evolving = algorithm == 'nsga2'
+    for what, value, least in (
+        ('evaluations', evaluations, 1),
+        ('population', population, 2),
+        ('seed', seed, 0),
+        ('tries', tries, 1),
+    ):
+        if value < least:
+            raise ValueError(f'{what}: expected at least {least}, got {value}')
+    if evolving and population >= evaluations:
         raise ValueError(
             f'population: {evaluations} evaluations end before a first generation of {population} has children; '
             f"expected fewer, or algorithm='random'"
@@ -179,8 +186,8 @@ def evolve(
     planned = [problem.check_genome(genome, 'a seed') for genome in seeds]
     ours: dict[str, Any] = {
         'algorithm': algorithm,
-        'population': population if algorithm == 'nsga2' else None,
-        'mutation': mutation if algorithm == 'nsga2' else None,
+        'population': population if evolving else None,
+        'mutation': mutation if evolving else None,
         'seed': seed,
         'seeds': [problem.decode(genome) for genome in planned],
         **{f'gene {name}': list(choices) for name, choices in problem.genes.items()},
@@ -192,216 +199,168 @@ def evolve(
     for text in ours['seeds']:
         if not problem.fits(text):
             raise ValueError(f'a seed is over the limits: {text}')
-    drawn = _Drawn(Path(file), {**theirs, **ours})
-    search = _Search(
-        problem, load_optuna(), drawn, evaluations, algorithm == 'nsga2', population, mutation, seed, tries, planned
-    )
-    drawn.open()
+    size = population if evolving else None
+    search = _Search(problem, load_optuna(), Path(file), evaluations, size, mutation, seed, tries, planned)
+    search.open({**theirs, **ours})
     return search.run(each, say or print_line)
-
-
-class _Empty(Exception):
-    """Nothing new was drawn that fits."""
-
-
-@dataclass
-class _One:
-    """A candidate: drawn, then scored or failed."""
-
-    text: str
-    genome: Genome
-    score: float | None = None
-    cost: float | None = None
-    error: str = ''
-
-
-class _Drawn:
-    """The candidates in their file, in the order of their numbers.
-
-    Its first line is {'settings'}; each other one {'number', 'text', 'genome'} of a candidate that was drawn,
-    {'number', 'score', 'cost'} of one that was scored, or {'number', 'error'}.
-    """
-
-    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
-        self.file, self.settings = file, settings
-        self.all: list[_One] = []
-
-    def open(self) -> None:
-        """Read what there is, refuse what was made with other settings, and leave out what a killed run wrote in part.
-
-        What failed since the last success is forgotten, so that it is scored again.
-        """
-        rows = self._rows()
-        if rows:
-            check_settings(rows[0].get('settings', {}), self.settings, f'{self.file}')
-        try:
-            for row in rows[1:]:
-                if 'text' in row:
-                    self.all.append(_One(row['text'], dict(row['genome'])))
-                else:
-                    one = self.all[row['number']]
-                    one.score, one.cost, one.error = row.get('score'), row.get('cost'), row.get('error', '')
-        except (LookupError, TypeError, ValueError) as error:
-            raise ValueError(
-                f'{self.file} is damaged ({type(error).__name__}); delete it, and the networks are scored again'
-            ) from error
-        since = max((number for number, one in enumerate(self.all) if one.score is not None), default=-1)
-        for one in self.all[since + 1 :]:
-            one.error = ''
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(self.file, rows or [{'settings': self.settings}])
-
-    def _rows(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        lines = self.file.read_text(encoding='utf-8', errors='replace').splitlines() if self.file.exists() else []
-        for line in lines:
-            try:
-                rows.append(dict(json.loads(line)))
-            except (ValueError, TypeError):
-                if line is not lines[-1]:
-                    raise ValueError(f'{self.file} is damaged; delete it, and the networks are scored again') from None
-        if rows and 'settings' not in rows[0]:
-            raise ValueError(f'{self.file} holds no candidates of a search; delete it, or change --out')
-        return rows
-
-    def add(self, genome: Genome, text: str) -> None:
-        append_row(self.file, {'number': len(self.all), 'text': text, 'genome': genome})
-        self.all.append(_One(text, genome))
-
-    def end(self, number: int, **what: Any) -> None:
-        append_row(self.file, {'number': number, **what})
-        for name, value in what.items():
-            setattr(self.all[number], name, value)
 
 
 @dataclass
 class _Search:
+    """The candidates, in memory and in their file, and how new ones come about.
+
+    The first line of the file is {'settings'}. Each other one is {'number', 'text', 'genome'} of a drawn candidate,
+    {'number', 'score', 'cost'} of a scored one, or {'number', 'error'}.
+    """
+
     problem: Problem
     optuna: Any
-    drawn: _Drawn
+    file: Path
     evaluations: int
-    evolving: bool
-    population: int
+    population: int | None  # None: a random search
     mutation: float | None
     seed: int
     tries: int
     seeds: Sequence[Genome]
-    parents: dict[int, list[Any]] = field(default_factory=dict)  # of each generation
-    trials: dict[int, Any] = field(default_factory=dict)  # the scored candidates as Optuna has them, by number
+    drawn: list[tuple[str, Genome]] = field(default_factory=list)  # by number
+    scored: dict[int, Candidate] = field(default_factory=dict)
+    failed: set[int] = field(default_factory=set)
+    parents: dict[int, list[Any]] = field(default_factory=dict)  # by generation
+    trials: dict[int, Any] = field(default_factory=dict)  # the scored candidates as Optuna has them
+
+    def open(self, settings: Mapping[str, Any]) -> None:
+        """Read the file. Raises ValueError if it is damaged or has other settings.
+
+        Failures since the last success are forgotten, so that these candidates are scored again.
+        """
+        rows: list[dict[str, Any]] = []
+        lines = self.file.read_text(encoding='utf-8', errors='replace').splitlines() if self.file.exists() else []
+        try:
+            rows = [dict(json.loads(line)) for line in lines[:-1]]
+            with contextlib.suppress(ValueError, TypeError):  # a killed run may leave half a line
+                rows += [dict(json.loads(line)) for line in lines[-1:]]
+            before = rows[0]['settings'] if rows else {}
+            for row in rows[1:]:
+                self._note(row)
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f'{self.file} is damaged ({type(error).__name__}); delete it, and the networks are scored again'
+            ) from error
+        check_settings(before, settings, f'{self.file}')
+        self.failed = {number for number in self.failed if number < max(self.scored, default=-1)}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(self.file, rows or [{'settings': settings}])
+
+    def _note(self, row: Mapping[str, Any]) -> None:
+        if 'text' in row:
+            self.drawn.append((row['text'], dict(row['genome'])))
+            return
+        number = row['number']
+        text, genome = self.drawn[number]
+        if 'error' in row:
+            self.failed.add(number)
+        else:
+            self.scored[number] = Candidate(text, row['score'], row['cost'], genome, number)
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        append_row(self.file, row)
+        self._note(row)
+
+    def candidates(self) -> list[Candidate]:
+        return [self.scored[number] for number in sorted(self.scored)]
 
     def run(self, each: Each, say: Callable[[str], None]) -> list[Candidate]:
         total, told, failures = self.evaluations, 0, 0
-        while (left := total - len(done := self.candidates())) > 0:
-            waiting = [number for number, one in enumerate(self.drawn.all) if one.score is None and not one.error]
+        while (left := total - len(self.scored)) > 0:
+            waiting = [n for n in range(len(self.drawn)) if n not in self.scored and n not in self.failed]
             # The rest of the generation, whose parents are known; a random search has one generation.
-            batch = min(left, self.population - len(done) % self.population) if self.evolving else left
-            empty: _Empty | None = None
-            while len(waiting) < batch and empty is None:
-                try:
-                    self.propose()
-                    waiting.append(len(self.drawn.all) - 1)
-                except _Empty as reason:
-                    empty = reason
+            batch = min(left, self.population - len(self.scored) % self.population) if self.population else left
+            empty = ''
+            while len(waiting) < batch and not empty:
+                if not (empty := self.propose()):
+                    waiting.append(len(self.drawn) - 1)
             if not waiting:
-                if not done:
+                if not self.scored:
                     raise ValueError(f'nothing was found: {empty}')
-                say(f'the search ends after {len(done)} of {total} evaluations: {empty}')
-                return done
-            for at, ended in each(self.problem.score, [self.drawn.all[number].text for number in waiting[:batch]]):
+                say(f'the search ends after {len(self.scored)} of {total} evaluations: {empty}')
+                break
+            for at, ended in each(self.problem.score, [self.drawn[number][0] for number in waiting[:batch]]):
                 number = waiting[at]
-                if (error := self._end(number, ended.value, ended.error)) is None:
+                if not (error := self._end(number, ended)):
                     failures = 0
                     told = self._tell(told, say)
                     continue
                 failures += 1
-                text = self.drawn.all[number].text
+                text = self.drawn[number][0]
                 say(f'network {number} failed: {error} ({text})')
                 if failures == FAILURES:
                     raise RuntimeError(f'{failures} candidates in a row failed, the last one, {text}: {error}')
-        self._tell(told, say)
+        else:
+            self._tell(told, say)
         return self.candidates()
 
-    def _end(self, number: int, score: Any, error: str) -> str | None:
-        """Write how a candidate ended. -> its error."""
+    def _end(self, number: int, ended: Ended) -> str:
+        """Write the values or the error of a candidate. -> the error."""
+        error = ended.error
+        row: dict[str, Any] = {'number': number}
         if not error:
             try:
-                cost, score = float(self.problem.cost(self.drawn.all[number].text)), float(score)
-                for name, value in (('cost', cost), ('score', score)):
-                    if not math.isfinite(value):
-                        raise ValueError(f'the {name} is {value}')
+                row |= {'score': float(ended.value), 'cost': float(self.problem.cost(self.drawn[number][0]))}
+                for name in ('cost', 'score'):
+                    if not math.isfinite(row[name]):
+                        raise ValueError(f'the {name} is {row[name]}')
             except Exception as wrong:
                 error = f'{type(wrong).__name__}: {one_line(wrong)}'
-            else:
-                self.drawn.end(number, score=score, cost=cost)
-                return None
-        self.drawn.end(number, error=error)
+        self._write({'number': number, 'error': error} if error else row)
         return error
 
     def _tell(self, told: int, say: Callable[[str], None]) -> int:
-        """A line when another twentieth of the search is over, and how much is told of then."""
-        candidates, total = self.candidates(), self.evaluations
-        now = len(candidates)
-        if now * LINES // total > told * LINES // total:
-            first = best(candidates)
-            cost = f'{first.cost:,.0f}' if first.cost >= 1000 else f'{first.cost:.4g}'
-            say(f'{now} of {total} evaluated, best score {first.score:.6g} at cost {cost}')
-            return now
-        return told
+        """Say a line after each twentieth of the search. -> the number of evaluations in the last line."""
+        now, total = len(self.scored), self.evaluations
+        if now * LINES // total == told * LINES // total:
+            return told
+        first = best(self.candidates())
+        cost = f'{first.cost:,.0f}' if first.cost >= 1000 else f'{first.cost:.4g}'
+        say(f'{now} of {total} evaluated, best score {first.score:.6g} at cost {cost}')
+        return now
 
-    def candidates(self) -> list[Candidate]:
-        return [
-            Candidate(one.text, one.score, one.cost, one.genome, number)
-            for number, one in enumerate(self.drawn.all)
-            if one.score is not None and one.cost is not None
-        ]
-
-    def propose(self) -> None:
-        """Write down a new candidate: the first seed that is missing, or what is drawn.
-
-        Raises:
-            _Empty: nothing new that fits was drawn.
-        """
-        known = {one.text for one in self.drawn.all}
+    def propose(self) -> str:
+        """Add a new candidate: the first missing seed, or a draw. -> the reason if there is none."""
+        known = {text for text, _ in self.drawn}
         for genome in self.seeds:
             if (text := self.problem.decode(genome)) not in known:
-                self.drawn.add(genome, text)
-                return
+                self._write({'number': len(self.drawn), 'text': text, 'genome': genome})
+                return ''
         sequence = np.random.SeedSequence([self.seed, 0, len(known)])
         rng = np.random.default_rng(sequence)
-        drawn = Counter[str]()
-
-        def new(genome: Mapping[str, str]) -> Genome | None:
-            whole = self.problem.check_genome(genome, 'what was drawn')
+        counts = Counter[str]()
+        for drawn in self._draws(rng, int(sequence.generate_state(1)[0])):
+            whole = self.problem.check_genome(drawn, 'what was drawn')
             text = self.problem.decode(whole)
             reason = 'known' if text in known else '' if self.problem.fits(text) else 'over the limits'
-            drawn[reason] += 1
-            return whole if not reason else None
+            if not reason:
+                self._write({'number': len(self.drawn), 'text': text, 'genome': whole})
+                return ''
+            counts[reason] += 1
+        return (
+            f'of {counts.total()} networks drawn {counts["over the limits"]} were over the limits and '
+            f'{counts["known"]} known already; widen the limits or the space'
+        )
 
-        child: Genome | None = None
-        if self.evolving:
-            child = next(self._children(rng, int(sequence.generate_state(1)[0]), new), None)
+    def _draws(self, rng: np.random.Generator, seed: int) -> Iterator[Mapping[str, str]]:
+        """Genomes: children of Optuna's NSGA-II after the first generation, then draws of ``problem.draw``."""
+        if self.population and len(self.scored) >= self.population:
+            yield from self._children(rng, seed, self.population)
         for _ in range(self.tries):
-            child = child or new(self.problem.draw(rng))
-        if child is None:
-            raise _Empty(
-                f'of {drawn.total()} networks drawn {drawn["over the limits"]} were over the limits and '
-                f'{drawn["known"]} known already; widen the limits or the space'
-            )
-        self.drawn.add(child, self.problem.decode(child))
+            yield self.problem.draw(rng)
 
-    def _children(
-        self, rng: np.random.Generator, seed: int, new: Callable[[Mapping[str, str]], Genome | None]
-    ) -> Iterator[Genome]:
-        """The children that Optuna's NSGA-II draws and that are new and fit; none in the first generation."""
-        optuna, parents, size = self.optuna, self.parents, self.population
+    def _children(self, rng: np.random.Generator, seed: int, size: int) -> Iterator[Genome]:
+        optuna, parents, members = self.optuna, self.parents, self.candidates()
+        generation = len(members) // size
         distributions = {
             name: optuna.distributions.CategoricalDistribution(tuple(choices))
             for name, choices in self.problem.genes.items()
         }
-        members = self.candidates()
-        generation = len(members) // size
-        if not generation:
-            return
         for one in members:
             if one.number not in self.trials:
                 self.trials[one.number] = optuna.trial.create_trial(
@@ -426,18 +385,16 @@ class _Search:
         verbosity = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = Sampler(population_size=size, mutation_prob=self.mutation, seed=seed)
-        # Only for its directions: the trials are given above.
+        # The study has only the directions, the sampler has the trials.
         study = optuna.create_study(directions=['maximize', 'minimize'], sampler=sampler)
         optuna.logging.set_verbosity(verbosity)
-        for before in range(1, generation):  # each stands on the one before it
+        for before in range(1, generation):  # each needs the one before it
             sampler.get_parent_population(study, before)
         trial = optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING)
         for _ in range(self.tries):
             child = sampler.sample_relative(study, trial, distributions)
-            # Genes that mutation dropped are drawn anew.
-            whole = {
+            # Mutation drops genes, which are drawn anew.
+            yield {
                 name: child[name] if name in child else str(rng.choice(list(choices)))
                 for name, choices in self.problem.genes.items()
             }
-            if (genome := new(whole)) is not None:
-                yield genome

@@ -28,15 +28,14 @@ COSTS = {
 def plot_front(result: Mapping[str, Any]) -> Figure:
     """Draw the Pareto front of a search: held-out accuracy with the supernet's weights against cost.
 
-    The title gives the number of networks that may be as good as the found one by their scores ('tied'), if the result
-    has it. A ring marks the found network, an operator's marker the pure ones (one operator wherever the space allows),
-    and a dashed line a limit.
+    A ring marks the found network, an operator's marker the pure ones (one operator wherever the space allows), a
+    dashed line the limit. The title says how many networks may be as good as the found one ('tied' of the result).
 
     Args:
         result: the return value of ``search.trionet.search``, or the content of ``architecture.json``.
 
     Returns:
-        The figure; keep it with ``save_figure(figure, path)``.
+        The figure; ``save_figure(figure, path)`` writes it.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -97,7 +96,7 @@ def draw_architecture(architecture: Architecture | str, *, title: str | None = N
         title: text above the drawing.
 
     Returns:
-        The figure; keep it with ``save_figure(figure, path)``.
+        The figure; ``save_figure(figure, path)`` writes it.
 
     Raises:
         ImportError: matplotlib is not installed.

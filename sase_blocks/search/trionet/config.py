@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 
 from sase_blocks.runs import require, require_choices, require_seed, require_used, setting
+from sase_blocks.search.evolution import ALGORITHMS
 
-from .cost import Limits, count_number
-from .sampling import LAWS, Law, hierarchical
+from .cost import SETTINGS, count_number
 from .slicing import SHARINGS
-from .space import TrioSpace
+from .space import LAWS, Law, TrioSpace, hierarchical
 
-__all__ = ['ALGORITHMS', 'TrioConfig']
-
-ALGORITHMS = ('nsga2', 'random')
+__all__ = ['TrioConfig']
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class TrioConfig:
     """Settings of a search; each is also an option of ``sase-blocks search trionet``, whose help describes it."""
 
     data: str = field(metadata={'help': 'folder with train/CLASS/* in it, or the root of --dataset', 'place': True})
-    out: str = setting('runs/trionet', 'folder for checkpoints, metrics, the study and the result', place=True)
+    out: str = setting('runs/trionet', 'folder for checkpoints, metrics, candidates and the result', place=True)
     resume: bool = setting(
         False, 'resume the run in --out, waiting for a live one to finish; start a new run if there is none', free=True
     )
@@ -107,10 +105,11 @@ class TrioConfig:
                 raise ValueError(f'{name}: {error}') from None
         TrioSpace.parse(self.space)
 
-    @cached_property
-    def limits(self) -> Limits:
-        """The cost limits as numbers."""
-        return Limits(count_number(self.max_macs), count_number(self.max_params), self.max_ms)
+    @property
+    def limits(self) -> dict[str, float | None]:
+        """The limits of ``Costs`` as numbers."""
+        counts = {name: count_number(getattr(self, SETTINGS[name])) for name in ('macs', 'parameters')}
+        return {**counts, 'milliseconds': self.max_ms}
 
     @property
     def law(self) -> Law:

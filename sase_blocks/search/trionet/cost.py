@@ -1,4 +1,4 @@
-"""Cost of a network: multiply-accumulates including attention, parameters, and measured milliseconds.
+"""Cost of a network: multiply-accumulates including attention, parameters, and measured milliseconds; and limits on it.
 
 The first two are exact sums over cached blocks, so a search can query thousands of networks. MACs do not count batch
 norms, activations and poolings, as usual.
@@ -7,7 +7,6 @@ norms, activations and poolings, as usual.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +21,25 @@ from sase_blocks.selfattention import TrioBlock
 from .meta_device import meta_device
 from .space import TrioSpace
 
-__all__ = ['Latency', 'Limits', 'bound', 'count_number', 'macs', 'parameters']
+__all__ = ['SETTINGS', 'Costs', 'Latency', 'bound', 'count_number', 'macs', 'parameters']
+
+# The setting of each limit.
+SETTINGS = {'macs': 'max_macs', 'parameters': 'max_params', 'milliseconds': 'max_ms'}
+
+
+def _stem(reduction: int) -> tuple[int, int]:
+    """(kernel size, stride)."""
+    return (7, 2) if reduction == 4 else (3, 1)
+
+
+def _parts(architecture: Architecture) -> Iterator[tuple[Block, int, int, int, int, int]]:
+    """(block, channels in, channels out, stride, map height and width, heads) of every block."""
+    for i, _, block, channels, stride, size in architecture.places():
+        yield block, channels, architecture.stages[i].width, stride, size, architecture.heads
+
+
+def _build(block: Block, channels: int, out: int, stride: int, size: int, heads: int, **kwargs: Any) -> TrioBlock:
+    return TrioBlock(channels, block.operator, out, block.width, stride, block.kernel_size, heads, size, **kwargs)
 
 
 @lru_cache(maxsize=65536)
@@ -41,29 +58,18 @@ def _block(block: Block, channels: int, out: int, stride: int, size: int, heads:
     return count, sum(p.numel() for p in module.parameters())
 
 
-def _build(block: Block, channels: int, out: int, stride: int, size: int, heads: int, **kwargs: Any) -> TrioBlock:
-    return TrioBlock(channels, block.operator, out, block.width, stride, block.kernel_size, heads, size, **kwargs)
-
-
-def _sum(architecture: Architecture, which: int) -> int:
-    return sum(
-        _block(block, channels, architecture.stages[i].width, stride, size, architecture.heads)[which]
-        for i, _, block, channels, stride, size in architecture.places()
-    )
-
-
 def macs(architecture: Architecture, num_classes: int = 1000, in_chans: int = 3) -> int:
     """Multiply-accumulates for one image of the architecture's size."""
-    k, stride = (7, 2) if architecture.reduction == 4 else (3, 1)
+    k, stride = _stem(architecture.reduction)
     stem = k**2 * in_chans * architecture.stem * (-(-architecture.image_size // stride)) ** 2
-    return stem + _sum(architecture, 0) + architecture.stages[-1].width * num_classes
+    return stem + sum(_block(*part)[0] for part in _parts(architecture)) + architecture.stages[-1].width * num_classes
 
 
 def parameters(architecture: Architecture, num_classes: int = 1000, in_chans: int = 3) -> int:
     """Number of parameters, including norms and position tables."""
-    k = 7 if architecture.reduction == 4 else 3
-    stem = (k**2 * in_chans + 2) * architecture.stem
-    return stem + _sum(architecture, 1) + (architecture.stages[-1].width + 1) * num_classes
+    stem = (_stem(architecture.reduction)[0] ** 2 * in_chans + 2) * architecture.stem
+    head = (architecture.stages[-1].width + 1) * num_classes
+    return stem + sum(_block(*part)[1] for part in _parts(architecture)) + head
 
 
 class Latency:
@@ -83,38 +89,70 @@ class Latency:
         self.parts: dict[tuple[Any, ...], float] = {}
 
     def __call__(self, architecture: Architecture) -> float:
-        total = self._of(('stem', architecture.stem, architecture.reduction, architecture.image_size))
-        for i, _, block, channels, stride, size in architecture.places():
-            total += self._of((block, channels, architecture.stages[i].width, stride, size, architecture.heads))
+        k, stride = _stem(architecture.reduction)
+
+        def build_stem() -> nn.Module:
+            return nn.Conv2d(3, architecture.stem, k, stride, k // 2, bias=False)
+
+        total = self._time((architecture.stem, k, architecture.image_size), build_stem, 3, architecture.image_size)
+        for part in _parts(architecture):
+            total += self._time(part, lambda part=part: _build(*part), part[1], part[4])  # type: ignore[misc]
         return total
 
-    def _of(self, key: tuple[Any, ...]) -> float:
+    def _time(self, key: tuple[Any, ...], build: Callable[[], nn.Module], channels: int, size: int) -> float:
         if key not in self.parts:
-            if key[0] == 'stem':
-                _, width, reduction, size = key
-                k, channels = (7, 3) if reduction == 4 else (3, 3)
-                module: nn.Module = nn.Conv2d(3, width, k, 2 if reduction == 4 else 1, k // 2, bias=False)
-            else:
-                module, channels, size = _build(*key), key[1], key[4]
-            module.to(self.device)
             images = torch.randn(self.batch, channels, size, size, device=self.device)
-            self.parts[key] = self.batch * milliseconds_per_image({'': module}, images, self.rounds)['']
+            milliseconds = milliseconds_per_image({'': build().to(self.device)}, images, self.rounds)['']
+            self.parts[key] = self.batch * milliseconds
         return self.parts[key]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Maximum cost of a network; None for no limit.
+class Costs:
+    """The costs of networks on one data set, the limits on them, and the one that the search weighs against accuracy.
 
     Args:
-        macs: multiply-accumulates per image.
-        parameters: number of parameters.
-        milliseconds: as measured by ``Latency``.
+        num_classes, in_chans: of the data.
+        device: where to measure milliseconds.
+        **limits: maximum 'macs' per image, 'parameters' and 'milliseconds', as measured by ``Latency``; None for no
+            limit. The search weighs the first one with a limit, or MACs.
     """
 
-    macs: int | None = None
-    parameters: int | None = None
-    milliseconds: float | None = None
+    def __init__(
+        self, num_classes: int, in_chans: int = 3, device: torch.device | str = 'cpu', **limits: float | None
+    ) -> None:
+        self.measures: dict[str, Callable[[Architecture], float]] = {
+            'macs': lambda network: macs(network, num_classes, in_chans),
+            'parameters': lambda network: parameters(network, num_classes, in_chans),
+            'milliseconds': Latency(device),
+        }
+        self.limits = {name: limits.get(name) for name in self.measures}
+        self.given = {name: most for name, most in self.limits.items() if most is not None}
+        self.objective = next(iter(self.given), 'macs')
+
+    def fit(self, network: Architecture) -> bool:
+        """Whether a network is within all limits."""
+        return all(self.measures[name](network) <= most for name, most in self.given.items())
+
+    def __call__(self, network: Architecture) -> float:
+        """The cost to weigh."""
+        return float(self.measures[self.objective](network))
+
+    def check(self, space: TrioSpace) -> None:
+        """Raise a ValueError for a limit below the cheapest network of a space or above the most expensive one."""
+        for name, most in self.given.items():
+            low, high = (
+                # Measuring every part of a space would take long.
+                bound(space.end(extent) if name == 'milliseconds' else space, self.measures[name], pick)
+                for extent, pick in (('smallest', min), ('largest', max))
+            )
+            if not low[0] <= most <= high[0]:
+                unit, scale = ('ms', 1.0) if name == 'milliseconds' else ('M', 1e6)
+                text, least, largest = (f'{value / scale:.4g} {unit}' for value in (most, low[0], high[0]))
+                where = 'below the cheapest' if most < low[0] else 'above the most expensive'
+                raise ValueError(
+                    f'{SETTINGS[name]} is {text}, {where} network of the space, which go from {least} ({low[1]}) to '
+                    f'{largest} ({high[1]}); choose a limit between them' + ('' if most < low[0] else ', or none')
+                )
 
 
 def count_number(text: str | float | None) -> int | None:
@@ -140,49 +178,40 @@ def count_number(text: str | float | None) -> int | None:
 def bound(
     space: TrioSpace, measure: Callable[[Architecture], float], pick: Callable[..., Any] = min
 ) -> tuple[float, Architecture]:
-    """The cheapest (``pick=max``: the most expensive) network of a space by ``macs`` or ``parameters``, exactly.
+    """The cheapest (``pick=max``: the most expensive) network of a space, exactly, by a cost that adds up over blocks.
 
-    The cost is a sum over the blocks, and a block's cost depends only on its own choices, its stage's width and the
-    width before it. So it suffices to track, stage by stage, the best network for every width.
+    A block's cost depends only on its own choices, its stage's width and the width before it. So it suffices to track,
+    stage by stage, the best network for every width.
     """
-    ends = []
+
+    def build(image: int, stages: tuple[Stage, ...]) -> Architecture:
+        return Architecture(image, space.stem, space.reduction, space.heads, stages)
+
+    ends: list[Architecture] = []
     for image in space.image_sizes:
 
         def cost(stages: tuple[Stage, ...], image: int = image) -> float:
-            return measure(Architecture(image, space.stem, space.reduction, space.heads, stages))
+            return measure(build(image, stages))
 
         best: list[tuple[Stage, ...]] = [()]
         for number, (depths, widths) in enumerate(zip(space.depths, space.widths, strict=True), start=1):
-            best = [
-                pick(
-                    (s for before in best for s in _stages(space, number, width, depths, before, cost, pick)), key=cost
-                )
-                for width in widths
-            ]
-        ends += [
-            (cost(stages), Architecture(image, space.stem, space.reduction, space.heads, stages)) for stages in best
-        ]
-    value, network = pick(ends, key=lambda end: end[0])
-    return value, network
-
-
-def _stages(
-    space: TrioSpace,
-    number: int,
-    width: int,
-    depths: tuple[int, ...],
-    before: tuple[Stage, ...],
-    cost: Callable[[tuple[Stage, ...]], float],
-    pick: Callable[..., Any],
-) -> Iterator[tuple[Stage, ...]]:
-    """``before`` plus one stage of the best blocks, at its minimum and maximum depth."""
-    kinds = [
-        Block(operator, size, space.width(width, expansion))
-        for operator in space.stage_operators(number)
-        for size in space.sizes(operator)
-        for expansion in space.expansions
-    ]
-    first = pick(kinds, key=lambda kind: cost((*before, Stage(width, (kind,)))))
-    more = pick(kinds, key=lambda kind: cost((*before, Stage(width, (first, kind)))))
-    for depth in (depths[0], depths[-1]):
-        yield (*before, Stage(width, (first,) + (more,) * (depth - 1)))
+            found = []
+            for width in widths:
+                blocks = [
+                    Block(operator, size, space.width(width, expansion))
+                    for operator in space.stage_operators(number)
+                    for size in space.sizes(operator)
+                    for expansion in space.expansions
+                ]
+                options = []
+                for before in best:
+                    first = pick(blocks, key=lambda one: cost((*before, Stage(width, (one,)))))
+                    more = pick(blocks, key=lambda one: cost((*before, Stage(width, (first, one)))))
+                    options += [
+                        (*before, Stage(width, (first,) + (more,) * (depth - 1))) for depth in (depths[0], depths[-1])
+                    ]
+                found.append(pick(options, key=cost))
+            best = found
+        ends += [build(image, stages) for stages in best]
+    network = pick(ends, key=measure)
+    return measure(network), network

@@ -13,7 +13,7 @@ from sase_blocks.runs import environment, write_text
 from sase_blocks.search.evolution import Candidate, best, front
 from sase_blocks.search.significance import not_worse
 
-from .cost import Limits, macs, parameters
+from .cost import Costs
 from .space import TrioSpace
 
 __all__ = ['describe_result', 'draw_result', 'format_result', 'write_network', 'write_result']
@@ -23,12 +23,10 @@ def describe_result(
     space: TrioSpace,
     candidates: Sequence[Candidate],
     pure: Mapping[str, str],
+    costs: Costs,
     *,
-    limits: Limits,
-    objective: str,
     config: Mapping[str, Any],
     facts: Mapping[str, Any],
-    in_chans: int = 3,
 ) -> dict[str, Any]:
     """The result as plain data.
 
@@ -36,10 +34,9 @@ def describe_result(
         space: the search space.
         candidates: all scored networks.
         pure: maps each operator to the text of the network that uses it wherever the space allows.
-        limits, objective: the cost limits, and the cost axis of the front.
+        costs: the costs, their limits, and the cost axis of the front.
         config: the settings.
         facts: facts about the data.
-        in_chans: channels of the images.
 
     Returns:
         'architecture' (text), 'score' (held-out accuracy in percent, with the supernet's weights), 'cost'; 'tied', the
@@ -50,13 +47,11 @@ def describe_result(
     Raises:
         ImportError: SciPy is missing (extra ``search``).
     """
-    classes = len(facts['classes'])
 
     def describe(candidate: Candidate) -> dict[str, Any]:
         network = Architecture.parse(candidate.text)
-        cost = {'macs': macs(network, classes, in_chans), 'parameters': parameters(network, classes, in_chans)}
-        if objective not in cost:
-            cost[objective] = candidate.cost  # type: ignore[assignment]
+        cost = {name: costs.measures[name](network) for name in ('macs', 'parameters')}
+        cost.setdefault(costs.objective, candidate.cost)
         return {'architecture': candidate.text, 'score': candidate.score, 'cost': cost}
 
     images = facts['held_out']
@@ -69,8 +64,8 @@ def describe_result(
         'front': [describe(candidate) for candidate in front(candidates)],
         'pure': {name: describe(by_text[text]) for name, text in pure.items() if text in by_text},
         'evaluations': len(candidates),
-        'objective': objective,
-        'limits': {'macs': limits.macs, 'parameters': limits.parameters, 'milliseconds': limits.milliseconds},
+        'objective': costs.objective,
+        'limits': costs.limits,
         'space': space.to_dict(),
         'seed': config['seed'],
         'settings': dict(config),
@@ -93,21 +88,18 @@ def _verdict(tied: int, others: int, images: int) -> str:
     return f'the found network scores better than each of the {others} others by more than chance {on}'
 
 
-def write_result(result: Mapping[str, Any], out: Path) -> Path:
+def write_result(result: Mapping[str, Any], out: Path) -> None:
     """Write ``architecture.json`` to ``out``; ``timm.create_model('trionet', architecture=PATH)`` reads it."""
-    path = out / 'architecture.json'
-    write_text(path, json.dumps(result, indent=2) + '\n')
-    return path
+    write_text(out / 'architecture.json', json.dumps(result, indent=2) + '\n')
 
 
-def write_network(network: TrioNet, architecture: str, out: Path) -> Path:
+def write_network(network: TrioNet, architecture: str, out: Path) -> None:
     """Write ``network.pt`` to ``out``, for the ``checkpoint_path`` of ``timm.create_model``."""
-    return save_checkpoint(
-        {'arch': 'trionet', 'architecture': architecture, 'state_dict': network.state_dict()}, out / 'network.pt'
-    )
+    saved = {'arch': 'trionet', 'architecture': architecture, 'state_dict': network.state_dict()}
+    save_checkpoint(saved, out / 'network.pt')
 
 
-def draw_result(result: Mapping[str, Any], out: Path) -> list[Path]:
+def draw_result(result: Mapping[str, Any], out: Path) -> None:
     """Write ``front.png`` and ``architecture.png`` to ``out``.
 
     Raises:
@@ -116,10 +108,8 @@ def draw_result(result: Mapping[str, Any], out: Path) -> list[Path]:
     from sase_blocks.viz import draw_architecture, plot_front, save_figure
 
     title = 'nothing was decided' if result['tied'] == result['evaluations'] - 1 else None
-    return [
-        Path(save_figure(plot_front(result), out / 'front.png')),
-        Path(save_figure(draw_architecture(result['architecture'], title=title), out / 'architecture.png')),
-    ]
+    save_figure(plot_front(result), out / 'front.png')
+    save_figure(draw_architecture(result['architecture'], title=title), out / 'architecture.png')
 
 
 def format_result(result: Mapping[str, Any]) -> str:

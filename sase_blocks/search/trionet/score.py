@@ -42,10 +42,8 @@ def recalibrate(
     network: nn.Module, images: Iterable[Tensor], autocast: AbstractContextManager[Any] | None = None
 ) -> None:
     """Replace the statistics of all batch norms by the mean over these batches; keeps the network's mode."""
-    training = network.training
     with autocast or nullcontext():
         update_bn(images, network)
-    network.train(training)
 
 
 @torch.no_grad()

@@ -1,15 +1,14 @@
 """One TrioNet search (arXiv 2111.07547; extra ``search``): supernet, evolution under a limit, extraction, a test.
 
-The steps are the paper's by its abstract; how each is done is ours, see the modules. The same command run again goes
-on where it stopped.
+The steps are the paper's by its abstract; the other modules say how each is done. The same command again continues.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +24,22 @@ from sase_blocks.models.trionet import default_cfgs
 from sase_blocks.runs import be_deterministic, check_writable, drop_broken, open_accelerator, run_lock, say
 from sase_blocks.search.batches import Batches, LoadedBatches, MemoryBatches
 from sase_blocks.search.evolution import Candidate, Problem, evolve, load_optuna
-from sase_blocks.search.halves import Arrays, Halves, check_images, check_same_data, find_samples, open_halves
+from sase_blocks.search.halves import Arrays, check_images, check_same_data, find_samples, open_halves
 from sase_blocks.search.significance import load_stats
-from sase_blocks.train import TrainConfig, open_samples, train
+from sase_blocks.train import TrainConfig, open_in_turn, train
 from sase_blocks.viz import missing_matplotlib
 
 from .config import TrioConfig
-from .cost import Latency, Limits, bound, macs, parameters
+from .cost import SETTINGS, Costs
 from .result import describe_result, draw_result, format_result, write_network, write_result
-from .sampling import draw
 from .score import accuracy
-from .space import TrioSpace
+from .space import TrioSpace, draw
 from .training import SupernetTraining, saved_supernet
 
 __all__ = ['search']
 
 PURE = 302  # stream of random numbers, see derive_seed
 PURE_DRAWS = 500
-NAMES = {'macs': 'max_macs', 'parameters': 'max_params', 'milliseconds': 'max_ms'}
 
 
 def search(
@@ -54,26 +51,26 @@ def search(
 ) -> dict[str, Any]:
     """Search a network for a data set and a budget.
 
-    Writes into ``config.out``: ``supernet.pt``, ``metrics.jsonl`` and ``tensorboard/`` while the supernet is trained;
-    the study of the evolution; in the end ``architecture.json``, ``network.pt``, which is the found network with the
-    supernet's weights, ``front.png`` and ``architecture.png``, and a run in ``finetuned/`` if asked for.
+    Writes to ``config.out``: ``supernet.pt``, ``metrics.jsonl`` and ``tensorboard/`` while the supernet trains;
+    ``candidates/`` while networks are scored; at the end ``architecture.json``, ``network.pt`` (the found network with
+    the supernet's weights), ``front.png`` and ``architecture.png``, and a run in ``finetuned/`` if asked for.
 
     Args:
         config: the settings.
         images: in place of ``config.data``: uint8 images (N, C, H, W), labels (N,) and the names of the classes.
-        test: with ``images``: test images and labels of that kind; None for no test.
-        ray: the machines on which networks are scored, once this process has trained the supernet. Default: by this
-            process, or by all processes of its launch.
+        test: with ``images``: test images and labels of the same form; None for no test.
+        ray: the machines that score networks, after this process has trained the supernet. Default: this process, or
+            all processes of its launch.
 
     Returns:
-        What architecture.json holds, see ``describe_result``, with 'test_accuracy' and, if asked for, 'finetuned'
+        The content of architecture.json, see ``describe_result``, with 'test_accuracy' and, if asked for, 'finetuned'
         (percent; None without test images).
 
     Raises:
         ImportError: accelerate, tensorboard, Optuna or SciPy is missing.
-        ValueError, FileNotFoundError: a wrong setting, a limit that no network or every network keeps, wrong data, a
-            run that cannot be resumed, a folder that another process writes (with ``config.resume`` this one waits for
-            it); before any work.
+        ValueError, FileNotFoundError: a wrong setting, a limit that no network or every network meets, wrong data, a
+            run that cannot be resumed or that another process writes (with ``config.resume`` this one waits for it);
+            before any work.
         OSError: ``config.out`` cannot be written.
         FloatingPointError: a loss is no longer finite; the text names the step, the network and the last checkpoint.
         RuntimeError: three networks in a row could not be scored.
@@ -85,8 +82,7 @@ def search(
         main = accelerator.is_main_process
         accelerator.wait_for_everyone()
     if config.finetune:
-        trained = train(_finetuning(config, result['architecture']), splits)
-        result['finetuned'] = trained['acc1']
+        result['finetuned'] = train(_finetuning(config, result['architecture']), splits)['acc1']
     if main:
         write_result(result, Path(config.out))
         if missing_matplotlib() is None:
@@ -97,52 +93,44 @@ def search(
 def _search(
     config: TrioConfig, accelerator: Any, images: Arrays | None, test: Any, ray: Ray | None
 ) -> tuple[dict[str, Any], tuple[Samples, Samples] | None]:
-    """The result, and the training and the test split, checked, where the images are files."""
-    out, main = Path(config.out), accelerator.is_main_process
+    """The result, and the training and the test split, if the images are files."""
+    out, main, processes = Path(config.out), accelerator.is_main_process, accelerator.num_processes
     tell = say if main else (lambda text: None)
 
-    # What can be wrong is found out first, and what takes long to find out last.
+    # Cheap checks first, slow ones last.
     load_stats()
+    load_optuna()
     check_writable(out)
     saved_supernet(config)  # and again below, when no other run writes it
-    if config.batch_size % accelerator.num_processes:
-        raise ValueError(f'batch_size {config.batch_size} cannot be cut among {accelerator.num_processes} processes')
+    if config.batch_size % processes:
+        raise ValueError(f'batch_size {config.batch_size} cannot be split over {processes} processes')
     if config.algorithm == 'nsga2' and config.population >= config.evaluations:
         raise ValueError(f'population {config.population} must be below evaluations, got {config.evaluations}')
     if config.finetune:
-        _finetuning(config, '')  # whose settings are checked
+        _finetuning(config, '')  # checks its settings
     space = TrioSpace.parse(config.space)
-    data = find_samples(config, accelerator) if images is None else images
-    classes = list(data[2]) if isinstance(data, tuple) else data.classes
-    tests = _find_test(config, accelerator, test) if images is None else test
-    if isinstance(data, Samples):
-        in_chans = config.in_chans
-        (data,) = drop_broken(config.skip_broken, accelerator, data.in_channels(in_chans))
-    else:
-        in_chans = data[0].shape[1]
-    if images is not None and test is not None:
-        check_images(*test)
-    if isinstance(tests, Samples):
-        (tests,) = drop_broken(config.skip_broken, accelerator, tests.in_channels(in_chans))
-    costs = _Costs(config.limits, len(classes), in_chans, accelerator.device)
-    _check_limits(space, costs)
-    load_optuna()
     if ray is not None:
         tell(ray.describe())
-    halves = _open_halves(config, accelerator, data, space, in_chans)
+    data: Samples | Arrays
+    if images is None:
+        data, test = _open_images(config, accelerator, test)
+        classes, in_chans = data.classes, config.in_chans
+    else:
+        data, classes, in_chans = images, list(images[2]), images[0].shape[1]
+        if test is not None:
+            check_images(*test)
+    costs = Costs(len(classes), in_chans, accelerator.device, **config.limits)
+    costs.check(space)
     if (missing := missing_matplotlib()) is not None:
         tell(f'no pictures will be drawn: {missing}')
     with run_lock(config, accelerator):
-        saved = saved_supernet(config)
-        if saved:
-            check_same_data(out / 'supernet.pt', saved['data'], halves)
-        training = SupernetTraining(config, accelerator, halves, in_chans, saved)
+        training = _open_training(config, accelerator, data, in_chans)
         weights = sum(p.numel() for p in training.supernet.parameters())
-        tell(f'{space.size:.3g} networks of {weights:,} shared weights; {halves}')
+        tell(f'{space.size:.3g} networks of {weights:,} shared weights; {training.halves}')
         tell(
             f'supernet: {config.epochs} epochs of {training.steps} steps of {config.batch_size}, {config.networks + 2} '
-            f'networks each, {config.sampling} sampling, {config.sharing} sharing; {accelerator.num_processes} '
-            f'process(es) on {accelerator.device.type}; writing to {out}'
+            f'networks each, {config.sampling} sampling, {config.sharing} sharing; {processes} process(es) on '
+            f'{accelerator.device.type}; writing to {out}'
         )
         training.run().eval()
 
@@ -155,7 +143,7 @@ def _search(
                     genes=space.genes,
                     decode=lambda genome: str(space.architecture(genome)),
                     fits=lambda text: costs.fit(Architecture.parse(text)),
-                    cost=lambda text: costs.objective(Architecture.parse(text)),
+                    cost=lambda text: costs(Architecture.parse(text)),
                     score=score,
                     draw=lambda rng: draw(space, rng, config.law),
                 ),
@@ -164,146 +152,94 @@ def _search(
                 algorithm=config.algorithm,
                 population=config.population,
                 seeds=list(pure.values()),
-                settings=_settings(config, space, training, costs.limits),
+                settings=_settings(config, training),
                 seed=config.seed,
-                each=each if ray is None else ray.each,
+                each=each,
                 say=tell,
             )
 
-        candidates = share(score, drive, config.cpu)
-    result = describe_result(
-        space,
-        candidates,
-        {name: str(space.architecture(genome)) for name, genome in pure.items()},
-        limits=costs.limits,
-        objective=costs.name,
-        config=asdict(config),
-        facts=halves.facts,
-        in_chans=in_chans,
-    )
+        candidates = share(score, drive, cpu=config.cpu, ray=ray)
+    texts = {name: str(space.architecture(genome)) for name, genome in pure.items()}
+    result = describe_result(space, candidates, texts, costs, config=asdict(config), facts=training.halves.facts)
     tell(format_result(result))
     if main:
         found = training.calibrated(Architecture.parse(result['architecture']))
         write_network(found.extract(), result['architecture'], out)
         result['test_accuracy'] = None
-        if tests is not None:
-            # Once, and after everything is decided.
-            part = _test_part(config, found.architecture, tests, training)
+        if test is not None:
+            # Once, when everything is decided.
+            part = _test_part(config, found.architecture, test, training)
             batches = training.resized(part, found.architecture)
             result['test_accuracy'] = accuracy(found, batches, training.autocast())
             tell(
                 f'test accuracy with the weights of the supernet: {result["test_accuracy"]:.2f} % of {len(part)} images'
             )
         write_result(result, out)
-    splits = (data, tests) if isinstance(data, Samples) and isinstance(tests, Samples) else None
-    return result, splits
+    return result, (data, test) if isinstance(data, Samples) and isinstance(test, Samples) else None
 
 
-class _Costs:
-    """The costs of networks on this data, the limits on them, and the one that the evolution weighs."""
-
-    def __init__(self, limits: Limits, classes: int, in_chans: int, device: torch.device) -> None:
-        self.limits = limits
-        given = {name: getattr(limits, name) for name in NAMES if getattr(limits, name) is not None}
-        self.name = next(iter(given), 'macs')
-        latency = Latency(device)
-        self.measures = {
-            'macs': cache(lambda network: macs(network, classes, in_chans)),
-            'parameters': cache(lambda network: parameters(network, classes, in_chans)),
-            'milliseconds': cache(latency),
-        }
-        self.given = given
-
-    def fit(self, network: Architecture) -> bool:
-        return all(self.measures[name](network) <= most for name, most in self.given.items())
-
-    def objective(self, network: Architecture) -> float:
-        return float(self.measures[self.name](network))
+def _open_images(config: TrioConfig, accelerator: Any, test: Any) -> tuple[Samples, Samples | None]:
+    """The training split, and the test split unless class folders have none; without broken images."""
+    if test is not None:
+        raise ValueError('test goes with images; the test split of config.data is found there')
+    try:
+        splits = list(open_in_turn(config, accelerator))
+    except FileNotFoundError as error:
+        if config.finetune:  # which needs it
+            raise
+        splits = [find_samples(config, accelerator)]
+        if accelerator.is_main_process:
+            say(f'there will be no test: {error}')
+    splits = [samples.in_channels(config.in_chans) for samples in splits]
+    data, *tests = drop_broken(config.skip_broken, accelerator, *splits)
+    return data, tests[0] if tests else None
 
 
-def _check_limits(space: TrioSpace, costs: _Costs) -> None:
-    """Raise a ValueError for a limit below the cheapest network of the space or above the dearest one."""
-    for name, most in costs.given.items():
-        measure = costs.measures[name]
-        if name == 'milliseconds':  # all parts of a space would take long to measure
-            ends = [_end(space, measure, extent, pick) for extent, pick in (('smallest', min), ('largest', max))]
-        else:
-            ends = [bound(space, measure, pick)[1] for pick in (min, max)]
-        cheapest, dearest = (float(measure(network)) for network in ends)
-        if not cheapest <= most <= dearest:
-            text, low, high = (_format(name, value) for value in (most, cheapest, dearest))
-            where = 'below the cheapest' if most < cheapest else 'above the dearest'
-            raise ValueError(
-                f'{NAMES[name]} is {text}, {where} network of the space, which go from {low} ({ends[0]}) to {high} '
-                f'({ends[1]}); choose a limit between them' + ('' if most < cheapest else ', or none')
-            )
+def pure_networks(space: TrioSpace, costs: Costs, seed: int = 0) -> dict[str, dict[str, str]]:
+    """For each operator, the genome of a network with no other operator wherever the space allows that.
 
-
-def _end(
-    space: TrioSpace, measure: Callable[[Architecture], float], extent: str, pick: Callable[..., Any]
-) -> Architecture:
-    """All sizes at one end of the space, with the operators that cost least or most there."""
-    rng = np.random.default_rng(0)
-    pure = [draw(space, rng, partial(_always, only), extent) for only in np.eye(len(space.operators))]
-    genome = pure[0]
-    for gene in genome:
-        options = [{**genome, gene: other[gene]} for other in pure]
-        genome = pick(options, key=lambda one: measure(space.architecture(one)))
-    return space.architecture(genome)
-
-
-def _always(chances: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
-    """A law that draws nothing."""
-    return chances
-
-
-def _format(name: str, value: float) -> str:
-    return f'{value:.3g} ms' if name == 'milliseconds' else f'{value / 1e6:.4g}M'
-
-
-def pure_networks(space: TrioSpace, costs: _Costs, seed: int = 0) -> dict[str, dict[str, str]]:
-    """For each operator the genome of a network that has no other one wherever the space allows it.
-
-    Of a few hundred draws the dearest within the limits; an operator of which none fits is left out.
+    It is the most expensive one of a few hundred draws within the limits. Without any, the operator is left out.
     """
     found: dict[str, dict[str, str]] = {}
     for number, operator in enumerate(space.operators):
         rng = np.random.default_rng(derive_seed(seed, PURE, number))
-        only = np.eye(len(space.operators))[number]
-        best: tuple[float, dict[str, str]] | None = None
-        for at in range(PURE_DRAWS):
-            extent = {0: 'largest', 1: 'smallest'}.get(at)
-            genome = draw(space, rng, partial(_always, only), extent)
-            network = space.architecture(genome)
-            if costs.fit(network) and (best is None or costs.objective(network) > best[0]):
-                best = costs.objective(network), genome
-        if best is not None and best[1] not in found.values():
-            found[operator] = best[1]
+        extents = ['largest', 'smallest', *[None] * (PURE_DRAWS - 2)]
+        drawn = [draw(space, rng, partial(_always, number), extent) for extent in extents]
+        fitting = [genome for genome in drawn if costs.fit(space.architecture(genome))]
+        if fitting:
+            best = max(fitting, key=lambda genome: costs(space.architecture(genome)))  # the first of equal ones
+            if best not in found.values():
+                found[operator] = best
     return found
 
 
+def _always(number: int, rng: np.random.Generator, count: int) -> np.ndarray:
+    """A law that always gives one operator."""
+    return np.eye(count)[number]
+
+
 def _candidates_file(config: TrioConfig) -> Path:
-    """Limits and algorithm may vary over one supernet: each has a file of its own."""
-    limits = [f'{name}={getattr(config, name)}' for name in NAMES.values() if getattr(config, name) is not None]
+    """A file for each algorithm and each set of limits, which may all use one supernet."""
+    limits = [f'{name}={getattr(config, name)}' for name in SETTINGS.values() if getattr(config, name) is not None]
     name = '_'.join([config.algorithm, *limits, f'population={config.population}'])
     return Path(config.out) / 'candidates' / f'{name}.jsonl'
 
 
-def _settings(config: TrioConfig, space: TrioSpace, training: SupernetTraining, limits: Limits) -> dict[str, Any]:
-    """What the scores depend on."""
+def _settings(config: TrioConfig, training: SupernetTraining) -> dict[str, Any]:
+    """The settings and data that the scores depend on."""
     names = {f.name for f in fields(config) if not f.metadata.get('free') and not f.metadata.get('place')}
     return {
         **{name: value for name, value in asdict(config).items() if name in names - {'space'}},
         'calibration': config.calibration,
-        'space': space.to_dict(),
-        'limits': asdict(limits),
+        'space': training.space.to_dict(),
+        'limits': config.limits,
         'data': training.halves.facts['fingerprint'],
         'supernet': _fingerprint(training.found.state_dict()),
     }
 
 
 def _fingerprint(state: Mapping[str, torch.Tensor]) -> str:
-    """A short hash of trained weights: the same bits, the same text, on every machine."""
+    """A short hash of trained weights, the same on every machine."""
     digest = hashlib.sha256()
     for tensor in state.values():
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -311,7 +247,7 @@ def _fingerprint(state: Mapping[str, torch.Tensor]) -> str:
 
 
 class _Score:
-    """The score of a network by its text; a machine of a cluster gets it without the supernet, and loads that once."""
+    """The score of a network by its text. A worker of a cluster gets this without the supernet and loads it once."""
 
     def __init__(
         self, config: TrioConfig, data: Samples | Arrays, in_chans: int, training: SupernetTraining | None
@@ -325,46 +261,27 @@ class _Score:
     def __call__(self, text: str) -> float:
         with be_deterministic(self.config.deterministic):
             if self.training is None:
-                self.training = self._load()
+                self.launch = open_accelerator(self.config, 'a search', 'search')  # kept, or it would end here
+                accelerator = self.launch.__enter__()
+                self.training = _open_training(self.config, accelerator, self.data, self.in_chans)
+                self.training.found.eval()
             return self.training.score(Architecture.parse(text))
 
-    def _load(self) -> SupernetTraining:
-        config, space = self.config, TrioSpace.parse(self.config.space)
-        self.launch = open_accelerator(config, 'a search', 'search')  # held, or it would end with its last reference
-        accelerator = self.launch.__enter__()
-        halves = _open_halves(config, accelerator, self.data, space, self.in_chans)
-        training = SupernetTraining(config, accelerator, halves, self.in_chans, saved_supernet(config))
-        training.found.eval()
-        return training
 
-
-def _open_halves(
-    config: TrioConfig, accelerator: Any, data: Samples | Arrays, space: TrioSpace, in_chans: int
-) -> Halves:
-    """The halves of images that are checked already."""
-    data_config = _data_config(space.image_sizes[-1], in_chans)
+def _open_training(config: TrioConfig, accelerator: Any, data: Samples | Arrays, in_chans: int) -> SupernetTraining:
+    """The training of the supernet, where a checkpoint has left it. The images are checked already."""
+    data_config = _data_config(TrioSpace.parse(config.space).image_sizes[-1], in_chans)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    return open_halves(config, accelerator, data, data_config, memory_format, trains_on_both=False, checked=True)
+    halves = open_halves(config, accelerator, data, data_config, memory_format, trains_on_both=False, checked=True)
+    saved = saved_supernet(config)
+    if saved:
+        check_same_data(Path(config.out) / 'supernet.pt', saved['data'], halves)
+    return SupernetTraining(config, accelerator, halves, in_chans, saved)
 
 
 def _data_config(size: int, in_chans: int) -> dict[str, Any]:
-    """timm's: how images are brought to a network of this size."""
+    """timm's settings of the transforms for a network of this size."""
     return config_for(resolve_data_config({'img_size': size}, pretrained_cfg=default_cfgs['trionet']), in_chans)
-
-
-def _find_test(config: TrioConfig, accelerator: Any, test: Any) -> Samples | None:
-    """The test split; None where class folders have none, unless a fine-tuning needs it."""
-    if test is not None:
-        raise ValueError('test goes with images; the test split of config.data is found there')
-    try:
-        with accelerator.main_process_first():  # it may download
-            return open_samples(config)[1]
-    except FileNotFoundError as error:
-        if config.finetune:
-            raise
-        if accelerator.is_main_process:
-            say(f'there will be no test: {error}')
-        return None
 
 
 def _test_part(
@@ -394,7 +311,7 @@ def _finetuning(config: TrioConfig, architecture: str) -> TrainConfig:
     apart = {'out', 'epochs', 'lr', 'resume', 'ema_decay', 'label_smoothing'}
     return TrainConfig(
         **{name: getattr(config, name) for name in common - apart},
-        # Another limit finds another network: each has a folder of its own.
+        # Another limit finds another network, which gets its own folder.
         out=str(Path(config.out) / 'finetuned' / hashlib.sha256(architecture.encode()).hexdigest()[:8]),
         model='trionet',
         model_args={'architecture': architecture, 'in_chans': config.in_chans},

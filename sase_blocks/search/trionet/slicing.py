@@ -1,4 +1,4 @@
-"""Select the supernet weights of a smaller block: prefixes, centres, and Multi-head Sharing (arXiv 2111.07547).
+"""The part of a supernet's weights that a smaller block uses: prefixes, centres, Multi-head Sharing (arXiv 2111.07547).
 
 The public part of the paper only names Multi-head Sharing; this is our interpretation. The number of heads is fixed.
 With ``'heads'``, a narrower attention takes the first channels inside every head, so a weight has the same head and the
@@ -14,15 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sase_blocks.selfattention import AxialSelfAttention, LocalSelfAttention
-from sase_blocks.selfattention.axial import AxisAttention
+from sase_blocks.selfattention import LocalSelfAttention
 
-__all__ = ['SHARINGS', 'operator_tensors', 'output_channels', 'packed_rows', 'prefix']
+__all__ = ['SHARINGS', 'operator_tensors', 'output_channels', 'packed_rows', 'prefix', 'take']
 
 SHARINGS = ('heads', 'plain')
 
@@ -44,27 +44,17 @@ def packed_rows(full: Roles, narrow: Roles, heads: int, sharing: str) -> Tensor:
     # Cached for later calls, so never an inference tensor, whatever the mode of the first call.
     with torch.inference_mode(False), torch.device('cpu'):
         if sharing == 'heads':
-            rows, at = [], 0
-            for many, few in zip(_flat(full), _flat(narrow), strict=True):
-                rows.append(at + torch.arange(few * heads))
-                at += many * heads
-            return torch.cat(rows)
+            parts = torch.arange(sum(map(sum, full)) * heads).split([n * heads for n in chain(*full)])
+            return torch.cat([part[: n * heads] for part, n in zip(parts, chain(*narrow), strict=True)])
         # Position of each of our rows if heads are packed one after another: the same in both.
         place = torch.argsort(_head_major([sum(part) for part in narrow], heads))
         return _head_major([sum(part) for part in full], heads)[place]
 
 
-def _flat(roles: Roles) -> list[int]:
-    return [channels for part in roles for channels in part]
-
-
 def _head_major(parts: Sequence[int], heads: int) -> Tensor:
     """Our row for each position of a projection packed head after head: (sum(parts) * heads,)."""
-    rows, at = [], 0
-    for channels in parts:
-        rows.append(at + torch.arange(channels * heads).reshape(channels, heads).T.flatten())
-        at += channels * heads
-    return torch.cat(rows)
+    rows = torch.arange(sum(parts) * heads).split([channels * heads for channels in parts])
+    return torch.cat([part.reshape(-1, heads).T.flatten() for part in rows])
 
 
 def output_channels(channels: int, heads: int, sharing: str) -> slice | Tensor:
@@ -75,19 +65,16 @@ def output_channels(channels: int, heads: int, sharing: str) -> slice | Tensor:
 
 
 def take(tensor: Tensor, dim: int, which: slice | Tensor) -> Tensor:
-    """Select along one dimension; a view for a slice."""
+    """Select along one dimension; a view for a slice from 0."""
     if isinstance(which, slice):
-        return tensor.narrow(dim, which.start or 0, which.stop - (which.start or 0))
-    return tensor.index_select(
-        dim, which.to(tensor.device, non_blocking=True)
-    )  # without it each call would wait for the GPU
+        return tensor.narrow(dim, 0, which.stop)
+    # Without non_blocking each call would wait for the GPU.
+    return tensor.index_select(dim, which.to(tensor.device, non_blocking=True))
 
 
 def prefix(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """The first entries along every dimension, as a view."""
-    for dim, size in enumerate(shape):
-        tensor = tensor.narrow(dim, 0, size)
-    return tensor
+    return tensor[tuple(map(slice, shape))]
 
 
 def centre(tensor: Tensor, dim: int, size: int) -> Tensor:
@@ -95,44 +82,30 @@ def centre(tensor: Tensor, dim: int, size: int) -> Tensor:
     return tensor.narrow(dim, (tensor.shape[dim] - size) // 2, size)
 
 
-def operator_tensors(full: nn.Module, narrow: nn.Module, sharing: str) -> dict[str, Tensor]:
+def operator_tensors(full: Any, narrow: Any, sharing: str) -> dict[str, Tensor]:
     """The parameters of the operator ``narrow`` by name, sliced from ``full``, an operator of the same kind."""
-    if isinstance(narrow, AxialSelfAttention) and isinstance(full, AxialSelfAttention):
-        # The second pass reads the first one's output.
-        columns = output_channels(narrow.channels, narrow.heads, sharing)
-        passes = {
-            'height': _axis(full.height, narrow.height, slice(narrow.channels), sharing),
-            'width': _axis(full.width, narrow.width, columns, sharing),
-        }
-        return {f'{axis}.{name}': tensor for axis, found in passes.items() for name, tensor in found.items()}
-    if isinstance(narrow, LocalSelfAttention) and isinstance(full, LocalSelfAttention):
-        return _local(full, narrow, sharing)
-    assert isinstance(narrow, nn.Conv2d)
-    assert isinstance(full, nn.Conv2d)
-    weight = prefix(full.weight, narrow.weight.shape[:2])
-    for dim in (2, 3):
-        weight = centre(weight, dim, narrow.weight.shape[dim])
-    return {'weight': weight}
-
-
-def _local(full: LocalSelfAttention, narrow: LocalSelfAttention, sharing: str) -> dict[str, Tensor]:
-    many, few = (layer.channels // layer.heads // 2 for layer in (full, narrow))
+    if isinstance(narrow, nn.Conv2d):
+        weight = prefix(full.weight, narrow.weight.shape[:2])
+        return {'weight': centre(centre(weight, 2, narrow.weight.shape[2]), 3, narrow.weight.shape[3])}
     n = narrow.channels
-    rows = packed_rows(
-        ((many, many), (many, many), (2 * many,)), ((few, few), (few, few), (2 * few,)), narrow.heads, sharing
-    )
-    packed = torch.cat([layer.weight[:, :n] for layer in (full.query, full.key, full.value)])
-    query, key, value = take(packed, 0, rows).split(n)
-    table = prefix(full.relative, narrow.relative.shape[:3])
+    if isinstance(narrow, LocalSelfAttention):
+        many, few = (layer.channels // layer.heads // 2 for layer in (full, narrow))
+        roles = ((many, many), (many, many), (2 * many,)), ((few, few), (few, few), (2 * few,))
+        packed = torch.cat([layer.weight[:, :n] for layer in (full.query, full.key, full.value)])
+        weights = take(packed, 0, packed_rows(*roles, narrow.heads, sharing)).split(n)
+        found = {f'{name}.weight': part for name, part in zip(('query', 'key', 'value'), weights, strict=True)}
+        table = prefix(full.relative, narrow.relative.shape[:3])
+        return {**found, 'relative': centre(table, 3, narrow.kernel_size)}
+    # The second pass reads the first one's output.
+    columns = {'height': slice(n), 'width': output_channels(n, narrow.heads, sharing)}
     return {
-        'query.weight': query,
-        'key.weight': key,
-        'value.weight': value,
-        'relative': centre(table, 3, narrow.kernel_size),
+        f'{axis}.{name}': tensor
+        for axis, inputs in columns.items()
+        for name, tensor in _axis(getattr(full, axis), getattr(narrow, axis), inputs, sharing).items()
     }
 
 
-def _axis(full: AxisAttention, narrow: AxisAttention, columns: slice | Tensor, sharing: str) -> dict[str, Tensor]:
+def _axis(full: Any, narrow: Any, columns: slice | Tensor, sharing: str) -> dict[str, Tensor]:
     many, few = (layer.channels // layer.heads for layer in (full, narrow))
     roles = ((many // 2,), (many // 2,), (many,)), ((few // 2,), (few // 2,), (few,))
     rows = packed_rows(*roles, narrow.heads, sharing)

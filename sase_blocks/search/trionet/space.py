@@ -1,8 +1,14 @@
-"""The space of a TrioNet search (from the abstract of arXiv 2111.07547), declared as one value, and its points.
+"""The space of a TrioNet search (from the abstract of arXiv 2111.07547), its points, and how they are drawn.
 
-Only the three operators of the paper's space are public; both spaces here are our own. A point is an ``Architecture``.
-A search works on genes: every choice by name, each as text, for all blocks that a network can have, so a gene keeps its
-meaning when the depth changes. Genomes that differ only in unused blocks are the same point.
+Only the paper's three operators are public; both spaces here are our own. A point is an ``Architecture``. A search
+works on genes: every choice by name, as text, for all blocks that a network can have, so a gene keeps its meaning when
+the depth changes. Genomes that differ only in unused blocks are the same point.
+
+The public part of the paper only names Hierarchical Sampling; this is our interpretation. If every block draws its
+operator independently, nearly every network is an even mixture: all of 16 blocks are convolutions once in 43 million
+draws, so pure networks are never trained and are then ranked wrongly. Hierarchical Sampling first draws a distribution
+over the operators, then every block's operator from it. With the default, Dirichlet(1, 1, 1), all compositions (number
+of blocks of each kind) of N blocks are equally likely, 1 / C(N + 2, 2) each.
 """
 
 from __future__ import annotations
@@ -11,18 +17,23 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from sase_blocks.models import Architecture
 from sase_blocks.models.architecture import REDUCTIONS, Block, Stage
 from sase_blocks.reading import parse_json, quoted, read_text, shorten
 from sase_blocks.selfattention import OPERATORS
 
-__all__ = ['SPACES', 'Genome', 'TrioSpace']
+__all__ = ['LAWS', 'SPACES', 'Genome', 'Law', 'TrioSpace', 'draw', 'hierarchical', 'uniform']
 
 Genome = Mapping[str, str]
+# Maps a generator and the number of operators to their probabilities, drawn once per network.
+Law = Callable[[np.random.Generator, int], np.ndarray]
+ENDS = {'smallest': 0, 'largest': -1}  # where an extent is among the values of a gene
 
 
 @dataclass(frozen=True)
@@ -69,37 +80,31 @@ class TrioSpace:
             if isinstance(value, list):
                 value = tuple(tuple(inner) if isinstance(inner, list) else inner for inner in value)
                 object.__setattr__(self, entry.name, value)
+        stages = len(self.depths) if isinstance(self.depths, tuple) else 0
         for name in ('stem', 'heads'):
-            self._demand(name, _is_whole(getattr(self, name)), 'an int of at least 1')
-        self._demand('reduction', self.reduction in REDUCTIONS, 'one of 1, 4')
+            self._require(name, _is_whole(getattr(self, name)), 'an int of at least 1')
+        self._require('reduction', self.reduction in REDUCTIONS, 'one of 1, 4')
         for name in ('image_sizes', 'kernels', 'windows'):
-            self._demand(name, _is_rising(getattr(self, name)), 'ints of at least 1 in rising order')
-        for name in ('kernels', 'windows'):
-            self._demand(name, all(k % 2 for k in getattr(self, name)), 'odd')
-        self._demand('depths', bool(self.depths) and isinstance(self.depths, tuple), 'a tuple for each stage')
+            value = getattr(self, name)
+            self._require(name, _is_rising(value), 'ints of at least 1 in rising order')
+            self._require(name, name == 'image_sizes' or all(k % 2 for k in value), 'odd')
+        self._require('depths', stages > 0, 'a tuple for each stage')
         for name in ('depths', 'widths'):
             value = getattr(self, name)
             good = isinstance(value, tuple) and all(_is_rising(one) for one in value)
-            self._demand(name, good, 'for each stage ints of at least 1 in rising order')
-        same = len(self.widths) == len(self.depths)
-        self._demand('widths', same, f'given for as many stages as depths, which has {len(self.depths)}')
-        self._demand('expansions', _is_rising(self.expansions, _is_number), 'numbers above 0 in rising order')
+            self._require(name, good, 'for each stage ints of at least 1 in rising order')
+        self._require('widths', len(self.widths) == stages, f'for as many stages as depths, which has {stages}')
+        self._require('expansions', _is_rising(self.expansions, _is_number), 'numbers above 0 in rising order')
         known = isinstance(self.operators, tuple) and bool(self.operators) and set(self.operators) <= set(OPERATORS)
-        self._demand(
-            'operators', known and len(set(self.operators)) == len(self.operators), f'some of {", ".join(OPERATORS)}'
-        )
-        stages = range(1, len(self.depths) + 1)
-        good = self.attention_stages == () or _is_rising(self.attention_stages)
-        self._demand(
-            'attention_stages',
-            good and set(self.attention_stages) <= set(stages),
-            f'stages from 1 to {len(stages)} in rising order',
-        )
-        if 'conv' not in self.operators:
-            good = set(self.attention_stages) == set(stages)
-            self._demand('attention_stages', good, "all stages, where 'conv' is not among the operators")
+        good = known and len(set(self.operators)) == len(self.operators)
+        self._require('operators', good, f'some of {", ".join(OPERATORS)}')
+        chosen, every = self.attention_stages, set(range(1, stages + 1))
+        good = chosen == () or (_is_rising(chosen) and set(chosen) <= every)
+        self._require('attention_stages', good, f'stages from 1 to {stages} in rising order')
+        good = 'conv' in self.operators or set(chosen) == every
+        self._require('attention_stages', good, "all stages, as 'conv' is not among the operators")
 
-    def _demand(self, name: str, good: bool, expected: str) -> None:
+    def _require(self, name: str, good: bool, expected: str) -> None:
         if not good:
             raise ValueError(f'{name} of the space must be {expected}, got {quoted(getattr(self, name))}')
 
@@ -158,18 +163,17 @@ class TrioSpace:
 
     def check(self, architecture: Architecture) -> None:
         """Raise a ValueError that names the first mismatch if an architecture is not in this space."""
-        for name, mine, its in (
-            ('stem', self.stem, architecture.stem),
-            ('reduction', self.reduction, architecture.reduction),
-            ('heads', self.heads, architecture.heads),
-            ('number of stages', len(self.depths), len(architecture.stages)),
-        ):
-            if mine != its:
-                raise ValueError(f'the architecture is not in this space: its {name} is {its}, not {mine}')
-        allowed: list[tuple[str, Any, tuple[Any, ...]]] = [('image size', architecture.image_size, self.image_sizes)]
-        for number, stage in enumerate(architecture.stages, start=1):
-            allowed.append((f'stage {number}: depth', len(stage.blocks), self.depths[number - 1]))
-            allowed.append((f'stage {number}: width', stage.width, self.widths[number - 1]))
+        allowed: list[tuple[str, Any, tuple[Any, ...]]] = [
+            ('stem', architecture.stem, (self.stem,)),
+            ('reduction', architecture.reduction, (self.reduction,)),
+            ('heads', architecture.heads, (self.heads,)),
+            ('number of stages', len(architecture.stages), (len(self.depths),)),
+            ('image size', architecture.image_size, self.image_sizes),
+        ]
+        places = enumerate(zip(architecture.stages, self.depths, self.widths, strict=False), start=1)
+        for number, (stage, depths, stage_widths) in places:
+            allowed.append((f'stage {number}: depth', len(stage.blocks), depths))
+            allowed.append((f'stage {number}: width', stage.width, stage_widths))
             widths = tuple(dict.fromkeys(self.width(stage.width, e) for e in self.expansions))
             for block in stage.blocks:
                 allowed.append((f'stage {number}: operator', block.operator, self.stage_operators(number)))
@@ -179,6 +183,15 @@ class TrioSpace:
             if value not in values:
                 known = ', '.join(map(str, values))
                 raise ValueError(f'the architecture is not in this space: {name} is {value}, not one of {known}')
+
+    def end(self, extent: str) -> TrioSpace:
+        """The part of the space with its 'largest' or its 'smallest' sizes. The operators stay free."""
+        at = ENDS[extent]
+        sizes: dict[str, Any] = {
+            name: (getattr(self, name)[at],) for name in ('image_sizes', 'expansions', 'kernels', 'windows')
+        }
+        sizes |= {name: tuple((values[at],) for values in getattr(self, name)) for name in ('depths', 'widths')}
+        return replace(self, **sizes)
 
     @cached_property
     def size(self) -> int:
@@ -199,15 +212,11 @@ class TrioSpace:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> TrioSpace:
         """Inverse of ``to_dict``. Raises ValueError for anything else."""
+        names = [entry.name for entry in fields(cls)]
         if not isinstance(value, Mapping):
-            raise ValueError(
-                f'a space must be a JSON object of {", ".join(f.name for f in fields(cls))}, got {quoted(value)}'
-            )
-        unknown = sorted(set(value) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(
-                f'a space has no {shorten(", ".join(unknown))}; it has {", ".join(f.name for f in fields(cls))}'
-            )
+            raise ValueError(f'a space must be a JSON object of {", ".join(names)}, got {quoted(value)}')
+        if unknown := sorted(set(value) - set(names)):
+            raise ValueError(f'a space has no {shorten(", ".join(unknown))}; it has {", ".join(names)}')
         try:
             return cls(**value)
         except TypeError as error:
@@ -229,6 +238,57 @@ class TrioSpace:
             return cls.from_dict(parse_json(content, 'a space'))
         except ValueError as error:
             raise ValueError(f'{text}: {error}') from None
+
+
+# ---- draws ----
+
+
+def hierarchical(rng: np.random.Generator, count: int, concentration: float = 1.0) -> np.ndarray:
+    """Probabilities from Dirichlet(concentration, ...): 1 for equally likely compositions, less for purer networks."""
+    return rng.dirichlet(np.full(count, concentration))
+
+
+def uniform(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Equal probabilities: every block draws its operator independently."""
+    return np.full(count, 1 / count)
+
+
+LAWS: dict[str, Law] = {'hierarchical': hierarchical, 'uniform': uniform}
+
+
+def draw(
+    space: TrioSpace, rng: np.random.Generator, law: Law = hierarchical, extent: str | None = None
+) -> dict[str, str]:
+    """A random genome: operators by ``law``, everything else uniformly.
+
+    Args:
+        space: the search space.
+        rng: the random generator.
+        law: see ``Law``. Blocks that may not be attentions are always convolutions.
+        extent: 'largest' or 'smallest': all sizes at that end, with operators still drawn to favour none.
+
+    Raises:
+        ValueError: an unknown extent, or a law that does not return probabilities.
+    """
+    if extent not in (None, *ENDS):
+        raise ValueError(f"extent must be 'largest', 'smallest' or None, got {extent!r}")
+    chances = np.asarray(law(rng, len(space.operators)), dtype=np.float64)
+    if chances.shape != (len(space.operators),) or not ((chances >= 0).all() and abs(chances.sum() - 1) <= 1e-6):
+        raise ValueError(f'a law must return {len(space.operators)} probabilities, got {chances!r}')
+    genome = {}
+    for name, values in space.genes.items():
+        choices = list(values)
+        if ' block ' in name:
+            allowed = space.stage_operators(int(name.split()[1]))
+            operator = space.operators[rng.choice(len(chances), p=chances / chances.sum())]
+            operator = operator if operator in allowed else allowed[0]
+            choices = [value for value in values if value.partition('/')[0].rstrip('0123456789') == operator]
+        # The values of a gene rise, also within one operator.
+        genome[name] = choices[int(rng.integers(len(choices))) if extent is None else ENDS[extent]]
+    return genome
+
+
+# ---- values of fields ----
 
 
 def _is_whole(value: Any) -> bool:

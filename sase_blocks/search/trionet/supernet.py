@@ -63,13 +63,14 @@ class SharedBlock(nn.Module):
 
     def tensors(self, block: TrioBlock, sharing: str) -> Iterator[tuple[str, Tensor]]:
         """The parameters of a block at this position by name, as parts of the shared ones."""
-        width, middle = block.conv1.out_channels, block.middle
+        width = block.conv1.out_channels
+        middle: Any = block.middle
         operator = operator_tensors(self.operators[block.operator], middle, sharing)
         yield from ((f'middle.{name}', tensor) for name, tensor in operator.items())
         # The sharing decides which channels of the shared parts an attention's outputs go to.
         outputs: slice | Tensor = slice(width)
         if not isinstance(middle, nn.Conv2d):
-            outputs = output_channels(width, middle.heads, sharing)  # type: ignore[arg-type]
+            outputs = output_channels(width, middle.heads, sharing)
         if block.operator in self.norms:
             norm = self.norms[block.operator]
             yield 'norm2.weight', take(norm.weight, 0, outputs)  # type: ignore[arg-type]
@@ -121,13 +122,8 @@ class SuperNet(nn.Module):
                 size = -(-size // 2) if stage > 1 and number == 0 else size
             self.stages.append(blocks)
         self.fc = nn.Linear(channels, num_classes)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """He initialisation for convolutions; attentions keep their own.
-
-        Blocks do not start as the identity: each step trains only some of the weights, so they would start slowly.
-        """
+        # Blocks do not start as the identity: each step trains only some of the weights, so they would start slowly.
+        # Attentions keep their own initialisation.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
@@ -146,6 +142,12 @@ class SuperNet(nn.Module):
         found['fc.weight'] = self.fc.weight[:, : network.num_features]
         found['fc.bias'] = self.fc.bias
         return {name: _laid_out(tensor) for name, tensor in found.items()}
+
+    def on_meta(self, architecture: Architecture, drop_rate: float = 0.0) -> TrioNet:
+        """The network of an architecture on the meta device."""
+        facts: dict[str, Any] = {'drop_rate': drop_rate, 'dtype': self.conv1.weight.dtype}
+        with meta_device() as meta:
+            return TrioNet(architecture, self.num_classes, self.in_chans, device=meta, **facts)
 
     def activate(self, architecture: Architecture, *, dropout: bool = False) -> 'SubNetwork':
         """The network of an architecture, with these weights. See ``SubNetwork``."""
@@ -174,17 +176,8 @@ class SubNetwork(nn.Module):
         super().__init__()
         self.architecture = architecture
         self._supernet = [supernet]  # in a list: its parameters are not this module's
-        rate = supernet.drop_rate if dropout else 0.0
         # Its parameters are only shapes; the statistics get memory.
-        with meta_device() as meta:
-            self.network = TrioNet(
-                architecture,
-                supernet.num_classes,
-                supernet.in_chans,
-                drop_rate=rate,
-                device=meta,
-                dtype=supernet.conv1.weight.dtype,
-            )
+        self.network = supernet.on_meta(architecture, supernet.drop_rate if dropout else 0.0)
         device = supernet.conv1.weight.device
         for module in self.network.modules():
             for name, buffer in module._buffers.items():
@@ -201,11 +194,7 @@ class SubNetwork(nn.Module):
     def extract(self) -> TrioNet:
         """An ordinary network with copies of its weights and statistics: in eval mode its outputs are the same bits."""
         supernet = self._supernet[0]
-        weight = supernet.conv1.weight
-        with meta_device() as meta:
-            network = TrioNet(
-                self.architecture, supernet.num_classes, supernet.in_chans, device=meta, dtype=weight.dtype
-            )
-        network.to_empty(device=weight.device)  # all of it is overwritten
+        network = supernet.on_meta(self.architecture)
+        network.to_empty(device=supernet.conv1.weight.device)  # all of it is overwritten
         network.load_state_dict({**supernet.tensors(network), **dict(self.network.named_buffers())})
         return network.train(self.training)

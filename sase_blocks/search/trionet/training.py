@@ -1,27 +1,34 @@
-"""Training of a supernet (arXiv 2111.07547): the loop around ``sandwich.py`` on accelerate, and its output.
+"""Training of a supernet (arXiv 2111.07547) on accelerate: the step, the loop around it, and its checkpoint.
+
+A step follows the sandwich rule with in-place distillation (as in BigNAS, arXiv 2003.11142): the largest network learns
+from the labels, and its outputs teach the smallest one and some random ones. Not in the paper: the largest and the
+smallest draw their operators, too, so that no operator is favoured.
 
 No wrapper averages gradients: the networks of a step use different parts of the weights, so the sum of their gradients
-is averaged over the processes once, at the end of the step. All randomness depends only on the seed and the step, so a
-run killed at any moment and resumed gives the same bits.
+is averaged over the processes once, at the end of the step. All randomness, the choice of networks included, depends
+only on the seed and the step. So all processes train the same networks, and a killed and resumed run gives the same
+bits.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
 from sase_blocks.data import MODEL, derive_seed
+from sase_blocks.jobs import check_settings
 from sase_blocks.models import Architecture
 from sase_blocks.runs import (
     LOSS_CHECK_STEPS,
@@ -41,36 +48,29 @@ from sase_blocks.search.halves import Halves
 from sase_blocks.train import make_optimizer
 
 from .config import TrioConfig
-from .sampling import draw
-from .sandwich import networks_of, sandwich_step
 from .score import accuracy, batches_of, recalibrate, resize
-from .space import TrioSpace
+from .space import Law, TrioSpace, draw
 from .supernet import SubNetwork, SuperNet
 
-__all__ = ['SupernetTraining', 'load_supernet', 'saved_supernet']
+__all__ = ['SupernetTraining', 'load_supernet', 'networks_of', 'sandwich_step', 'saved_supernet']
 
 ADVICE = 'Try a lower --lr, a longer --warmup or a lower --clip-grad.'
-LOOKED_AT = 303  # stream of random numbers: the networks of the progress lines
+NETWORKS, SHOWN = 301, 303  # streams of random numbers: the networks of a step, and of the progress lines
 
 
 def saved_supernet(config: TrioConfig) -> dict[str, Any] | None:
     """The checkpoint of the supernet in ``config.out`` to resume from; None for a new run.
 
     Raises:
-        ValueError: there is one without ``resume``, with other settings, or of another space; names what differs.
+        ValueError: there is one, but no ``resume``, or it has other settings or another space; names the differences.
     """
     last = Path(config.out) / 'supernet.pt'
     needed = ['config', 'supernet', 'space', 'data', 'in_chans', 'step', 'average', 'optimizer', 'sums']
     saved = saved_run(config, last, needed, 'sase-blocks search trionet')
     if saved is not None:
-        now = TrioSpace.parse(config.space).to_dict()
         with resuming(last):
             before = dict(saved['space'])
-        differing = [
-            f'{name} was {before.get(name)} and is {value}' for name, value in now.items() if before.get(name) != value
-        ]
-        if differing:
-            raise ValueError(f'{last} has a supernet of another space: {"; ".join(differing)}')
+        check_settings(before, TrioSpace.parse(config.space).to_dict(), f'the space of {last}')
     return saved
 
 
@@ -101,8 +101,44 @@ def load_supernet(path: str | Path, *, average: bool = True) -> SuperNet:
     return supernet.eval()
 
 
+def networks_of(space: TrioSpace, law: Law, seed: int, step: int, more: int) -> list[Architecture]:
+    """The largest network, the smallest one and ``more`` others, for one step."""
+    rng = np.random.default_rng(derive_seed(seed, NETWORKS, step))
+    extents = ['largest', 'smallest', *[None] * more]
+    return [space.architecture(draw(space, rng, law, extent)) for extent in extents]
+
+
+def sandwich_step(
+    supernet: SuperNet,
+    networks: list[Architecture],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> Tensor:
+    """Accumulate the gradients of these networks in the supernet's parameters. -> their losses, (networks,).
+
+    The first network learns from the labels and teaches the others.
+    """
+    losses, teacher = [], torch.empty(0)
+    for number, architecture in enumerate(networks):
+        network = supernet.activate(architecture, dropout=number == 0)
+        with autocast():
+            outputs = network(resize(images, architecture.image_size))
+        outputs = outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
+        if number == 0:
+            loss = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing)
+            teacher = outputs.detach().softmax(1)
+        else:
+            loss = F.cross_entropy(outputs, teacher)
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
 class SupernetTraining:
-    """A supernet in training.
+    """A supernet that trains, and scores its networks.
 
     Args:
         config: the settings.
@@ -166,7 +202,7 @@ class SupernetTraining:
             label_smoothing=config.label_smoothing,
             autocast=self.autocast,
         )
-        # Weights that no network of this step used have no gradient on any process and do not change.
+        # Weights that no network of this step used have no gradient, on any process, and do not change.
         used = [p for p in self.supernet.parameters() if p.grad is not None]
         if self.world > 1:
             flat = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in used if p.grad is not None]), 'mean')
@@ -191,16 +227,15 @@ class SupernetTraining:
         config, main = self.config, self.accelerator.is_main_process
         if self.step == config.epochs * self.steps:
             return self.found
-        writer = None
+        writer = open_log(config, self.out, self.step) if main else None
         if main:
             write_rows(self.metrics, self.rows)
-            writer = open_log(config, self.out, self.step)
         self.progress = Progress(config.epochs * self.steps, self.step, enabled=main)
         if self.resumed:
             self.progress.line(f'resuming the supernet at step {self.step} of {config.epochs * self.steps}')
         for epoch in range(self.step // self.steps, config.epochs):
             self._epoch(epoch)
-            if main and writer:
+            if writer:
                 for name, value in self.rows[-1].items():
                     writer.add_scalar(name, value, self.step)
                 writer.flush()
@@ -251,7 +286,7 @@ class SupernetTraining:
         )
 
     def _look(self, unseen: list[Tensor]) -> None:
-        """Wait for the losses, stop at a non-finite one, and sum them."""
+        """Read the losses, stop at a non-finite one, and sum them."""
         seen = torch.stack(unseen)
         seen = (self.accelerator.reduce(seen, 'mean') if self.world > 1 else seen).cpu()
         start = self.step - len(unseen)
@@ -263,7 +298,7 @@ class SupernetTraining:
 
     def _accuracy(self, extent: str) -> float:
         """Held-out accuracy, in percent, of the largest or smallest network, with the same operators each time."""
-        rng = np.random.default_rng(derive_seed(self.config.seed, LOOKED_AT))
+        rng = np.random.default_rng(derive_seed(self.config.seed, SHOWN))
         return self.score(self.space.architecture(draw(self.space, rng, self.law, extent)))
 
     def score(self, architecture: Architecture) -> float:
