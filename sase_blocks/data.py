@@ -1,17 +1,16 @@
-"""Image data for training: class folders or any data set timm knows by name, checked before any work.
+"""Image data of trainings and searches: class folders or any data set timm knows by name, checked before any work.
 
-What augmentation does to a sample is a function of (seed, epoch, index) alone, so that a run does not depend on the
-number of workers or processes, and continues after a stop as if it had not stopped.
+Order and augmentation depend only on the seed, the epoch and the image. A run therefore does not depend on the number
+of loading or training processes, and a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,8 @@ from timm.data import ImageDataset, create_dataset, create_transform, resolve_da
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.layers import SpaceToDepth
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import DatasetFolder
 from tqdm import tqdm
@@ -45,6 +45,7 @@ from .reading import printable, some
 STREAMS = ('hfids', 'tfds', 'wds')  # prefixes of timm's names of data sets
 MODES = {1: 'L', 3: 'RGB'}  # of images, by their channels, as Pillow calls them
 SMALL = 64  # px; up to this size images are trained on as CIFAR is, above it as ImageNet is
+PADDING = 4  # px, of the random crop of small images
 
 # Streams of random numbers; see derive_seed.
 SHUFFLE, AUGMENT, MODEL = 1, 2, 3
@@ -85,7 +86,7 @@ class Samples:
         if isinstance(self.source, ImageFiles):
             path, label = self.source.samples[index]
             if not os.path.isfile(path):  # a pipe would be waited for
-                raise ValueError('no regular file')
+                raise ValueError('not a regular file')
             with open(path, 'rb') as file:
                 stored = file.read()
         elif isinstance(self.source, ImageDataset) and isinstance(self.source.reader, ReaderImageInTar):
@@ -186,7 +187,7 @@ def open_data(
     Raises:
         FileNotFoundError: no such folder.
         ValueError: no images, in a split or in one of its class folders; images outside the class folders; a name of
-            an image that is no regular file; a single class, classes that differ between the splits or from
+            an image that is not a regular file; a single class, classes that differ between the splits or from
             ``num_classes``; an unknown name.
     """
     options: dict[str, Any] = {'download': download, 'num_classes': num_classes}
@@ -278,12 +279,7 @@ def _open_named(name: str, root: Path, split: str, download: bool, num_classes: 
 # ---- checking ----
 
 
-def find_broken(samples: Samples, *, progress: bool = True) -> dict[int, str]:
-    """From the position of each broken image to its name and what is wrong with it; see ``inspect_images``."""
-    return inspect_images(samples, progress=progress)[0]
-
-
-def inspect_images(samples: Samples, *, progress: bool = True) -> tuple[dict[int, str], str]:
+def inspect_images(samples: Samples) -> tuple[dict[int, str], str]:
     """Read and decode every image once, at the lowest resolution its format offers.
 
     Costs about 0.2 ms for a CIFAR-sized and 2 ms for an ImageNet-sized JPEG and CPU core. Data sets that hold an array
@@ -303,36 +299,39 @@ def inspect_images(samples: Samples, *, progress: bool = True) -> tuple[dict[int
             digest.update(np.ascontiguousarray(array).data)
         return {}, digest.hexdigest()[:16]
     digests = np.zeros((len(samples), digest.digest_size), dtype=np.uint8)
+    broken: dict[int, str] = {}
+    largest: dict[int, int] = {}
 
-    def check(positions: range) -> tuple[dict[int, str], dict[int, int]]:
-        broken, largest = {}, {}
-        for position in positions:
-            try:
-                stored, label = samples.read(position)
-                _, deepest = decode_image(stored, samples.mode, smallest=True)
-                content = stored if isinstance(stored, bytes) else stored.tobytes()
-                digests[position] = np.frombuffer(hashlib.sha256(b'%d ' % label + content).digest(), dtype=np.uint8)
-            except Exception as error:
-                broken[position] = f'{samples.name(position)}: {" ".join(str(error).split())}'
-                continue
+    def check(position: int) -> None:
+        try:
+            stored, label = samples.read(position)
+            _, deepest = decode_image(stored, samples.mode, smallest=True)
+            content = stored if isinstance(stored, bytes) else stored.tobytes()
+            digests[position] = np.frombuffer(hashlib.sha256(b'%d ' % label + content).digest(), dtype=np.uint8)
             if deepest is not None:
                 largest[position] = deepest
-        return broken, largest
+        except Exception as error:
+            broken[position] = ' '.join(str(error).split())
 
-    chunk = 64
-    chunks = [range(start, min(start + chunk, len(samples))) for start in range(0, len(samples), chunk)]
-    found: dict[int, str] = {}
-    depths: dict[int, int] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(total=len(samples), desc=f'checking {samples.split}', unit='img', disable=None if progress else True)
-        with bar:
-            for positions, (broken, largest) in zip(chunks, pool.map(check, chunks), strict=True):
-                found.update(broken)
-                depths.update(largest)
-                bar.update(len(positions))
-    found.update({position: f'{samples.name(position)}: {text}' for position, text in check_depth(depths).items()})
-    digest.update(np.delete(digests, list(found), axis=0).data)
-    return dict(sorted(found.items())), digest.hexdigest()[:16]
+    _for_each(check, len(samples), f'checking {samples.split}')
+    broken.update(check_depth(largest))
+    digest.update(np.delete(digests, list(broken), axis=0).data)
+    return {i: f'{samples.name(i)}: {broken[i]}' for i in sorted(broken)}, digest.hexdigest()[:16]
+
+
+def _for_each(work: Callable[[int], None], count: int, text: str) -> None:
+    """Call ``work`` with the numbers below ``count``, on all CPU cores, with a progress bar."""
+
+    def some_of_them(numbers: range) -> int:
+        for number in numbers:
+            work(number)
+        return len(numbers)
+
+    chunks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
+    bar = tqdm(total=count, desc=text, unit='img', disable=None if os.environ.get('RANK', '0') == '0' else True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+        for done in pool.map(some_of_them, chunks):
+            bar.update(done)
 
 
 def _classes_text(samples: Samples) -> bytes:
@@ -420,17 +419,32 @@ def create_transforms(
         raise ValueError(f'auto_augment {auto_augment!r} is for images larger than {SMALL} px, these are {height} px')
     fit = [transforms.Resize(min(height, width)), transforms.CenterCrop((height, width))]  # nothing if it fits already
     tensor = [transforms.ToTensor(), transforms.Normalize(data_config['mean'], data_config['std'])]
-    crop = [transforms.RandomCrop((height, width), padding=4), transforms.RandomHorizontalFlip(hflip)]
+    crop = [transforms.RandomCrop((height, width), padding=PADDING), transforms.RandomHorizontalFlip(hflip)]
     return transforms.Compose([*fit, *crop, *tensor]), transforms.Compose([*fit, *tensor])
 
 
-class TransformedSamples(Dataset[tuple[Tensor, int]]):
-    """Samples with transforms, indexed by (epoch, position): see ``EpochSampler``."""
+# ---- batches ----
 
-    def __init__(self, samples: Samples, transform: Transform, seed: int) -> None:
-        self.samples = samples
-        self.transform = transform
-        self.seed = seed
+
+class TransformedSamples(Dataset[tuple[Tensor, int]]):
+    """Samples with transforms, indexed by (epoch, position): each epoch has another augmentation.
+
+    Args:
+        seed: of the order and the augmentation.
+        stream: number of these samples where a run uses several parts of a data set, which then differ in both.
+        labels: replace those of the samples.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        transform: Transform,
+        seed: int,
+        stream: int | None = None,
+        labels: Sequence[int] | None = None,
+    ) -> None:
+        self.samples, self.transform, self.labels = samples, transform, labels
+        self.seed, self.stream = seed, stream
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -438,32 +452,175 @@ class TransformedSamples(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, position = key
         image, label = self.samples.load(position)
-        with seeded(derive_seed(self.seed, AUGMENT, epoch, position)):
-            return self.transform(image), label
+        seed = self.seed if self.stream is None else derive_seed(self.seed, AUGMENT, self.stream)
+        with seeded(derive_seed(seed, AUGMENT, epoch, position)):
+            return self.transform(image), label if self.labels is None else self.labels[position]
+
+    def __getitems__(self, batch: tuple[int, np.ndarray]) -> list[tuple[Tensor, int]]:
+        epoch, positions = batch
+        return [self[epoch, position] for position in positions.tolist()]
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields (epoch, position) for every position, shuffled as a function of (seed, epoch).
+class SmallImages:
+    """Small images as bytes on a device, where a whole batch at a time is augmented and normalised.
 
-    The epoch travels with the position and so reaches workers that live through many epochs. It is a plain attribute,
-    set before each epoch: accelerate would call a ``set_epoch`` with a count of its own, which starts at 0 on resume.
+    Args:
+        images: (N, C, H, W), uint8; see ``load_small_images``.
+        labels: (N,), int64.
+        mean, std: of each channel, for pixels from 0 to 1.
+        seed, stream: see ``TransformedSamples``.
+        hflip: augment by a random crop (4 px of black padding) and a flip of this probability; default: neither.
     """
 
-    def __init__(self, length: int, seed: int, *, shuffle: bool) -> None:
-        self.length = length
-        self.seed = seed
-        self.shuffle = shuffle
-        self.epoch = 0
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        seed: int = 0,
+        stream: int = 0,
+        hflip: float | None = None,
+        device: torch.device | str = 'cpu',
+    ) -> None:
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.mean, self.std = (torch.tensor(x, device=device).mul(255).reshape(1, -1, 1, 1) for x in (mean, std))
+        self.seed, self.stream, self.hflip = seed, stream, hflip
+        self.drawn = -1, torch.empty(0)  # an epoch, and the corner (y, x) and flip of all its images
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.labels)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order: Sequence[int] = range(self.length)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, SHUFFLE, self.epoch))
-            order = torch.randperm(self.length, generator=generator).tolist()
-        return zip(itertools.repeat(self.epoch), order)
+    def __getitems__(self, batch: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
+        epoch, positions = batch
+        images = self.images[positions]
+        if self.hflip is not None:
+            if self.drawn[0] != epoch:  # an image's augmentation does not depend on when its turn comes
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, AUGMENT, self.stream, epoch))
+                corner = torch.randint(0, 2 * PADDING + 1, (len(self), 2), generator=generator)
+                flip = torch.rand(len(self), 1, generator=generator) < self.hflip
+                self.drawn = epoch, torch.cat([corner, flip], 1).to(images.device)
+            images = _crop_and_flip(images, self.drawn[1][positions])
+        return (images - self.mean) / self.std, self.labels[positions]
+
+
+def _crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
+    """(B, C, H, W) padded with zeros, cut to its size at the corner draws[:, :2], flipped where draws[:, 2]."""
+    b, _, h, w = images.shape
+    padded = F.pad(images, (PADDING,) * 4).permute(0, 2, 3, 1)
+    rows = draws[:, 0, None] + torch.arange(h, device=images.device)
+    columns = torch.arange(w, device=images.device)
+    columns = torch.where(draws[:, 2, None] > 0, w - 1 - columns, columns) + draws[:, 1, None]
+    which = torch.arange(b, device=images.device)[:, None, None]
+    return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def load_small_images(samples: Samples, size: tuple[int, int]) -> Tensor:
+    """All images of a split, resized and cropped to ``size``. -> (N, C, H, W), uint8.
+
+    Raises:
+        ValueError: an image cannot be decoded; the text names it.
+    """
+    fit = transforms.Compose([transforms.Resize(min(size)), transforms.CenterCrop(size)])
+    out = np.empty((len(samples), *size, len(samples.mode)), dtype=np.uint8)  # 'RGB' or 'L'
+
+    def load(position: int) -> None:
+        out[position] = np.asarray(fit(samples.load(position)[0])).reshape(out.shape[1:])
+
+    _for_each(load, len(samples), 'reading images')
+    return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
+
+
+class Batches:
+    """Batches of images and labels on a device. A batch depends only on the seed, the epoch and the step.
+
+    The number of loading processes does not change it, and all training processes together get the batch of one.
+
+    Args:
+        images: loaded by ``workers`` processes, or on ``device`` already.
+        shuffle: draw a new order for each epoch.
+        workers: loading processes, at most one for each CPU core.
+    """
+
+    def __init__(
+        self,
+        images: TransformedSamples | SmallImages,
+        *,
+        shuffle: bool = True,
+        workers: int = 0,
+        device: torch.device | str = 'cpu',
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        self.images, self.shuffle = images, shuffle
+        self.device, self.memory_format = torch.device(device), memory_format
+        self.plan: list[Any] = []  # epoch and positions of the batches that the loader is to make
+        self.begun = 0  # epochs
+        self.loader: DataLoader[Any] | None = None
+        if isinstance(images, TransformedSamples):
+            workers = min(workers, os.cpu_count() or 1)
+            self.loader = DataLoader(
+                images,
+                batch_sampler=self.plan,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                pin_memory=self.device.type == 'cuda',
+            )
+
+    def __len__(self) -> int:
+        """Images, not batches."""
+        return len(self.images)
+
+    def epoch(
+        self, epoch: int, batch_size: int, first: int, last: int, rank: int = 0, world: int = 1, end: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (B, C, H, W) and labels (B,) of the steps ``first`` to ``last`` of an epoch.
+
+        Args:
+            batch_size: over all processes.
+            rank, world: number of this process, and of all; each gets its share of every batch.
+            end: where the epoch ends within its last batch, in images; default: that batch is full, too.
+
+        Raises:
+            ValueError: an image cannot be decoded; the text names it.
+        """
+        order, size = self._order(epoch, last * batch_size)[:end], batch_size // world
+        positions: Any = order.to(self.device) if self.loader is None else order.numpy()
+        starts = range(first * batch_size + rank * size, last * batch_size, batch_size)
+        plan: list[Any] = [(epoch, positions[start : start + size]) for start in starts]
+        self.plan[:] = plan
+        self.begun += 1
+        number = self.begun
+        batches: Iterable[Any] = map(self.images.__getitems__, plan) if self.loader is None else self.loader
+        try:
+            for images, labels in batches:
+                if self.begun != number:
+                    raise RuntimeError('a newer epoch of these batches has begun, and loading processes serve only one')
+                images = images.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
+                yield images, labels.to(self.device, non_blocking=True)
+        except ValueError as error:
+            if str(error).startswith('Caught ValueError'):  # and the traceback of a loading process
+                raise ValueError(str(error).strip().splitlines()[-1].removeprefix('ValueError: ')) from None
+            raise
+
+    def once(self, batch_size: int, count: int | None = None, rank: int = 0, world: int = 1) -> Iterator[Any]:
+        """The first images of the first epoch, each once; default: all. Batches as those of ``epoch``.
+
+        The last batch may be smaller. For several processes it is full: what exceeds ``count`` is to be left out.
+        """
+        count = len(self) if count is None else min(count, len(self))
+        steps = -(-count // batch_size)
+        return self.epoch(0, batch_size, 0, steps, rank, world, count if world == 1 else None)
+
+    def _order(self, epoch: int, count: int) -> Tensor:
+        """The positions of the first ``count`` images of an epoch. After the last image all of them come again."""
+        if not self.shuffle:
+            return torch.arange(count) % len(self)
+        rounds, stream = [], self.images.stream
+        for again in range(-(-count // len(self))):
+            place = (epoch,) if stream is None else (stream, epoch, again)  # one part alone is never used up
+            generator = torch.Generator().manual_seed(derive_seed(self.images.seed, SHUFFLE, *place))
+            rounds.append(torch.randperm(len(self), generator=generator))
+        return torch.cat(rounds)[:count]
 
 
 def derive_seed(seed: int, stream: int, *place: int) -> int:

@@ -97,8 +97,8 @@ def _images_below(folder: str) -> Iterator[str]:
     """The image files in a folder and its subfolders.
 
     Raises:
-        ValueError: what bears the name of an image and is no regular file, a folder without images included; a link to
-            nowhere or to a folder that it lies in.
+        ValueError: something named like an image is not a regular file, or is a folder without images; a broken link,
+            or a link to a folder that it lies in.
         OSError: a folder cannot be read.
     """
     with os.scandir(folder) as entries:
@@ -122,7 +122,7 @@ def _images_below(folder: str) -> Iterator[str]:
 def _check_regular(entry: os.DirEntry[str]) -> None:
     """Reading anything else might wait for ever. A link to a file is a file."""
     if not entry.is_file():
-        what = 'a folder without images' if entry.is_dir() else 'no regular file, nor a link to one'
+        what = 'a folder without images' if entry.is_dir() else 'not a regular file or a link to one'
         raise ValueError(f'{printable(entry.path)} is {what}; replace or remove it')
 
 

@@ -183,7 +183,6 @@ def launched(config: Any, purpose: str, extra: str = 'train') -> Iterator[Any]:
     try:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
-        from accelerate.utils import DataLoaderConfiguration
 
         if config.tensorboard:
             import torch.utils.tensorboard  # noqa: F401
@@ -194,12 +193,7 @@ def launched(config: Any, purpose: str, extra: str = 'train') -> Iterator[Any]:
     this = object()
     _launches.add(this)
     try:
-        yield Accelerator(
-            cpu=config.cpu,
-            mixed_precision=config.mixed_precision,
-            # A batch is cut among the processes, so that their number does not change the run.
-            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
-        )
+        yield Accelerator(cpu=config.cpu, mixed_precision=config.mixed_precision)
     finally:
         _launches.discard(this)
         keep_process_group()
@@ -286,16 +280,6 @@ def leave_out_broken(skip: bool, accelerator: Any, *splits: Samples) -> list[Sam
         if len(samples) == 0:
             raise ValueError(f'every image of the {samples.split} split is broken, the first one: {broken[0]}')
     return kept
-
-
-def named_errors(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, where an error in a loading process is raised as that error and not as its printed traceback."""
-    try:
-        yield from loader
-    except ValueError as error:
-        if str(error).startswith('Caught ValueError'):
-            raise ValueError(str(error).strip().splitlines()[-1].removeprefix('ValueError: ')) from None
-        raise
 
 
 # ---- the folder ----

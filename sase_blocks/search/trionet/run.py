@@ -18,14 +18,21 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor
 
-from sase_blocks.data import Samples, config_for, create_transforms, derive_seed
+from sase_blocks.data import (
+    Batches,
+    Samples,
+    SmallImages,
+    TransformedSamples,
+    config_for,
+    create_transforms,
+    derive_seed,
+)
 from sase_blocks.jobs import Each, Ray, share
 from sase_blocks.models import Architecture
 from sase_blocks.models.trio_network import default_cfgs
 from sase_blocks.runs import alone_in, be_deterministic, check_writable, launched, leave_out_broken, say
-from sase_blocks.search.batches import Batches, LoadedBatches, MemoryBatches
+from sase_blocks.search.data import Arrays, SearchData, check_arrays, check_same_data, find_samples, split_data
 from sase_blocks.search.evolution import Candidate, Problem, evolve, load_optuna
-from sase_blocks.search.halves import Arrays, Halves, check_images, check_same_data, find_samples, open_halves
 from sase_blocks.search.significance import load_stats
 from sase_blocks.train import TrainConfig, open_samples, train
 from sase_blocks.viz import missing_matplotlib
@@ -121,7 +128,7 @@ def _search(
     else:
         in_chans = data[0].shape[1]
     if images is not None and test is not None:
-        check_images(*test)
+        check_arrays(*test)
     if isinstance(tests, Samples):
         (tests,) = leave_out_broken(config.skip_broken, accelerator, tests.in_channels(in_chans))
     costs = _Costs(config.limits, len(classes), in_chans, accelerator.device)
@@ -129,16 +136,16 @@ def _search(
     load_optuna()
     if ray is not None:
         tell(ray.describe())
-    halves = _open_halves(config, accelerator, data, space, in_chans)
+    parts = _split(config, accelerator, data, space, in_chans)
     if (missing := missing_matplotlib()) is not None:
         tell(f'no pictures will be drawn: {missing}')
     with alone_in(config, accelerator):
         saved = saved_supernet(config)
         if saved:
-            check_same_data(out / 'supernet.pt', saved['data'], halves)
-        training = SupernetTraining(config, accelerator, halves, in_chans, saved)
+            check_same_data(out / 'supernet.pt', saved['data'], parts)
+        training = SupernetTraining(config, accelerator, parts, in_chans, saved)
         weights = sum(p.numel() for p in training.supernet.parameters())
-        tell(f'{space.size:.3g} networks of {weights:,} shared weights; {halves}')
+        tell(f'{space.size:.3g} networks of {weights:,} shared weights; {parts}')
         tell(
             f'supernet: {config.epochs} epochs of {training.steps} steps of {config.batch_size}, {config.networks + 2} '
             f'networks each, {config.sampling} sampling, {config.sharing} sharing; {accelerator.num_processes} '
@@ -178,7 +185,7 @@ def _search(
         limits=costs.limits,
         objective=costs.name,
         config=asdict(config),
-        facts=halves.facts,
+        facts=parts.facts,
         in_chans=in_chans,
     )
     tell(format_result(result))
@@ -297,7 +304,7 @@ def _settings(config: TrioConfig, space: TrioSpace, training: SupernetTraining, 
         'calibration': config.calibration,
         'space': space.to_dict(),
         'limits': asdict(limits),
-        'data': training.halves.facts['fingerprint'],
+        'data': training.data.facts['fingerprint'],
         'supernet': _fingerprint(training.found.state_dict()),
     }
 
@@ -332,19 +339,18 @@ class _Score:
         config, space = self.config, TrioSpace.parse(self.config.space)
         self.launch = launched(config, 'a search', 'search')  # held, or it would end with its last reference
         accelerator = self.launch.__enter__()
-        halves = _open_halves(config, accelerator, self.data, space, self.in_chans)
-        training = SupernetTraining(config, accelerator, halves, self.in_chans, saved_supernet(config))
+        parts = _split(config, accelerator, self.data, space, self.in_chans)
+        training = SupernetTraining(config, accelerator, parts, self.in_chans, saved_supernet(config))
         training.found.eval()
         return training
 
 
-def _open_halves(
-    config: TrioConfig, accelerator: Any, data: Samples | Arrays, space: TrioSpace, in_chans: int
-) -> Halves:
-    """The halves of images that are checked already."""
+def _split(config: TrioConfig, accelerator: Any, data: Samples | Arrays, space: TrioSpace, in_chans: int) -> SearchData:
+    """``split_data`` of images that are checked already."""
     data_config = _data_config(space.image_sizes[-1], in_chans)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    return open_halves(config, accelerator, data, data_config, memory_format, trains_on_both=False, checked=True)
+    device = accelerator.device
+    return split_data(data, config, data_config, device=device, memory_format=memory_format, trains_on_both=False)
 
 
 def _data_config(size: int, in_chans: int) -> dict[str, Any]:
@@ -371,21 +377,14 @@ def _test_part(
     config: TrioConfig, network: Architecture, tests: Samples | tuple[Tensor, Tensor], training: SupernetTraining
 ) -> Batches:
     """The test images as batches."""
-    seed, device = config.seed, training.accelerator.device
+    device = training.accelerator.device
     if isinstance(tests, Samples):
-        return LoadedBatches(
-            tests,
-            torch.as_tensor(tests.labels()),
-            create_transforms(_data_config(network.image_size, training.in_chans))[1],
-            seed=seed,
-            stream=2,
-            workers=config.workers,
-            device=device,
-        )
-    weights = training.halves.weights
-    assert isinstance(weights, MemoryBatches)
-    mean, std = ((statistic / 255).flatten().tolist() for statistic in (weights.mean, weights.std))
-    return MemoryBatches(*tests, mean=mean, std=std, augment=False, seed=seed, stream=2, device=device)
+        transform = create_transforms(_data_config(network.image_size, training.in_chans))[1]
+        return Batches(TransformedSamples(tests, transform, config.seed, 2), workers=config.workers, device=device)
+    seen = training.data.training.images
+    assert isinstance(seen, SmallImages)
+    mean, std = ((statistic / 255).flatten().tolist() for statistic in (seen.mean, seen.std))
+    return Batches(SmallImages(*tests, mean, std, config.seed, 2, device=device), device=device)
 
 
 def _finetuning(config: TrioConfig, architecture: str) -> TrainConfig:
