@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from sase_search import subset
 
-from sase_blocks.data import derive_seed, open_training_data
+from sase_blocks.data import derive_seed, open_split
 from sase_blocks.jobs import Ray, job_folder, run_jobs
 from sase_blocks.models import Architecture
 from sase_blocks.runs import write_text
@@ -142,7 +142,7 @@ def score(folder: Path, data: Path, networks: Mapping[str, str], cpu: bool) -> d
     size = supernet.space.image_sizes[-1]
     facts = {'input_size': (3, size, size), 'mean': MEAN, 'std': STD, 'interpolation': 'bilinear', 'crop_pct': 1.0}
     config = TrioConfig(str(data), fraction=0.8, batch_size=64)
-    parts = split_data(open_training_data(data), config, facts, device=device)
+    parts = split_data(open_split(data), config, facts, device=device)
     values = {}
     for name, text in networks.items():
         architecture = Architecture.parse(text)

@@ -1,4 +1,4 @@
-"""Image data of trainings and searches: class folders or any data set timm knows by name, checked before any work.
+"""Image data for training and search: class folders or any data set that timm knows by name, checked before any work.
 
 Order and augmentation depend only on the seed, the epoch and the image. A run therefore does not depend on the number
 of loading or training processes, and a resumed run equals an uninterrupted one.
@@ -43,8 +43,8 @@ from .images import (
 from .reading import printable, some
 
 STREAMS = ('hfids', 'tfds', 'wds')  # prefixes of timm's names of data sets
-MODES = {1: 'L', 3: 'RGB'}  # of images, by their channels, as Pillow calls them
-SMALL = 64  # px; up to this size images are trained on as CIFAR is, above it as ImageNet is
+MODES = {1: 'L', 3: 'RGB'}  # Pillow's image mode for each number of channels
+SMALL = 64  # px; images up to this size are augmented as for CIFAR, larger ones as for ImageNet
 PADDING = 4  # px, of the random crop of small images
 
 # Streams of random numbers; see derive_seed.
@@ -55,12 +55,12 @@ Transform = Callable[[Image.Image], Tensor]
 
 @dataclass(frozen=True)
 class Samples:
-    """One split of a data set: the images as they are stored, without transforms.
+    """One split of a data set: images as they are stored, without transforms.
 
     Attributes:
         source: ``ImageFiles``, or a timm or torchvision data set with an index.
         classes: class names in the order of their labels.
-        indices: which of the images of ``source`` are used.
+        indices: the images of ``source`` that are used.
         split: its name, for messages.
         mode: Pillow's name for what ``load`` returns, 'RGB' or 'L' (grey); see ``in_channels``.
         fingerprint: of the images and their labels, see ``inspect_images``; None before the images are checked.
@@ -85,7 +85,7 @@ class Samples:
         stored: bytes | Image.Image
         if isinstance(self.source, ImageFiles):
             path, label = self.source.samples[index]
-            if not os.path.isfile(path):  # a pipe would be waited for
+            if not os.path.isfile(path):  # reading a pipe would block
                 raise ValueError('not a regular file')
             with open(path, 'rb') as file:
                 stored = file.read()
@@ -103,22 +103,22 @@ class Samples:
         else:  # torchvision's
             stored, label = self.source[index]
         if not 0 <= label < len(self.classes):
-            raise ValueError(f'its label {label} is none of the {len(self.classes)} classes')
+            raise ValueError(f'its label {label} is not one of the {len(self.classes)} classes')
         return stored, int(label)
 
     def load(self, position: int) -> tuple[Image.Image, int]:
         """Image (upright, in ``mode``) and label number ``position``.
 
         Raises:
-            ValueError: the image cannot be decoded; the text names it. (timm would put its neighbour in its place.)
+            ValueError: the image cannot be decoded; names it. (timm would return a neighbouring image instead.)
         """
         try:
             stored, label = self.read(position)
             return decode_image(stored, self.mode)[0], label
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
             raise ValueError(
-                f'broken image {self.name(position)}: {" ".join(str(error).split())}; replace or remove it, or let '
-                f'the check before training leave it out with --skip-broken'
+                f'broken image {self.name(position)}: {" ".join(str(error).split())}; replace or remove it, or '
+                f'leave it out with --skip-broken'
             ) from error
 
     def name(self, position: int) -> str:
@@ -136,12 +136,6 @@ class Samples:
         if targets is not None:
             return [int(targets[index]) for index in self.indices]
         return [self.read(position)[1] for position in range(len(self))]
-
-    def without(self, broken: Mapping[int, str]) -> Samples:
-        """The same split less the positions in ``broken``."""
-        if not broken:
-            return self
-        return self.part([position for position in range(len(self)) if position not in broken])
 
     def part(self, positions: Sequence[int]) -> Samples:
         """These positions of the split alone."""
@@ -173,26 +167,26 @@ def open_data(
     """Open the training and the validation split of a data set.
 
     Args:
-        root: a folder with train/ and val/, validation/ or test/ in it, each with one folder a class; for a data set
+        root: a folder that holds train/ and val/, validation/ or test/, each with one folder per class; for a data set
             by name, where it is or will be stored.
         dataset: '' for class folders, or a name of ``timm.data.create_dataset``: 'torch/cifar10', 'hfds/USER/NAME', ...
             A name for which timm reads class folders, such as 'folder', opens them as '' does, but by their splits.
         train_split, val_split: the splits of a data set by name; for class folders by name, their folders in ``root``.
         download: whether a data set by name may be downloaded.
-        num_classes: needed where the data set by name does not know it; anywhere else it must be right.
+        num_classes: needed if the data set by name does not define it; otherwise it must be right.
 
-    Classes are the folders directly under train/; an image belongs to the class it lies under, however deep. Names that
-    start with a dot are ignored, and so are the folders that macOS and NAS systems leave (``SIDE_FOLDERS``).
+    Classes are the folders directly under train/. They may have subfolders. Names that start with a dot are ignored,
+    and so are the folders that macOS and NAS systems add (``SIDE_FOLDERS``).
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no images, in a split or in one of its class folders; images outside the class folders; a name of
-            an image that is not a regular file; a single class, classes that differ between the splits or from
-            ``num_classes``; an unknown name.
+        ValueError: no images in a split or a class folder; images outside class folders; something named like an image
+            that is not a regular file; a single class; classes that differ between the splits or from ``num_classes``;
+            an unknown name.
     """
     options: dict[str, Any] = {'download': download, 'num_classes': num_classes}
-    train = open_training_data(root, dataset, split=train_split, **options)
-    val = _open_split(Path(root), dataset, val_split if dataset else 'val', VAL_FOLDERS, **options)
+    train = open_split(root, dataset, train_split, **options)
+    val = open_split(root, dataset, val_split if dataset else 'val', **options)
     if train.classes != val.classes:
         only_train = sorted(set(train.classes) - set(val.classes))
         only_val = sorted(set(val.classes) - set(train.classes))
@@ -203,48 +197,39 @@ def open_data(
     return train, val
 
 
-def open_training_data(
+def open_split(
     root: str | os.PathLike[str],
     dataset: str = '',
-    *,
     split: str = 'train',
+    *,
     download: bool = False,
     num_classes: int | None = None,
 ) -> Samples:
-    """Open the training split alone; ``open_data`` says what the arguments are and what is raised."""
-    train = _open_split(
-        Path(root), dataset, split if dataset else 'train', TRAIN_FOLDERS, download=download, num_classes=num_classes
-    )
-    if len(train.classes) < 2:
-        raise ValueError(f'the data has one class ({some(train.classes)}), training needs two or more; {LAYOUT}')
-    return train
-
-
-def _open_split(
-    root: Path, dataset: str, split: str, folders: Sequence[str], *, download: bool, num_classes: int | None
-) -> Samples:
+    """Open one split; arguments and errors as in ``open_data``. Without ``dataset``, ``split`` is 'train' or 'val'."""
+    root = Path(root)
     if dataset and not _is_folder(dataset, root, split):
         samples = _open_named(dataset, root, split, download, num_classes)
     else:
-        if dataset:  # train and validation may have their other names, as with timm; the root never stands in
-            same = next((names for names in (TRAIN_FOLDERS, VAL_FOLDERS) if split in names and split != 'test'), ())
-            folders = list(dict.fromkeys((split, *same)))
         if not root.is_dir():
             raise FileNotFoundError(f'there is no data folder {root}; {LAYOUT}')
-        files, classes = find_images(split_folder(root, folders))
+        # As in timm, these splits have other names, too. Unlike in timm, the root never replaces them.
+        same = next((names for names in (TRAIN_FOLDERS, VAL_FOLDERS) if split in names and split != 'test'), ())
+        files, classes = find_images(split_folder(root, list(dict.fromkeys((split, *same)))))
         samples = Samples(files, classes, range(len(files.samples)), split)
     if len(samples) == 0:
-        raise ValueError(f'the {samples.split} split of {dataset or root} holds no images')
+        raise ValueError(f'the {split} split of {dataset or root} holds no images')
     if num_classes not in (None, len(samples.classes)):
         raise ValueError(
-            f'num_classes is {num_classes}, but {samples.split} has {len(samples.classes)} classes '
+            f'num_classes is {num_classes}, but {split} has {len(samples.classes)} classes '
             f'({some(samples.classes)}); leave --num-classes out'
         )
+    if len(samples.classes) < 2:
+        raise ValueError(f'the {split} split has one class ({some(samples.classes)}), expected two or more; {LAYOUT}')
     return samples
 
 
 def _is_folder(name: str, root: Path, split: str) -> bool:
-    """Whether ``timm.data.create_dataset`` reads class folders under this name: any without a prefix it knows."""
+    """Whether ``timm.data.create_dataset`` reads class folders under this name: every name without a known prefix."""
     prefix, slash, rest = name.lower().partition('/')
     if prefix == 'torch' and slash:
         return rest in ('folder', 'image_folder')
@@ -261,7 +246,7 @@ def _open_named(name: str, root: Path, split: str, download: bool, num_classes: 
     except ImportError:
         raise
     except Exception as error:  # AssertionError for an unknown name, RuntimeError for missing files, ...
-        hint = '' if download else ' If it is not there yet, --download may get it.'
+        hint = '' if download else ' If it is not there yet, use --download.'
         raise ValueError(f'cannot open the {split} split of {name} in {root}: {error}.{hint}') from error
     classes = getattr(source, 'classes', None)
     if isinstance(source, DatasetFolder):  # its own loader clips 16 bits to white
@@ -270,7 +255,7 @@ def _open_named(name: str, root: Path, split: str, download: bool, num_classes: 
         by_name = getattr(getattr(source, 'reader', None), 'class_to_idx', None)
         classes = sorted(by_name, key=by_name.__getitem__) if by_name else None
     if classes is None and num_classes is None:
-        raise ValueError(f'{name} does not tell its number of classes; give it with --num-classes')
+        raise ValueError(f'{name} does not define its number of classes; give it with --num-classes')
     names = [str(c) for c in classes] if classes is not None else [str(c) for c in range(num_classes or 0)]
     count = len(source.samples) if isinstance(source, ImageFiles) else len(source)
     return Samples(source, names, range(count), split)
@@ -282,15 +267,14 @@ def _open_named(name: str, root: Path, split: str, download: bool, num_classes: 
 def inspect_images(samples: Samples) -> tuple[dict[int, str], str]:
     """Read and decode every image once, at the lowest resolution its format offers.
 
-    Costs about 0.2 ms for a CIFAR-sized and 2 ms for an ImageNet-sized JPEG and CPU core. Data sets that hold an array
-    of images are taken as good.
+    A CPU core needs about 0.2 ms for a CIFAR-sized and 2 ms for an ImageNet-sized JPEG. Data sets that hold an array of
+    images are not decoded.
 
     Returns:
-        From the position of each broken image to its name and what is wrong with it; and the fingerprint of the
-        others: a hash of the classes and, in their order, of the labels and the contents of the files. Names are not
-        in it.
+        The name and the fault of each broken image, by its position. The fingerprint of the other images: a hash of the
+        classes and, in order, of the labels and the file contents, without names.
     """
-    digest = hashlib.sha256(_classes_text(samples))
+    digest = hashlib.sha256(os.fsencode('\0'.join(samples.classes)))
     data = getattr(samples.source, 'data', None)
     if isinstance(data, np.ndarray | Tensor):
         indices, targets = np.asarray(samples.indices), getattr(samples.source, 'targets', None)
@@ -334,13 +318,9 @@ def _for_each(work: Callable[[int], None], count: int, text: str) -> None:
             bar.update(done)
 
 
-def _classes_text(samples: Samples) -> bytes:
-    return os.fsencode('\0'.join(samples.classes))
-
-
 def listing(samples: Samples) -> str:
-    """A hash of the classes, the labels and, for files, of their names and sizes, which needs no image to be read."""
-    digest = hashlib.sha256(_classes_text(samples))
+    """A hash of the classes, the labels and, for files, their names and sizes. Reads no image."""
+    digest = hashlib.sha256(os.fsencode('\0'.join(samples.classes)))
     if isinstance(samples.source, ImageFiles):
         for index in samples.indices:
             path, label = samples.source.samples[index]
@@ -352,14 +332,14 @@ def listing(samples: Samples) -> str:
 
 
 def name_data(*splits: Samples) -> str:
-    """A text that is the same for the same images: of their contents if they are checked, else of names and sizes."""
+    """A text that is equal for equal images: by their contents if they were checked, else by names and sizes."""
     return '+'.join(split.fingerprint or f'names {listing(split)}' for split in splits)
 
 
 def same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether the facts of two runs on data agree, apart from what one of them does not know.
+    """Whether the facts of two runs on data agree, as far as both know them.
 
-    The listing counts only where one of them has no fingerprint: files may be renamed as long as their order stays.
+    The listing counts only if one of them has no fingerprint: files may be renamed if their order stays.
     """
     keys = {key for key in saved.keys() & now.keys() if None not in (saved[key], now[key])}
     if 'fingerprint' in keys:
@@ -367,20 +347,20 @@ def same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return all(saved[key] == now[key] for key in keys)
 
 
-# ---- transforms and order ----
+# ---- transforms ----
 
 
 def image_config(model: nn.Module, img_size: int | None = None) -> dict[str, Any]:
     """``timm.data.resolve_data_config`` for the channels that the model takes.
 
     Args:
-        model: its ``pretrained_cfg`` says size, crop, interpolation, mean and standard deviation; timm's defaults
-            (224 px, ImageNet) stand in for what it does not say.
+        model: its ``pretrained_cfg`` gives size, crop, interpolation, mean and standard deviation; timm's defaults
+            (224 px, ImageNet) fill in missing values.
         img_size: height and width in px; default: the model's.
 
     Returns:
-        input_size (C, H, W), mean and std of C channels, interpolation, crop_pct, ... Where timm's mean and std are of
-        another number of channels, each channel gets their means.
+        input_size (C, H, W), mean and std of C channels, interpolation, crop_pct, ... If timm's mean and std have
+        another number of channels, each channel gets their average.
     """
     config: dict[str, Any] = resolve_data_config({} if img_size is None else {'img_size': img_size}, model=model)
     channels = getattr(model, 'in_chans', None)
@@ -391,7 +371,7 @@ def image_config(model: nn.Module, img_size: int | None = None) -> dict[str, Any
 
 
 def config_for(config: Mapping[str, Any], channels: int) -> dict[str, Any]:
-    """timm's ``config`` for images of so many channels; see ``image_config``."""
+    """timm's ``config`` for this number of channels; see ``image_config``."""
     found = {**config, 'input_size': (channels, *config['input_size'][1:])}
     for name in ('mean', 'std'):
         if len(config[name]) != channels:
@@ -623,8 +603,11 @@ class Batches:
         return torch.cat(rounds)[:count]
 
 
+# ---- random numbers ----
+
+
 def derive_seed(seed: int, stream: int, *place: int) -> int:
-    """A 63-bit seed for one use (``stream``) of random numbers at one place of a run, such as (epoch, position)."""
+    """A 63-bit seed for one use (``stream``) of random numbers at one place in a run, such as (epoch, position)."""
     return int(np.random.SeedSequence((seed, stream, *place)).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -632,7 +615,7 @@ def derive_seed(seed: int, stream: int, *place: int) -> int:
 def seeded(seed: int) -> Iterator[None]:
     """Within this context the generators of torch (CPU), numpy and Python start from ``seed``; restored after.
 
-    All three, and the global ones, since that is where the transforms of timm and torchvision draw from.
+    These are the global generators, from which timm's and torchvision's transforms draw.
     """
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     torch.default_generator.manual_seed(seed)

@@ -273,7 +273,10 @@ def leave_out_broken(skip: bool, accelerator: Any, *splits: Samples) -> list[Sam
         shown = '\n'.join(f'  {text}' for text in broken[:10]) + ('\n  ...' if len(broken) > 10 else '')
         say(f'warning: {len(broken)} broken image{"s"[: len(broken) > 1]} left out:\n{shown}')
     kept = [
-        replace(samples.without(positions), fingerprint=fingerprint)
+        replace(
+            samples.part([i for i in range(len(samples)) if i not in positions]) if positions else samples,
+            fingerprint=fingerprint,
+        )
         for samples, (positions, fingerprint) in zip(splits, found, strict=True)
     ]
     for samples in kept:

@@ -31,7 +31,7 @@ from sase_blocks.data import (
     listing,
     load_small_images,
     open_data,
-    open_training_data,
+    open_split,
     same_data,
     seeded,
 )
@@ -96,7 +96,11 @@ def remove(root, pattern):
         (lambda r: remove(r, 'val/**/*') or (r / 'val').rmdir(), FileNotFoundError, 'no folder val or .*holds: train'),
         (lambda r: remove(r, 'train/*/*'), ValueError, r'train holds no images'),
         (lambda r: remove(r, 'val/**/*'), ValueError, r'val holds no images'),
-        (lambda r: (remove(r, '*/[do]*/*'), remove(r, '*/[do]*')), ValueError, r'the data has one class \(cat\)'),
+        (
+            lambda r: (remove(r, '*/[do]*/*'), remove(r, '*/[do]*')),
+            ValueError,
+            r'the train split has one class \(cat\)',
+        ),
         (lambda r: (remove(r, 'val/owl/*'), remove(r, 'val/owl')), ValueError, 'only in train: owl; only in val: none'),
         (lambda r: remove(r, '*/owl/*'), ValueError, 'class folders without an image in .*train: owl'),
         (lambda r: remove(r, 'val/[do]*/*'), ValueError, 'class folders without an image in .*val: dog, owl'),
@@ -145,7 +149,7 @@ def test_class_folders_by_name_are_read_as_those_without(tmp_path, dataset):
     assert text.startswith(str(root / 'train/owl/1.png'))
 
     shutil.copytree(root / 'val', root / 'extra')
-    assert open_training_data(root, dataset, split='extra').source.root == str(root / 'extra')
+    assert open_split(root, dataset, split='extra').source.root == str(root / 'extra')
     for split in ('gone', 'test'):  # not the root, nor another split in its place
         with pytest.raises(FileNotFoundError, match=rf'has no folder {split} \(it holds: extra, train, val\)'):
             open_data(root, dataset, val_split=split)
@@ -158,13 +162,13 @@ def test_class_folders_by_name_are_read_as_those_without(tmp_path, dataset):
 
 def test_archive_is_read_without_an_open_file_that_threads_and_workers_would_share(tmp_path):
     make_images(tmp_path)
-    plain = open_training_data(tmp_path)
+    plain = open_split(tmp_path)
     inner = tmp_path / 'inner'
     for name in plain.classes:
         shutil.make_archive(str(inner / name), 'tar', tmp_path / 'train', name)
     for number, folder in enumerate((tmp_path / 'train', inner)):  # images, or an archive for each class
         archive = shutil.make_archive(str(tmp_path / f'{number}'), 'tar', folder)
-        train = open_training_data(archive, 'folder', num_classes=3)
+        train = open_split(archive, 'folder', num_classes=3)
         assert (train.classes, len(train)) == (['0', '1', '2'], 12)
         assert inspect_images(train)[0] == {}
         again = pickle.loads(pickle.dumps(train))  # no open file is left in it
@@ -217,17 +221,17 @@ def test_data_set_by_name_is_opened(tmp_path, monkeypatch):
     sources['array'].data = np.arange(5, dtype=np.uint8)
     sources['array'].targets = [0, 1, 1, 0, 1]
     monkeypatch.setattr(data, 'create_dataset', lambda name, **options: sources[name.removeprefix('torch/')])
-    train = open_training_data(root, 'torch/decoded', num_classes=2)
+    train = open_split(root, 'torch/decoded', num_classes=2)
     assert (train.classes, len(train), train.name(3), train.load(3)[0].size) == (['0', '1'], 5, 'train[3]', (9, 9))
     assert inspect_images(train)[0] == {}
-    train = open_training_data(root, 'torch/reader')
+    train = open_split(root, 'torch/reader')
     assert (train.classes, train.load(2)[0].size, train.part([1, 2]).labels()) == (['cat', 'dog'], (12, 12), [1, 1])
     broken = inspect_images(train)[0]
     assert list(broken) == [1, 3]
-    assert broken[3] == 'train[3]: its label 2 is none of the 2 classes'
+    assert broken[3] == 'train[3]: its label 2 is not one of the 2 classes'
     prints = set()
     for sources['array'].data[0] in (0, 7):
-        broken, fingerprint = inspect_images(open_training_data(root, 'torch/array', num_classes=2))
+        broken, fingerprint = inspect_images(open_split(root, 'torch/array', num_classes=2))
         assert broken == {}
         prints.add(fingerprint)
     assert len(prints) == 2
@@ -238,7 +242,7 @@ def test_number_of_classes_that_the_data_contradict_is_refused(tmp_path, dataset
     root = make_images(tmp_path)
     open_data(root, dataset, num_classes=count)
     for wrong in (count - 1, count + 7):
-        for opened in (open_data, open_training_data):
+        for opened in (open_data, open_split):
             with pytest.raises(ValueError, match=f'num_classes is {wrong}, but train has 3 classes .*cat, dog, owl'):
                 opened(root, dataset, num_classes=wrong)
 
@@ -265,7 +269,7 @@ def test_classes_are_the_first_level_and_hidden_names_are_ignored(tmp_path):
         assert [samples.name(i).endswith(('b.TIF', 'd.bmp')) for i in (own + 1, 2 * own + 3)] == [True, True]
     shutil.rmtree(root / 'train/dog')
     (root / 'train/dog').symlink_to(root / 'val/dog')  # folders and files may be links
-    assert len(open_training_data(root)) == 6 + 4
+    assert len(open_split(root)) == 6 + 4
 
 
 def test_order_is_timms_and_not_the_file_systems(tmp_path, monkeypatch):
@@ -276,7 +280,7 @@ def test_order_is_timms_and_not_the_file_systems(tmp_path, monkeypatch):
         (tmp_path / 'train' / name).mkdir(parents=True)
         for file in files:
             (tmp_path / 'train' / name / file).touch()
-    train = open_training_data(tmp_path)
+    train = open_split(tmp_path)
     theirs = ReaderImageFolder(str(tmp_path / 'train'))
     assert train.source.samples == theirs.samples
     assert {name: i for i, name in enumerate(train.classes)} == theirs.class_to_idx
@@ -284,7 +288,7 @@ def test_order_is_timms_and_not_the_file_systems(tmp_path, monkeypatch):
         (tmp_path / 'train' / 'a' / name).touch()
     (tmp_path / 'train' / 'B2').mkdir()
     (tmp_path / 'train' / 'B2' / '1.png').touch()
-    first, real = open_training_data(tmp_path), os.scandir
+    first, real = open_split(tmp_path), os.scandir
 
     class Backwards:
         def __init__(self, path):
@@ -297,7 +301,7 @@ def test_order_is_timms_and_not_the_file_systems(tmp_path, monkeypatch):
 
     for Backwards.turned in (True, False):
         monkeypatch.setattr(os, 'scandir', Backwards)
-        again = open_training_data(tmp_path)
+        again = open_split(tmp_path)
         assert (again.classes, again.source.samples) == (first.classes, first.source.samples)
 
 
@@ -307,7 +311,7 @@ def test_names_that_are_not_utf8(tmp_path):
     os.rename(os.fsencode(root / 'train/dog/1.png'), os.fsencode(root) + b'/train/dog/\xff\n.png')
     with pytest.raises(ValueError, match=r'only in train: c\\udce4t; only in val: cat') as caught:
         open_data(root)
-    train = open_training_data(root)
+    train = open_split(root)
     assert train.labels() == [0] * 4 + [1] * 4
     broken, fingerprint = inspect_images(train)
     assert (broken, len(fingerprint), len(listing(train))) == ({}, 16, 16)
@@ -336,7 +340,7 @@ def test_broken_images_are_found_named_and_left_out(tmp_path, suffix):
         ('dog', f'1.{suffix}'),
         ('owl', f'3.{suffix}'),
     ]
-    kept = train.without(broken)
+    kept = train.part([i for i in range(12) if i not in broken])
     assert len(kept) == 10
     assert inspect_images(kept)[0] == {}
     assert Path(kept.name(5)).parts[-2:] == ('dog', f'2.{suffix}')
@@ -380,10 +384,10 @@ def swap(folder):
 )
 def test_fingerprints(tmp_path, change, contents, names):
     root = make_images(tmp_path)
-    before = open_training_data(root)
+    before = open_split(root)
     before = inspect_images(before)[1], listing(before)
     change(root)
-    after = open_training_data(root)
+    after = open_split(root)
     assert (inspect_images(after)[1] != before[0]) == contents
     assert (listing(after) != before[1]) == names
 

@@ -7,7 +7,7 @@ import torch
 from test_data import make_images
 from test_search_run import CLASSES, pictures
 
-from sase_blocks.data import SmallImages, TransformedSamples, inspect_images, open_training_data
+from sase_blocks.data import SmallImages, TransformedSamples, inspect_images, open_split
 from sase_blocks.search.data import check_arrays, shuffle_labels, split_classes, split_data
 
 MEAN_STD = {'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4), 'interpolation': 'bilinear', 'crop_pct': 0.9}
@@ -28,7 +28,7 @@ def test_both_parts_have_all_classes_and_one_is_augmented(tmp_path, kind):
     if kind == 'arrays':
         data, facts = pictures(), None
     else:
-        data = open_training_data(make_images(tmp_path, train=8))
+        data = open_split(make_images(tmp_path, train=8))
         facts = {'input_size': (3, size, size), **MEAN_STD}
     both = split_data(data, config(), facts)
     count = len(both.training)
@@ -57,7 +57,7 @@ def test_both_parts_have_all_classes_and_one_is_augmented(tmp_path, kind):
 def test_random_labels_keep_their_counts(tmp_path, kind):
     data, facts = pictures(), None
     if kind == 'large files':
-        data = open_training_data(make_images(tmp_path, train=8))
+        data = open_split(make_images(tmp_path, train=8))
         facts = {'input_size': (3, 72, 72), **MEAN_STD}
     labels = [
         torch.cat([labels for _, labels in split_data(data, config(), facts, null=null).held_out.once(4)])

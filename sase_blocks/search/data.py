@@ -24,7 +24,7 @@ from sase_blocks.data import (
     derive_seed,
     inspect_images,
     load_small_images,
-    open_training_data,
+    open_split,
     same_data,
 )
 from sase_blocks.runs import resuming
@@ -66,9 +66,9 @@ def _describe(facts: Mapping[str, Any]) -> str:
 
 
 def find_samples(config: Any, accelerator: Any) -> Samples:
-    """The training split of a configuration; raises as ``open_training_data``."""
+    """The training split of a configuration; raises as ``open_split``."""
     with accelerator.main_process_first():  # it may download
-        return open_training_data(
+        return open_split(
             config.data,
             config.dataset,
             split=config.train_split,
