@@ -1,14 +1,16 @@
 """The data of a search: how a training set is split, and what of it is augmented."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_data import make_images
-from test_search_run import CLASSES, pictures
+from test_data import make_images, truncate
+from test_search_run import CLASSES, SMALL, pictures
 
 from sase_blocks.data import SmallImages, TransformedSamples, inspect_images, open_split
 from sase_blocks.search.data import check_arrays, shuffle_labels, split_classes, split_data
+from sase_blocks.search.sase import SearchConfig, search
 
 MEAN_STD = {'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4), 'interpolation': 'bilinear', 'crop_pct': 0.9}
 
@@ -102,3 +104,16 @@ def test_wrong_data():
     assert len(split_data((images, labels, classes), config(fraction=0.97), trains_on_both=False).held_out) == 3
     check_arrays(images, labels)
     assert classes == CLASSES
+
+
+def test_samples_given_to_a_search_are_checked_once(tmp_path):
+    """Broken images are named, or left out, before any work, also where another check was switched off."""
+    root = make_images(tmp_path / 'images', train=6, val=1, classes=('cat', 'dog'))
+    truncate(root / 'train/dog/3.png')
+    samples = open_split(root)
+    settings = SearchConfig(**{**SMALL, 'img_size': 72, 'batch_size': 2, 'epochs': 1, 'hessian_every': 0})
+    with pytest.raises(ValueError, match=r'broken image .*dog.3\.png.*--skip-broken'):
+        search(replace(settings, out=str(tmp_path / 'named')), samples)
+    assert not (tmp_path / 'named' / 'last.pt').exists()
+    result = search(replace(settings, out=str(tmp_path / 'left out'), skip_broken=True), samples)
+    assert (result['data']['weights'], result['data']['held_out']) == (5, 6)
