@@ -57,16 +57,13 @@ def find_images(folder: Path) -> tuple[ImageFiles, list[str]]:
         ValueError: see ``data.open_data``.
     """
     found: dict[str, list[str]] = {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if _is_hidden(entry.name):
-                continue
-            if entry.is_dir():
-                found[entry.name] = list(_images_below(entry.path))
-            elif _is_image(entry.name):
-                raise ValueError(f'{folder} holds images outside any class folder ({printable(entry.name)}); {LAYOUT}')
-            elif entry.is_symlink():
-                _check_regular(entry)
+    for entry in _visible(folder):
+        if entry.is_dir():
+            found[entry.name] = list(_images_below(entry.path))
+        elif _is_image(entry.name):
+            raise ValueError(f'{folder} holds images outside any class folder ({printable(entry.name)}); {LAYOUT}')
+        elif entry.is_symlink():
+            _check_regular(entry)
     classes = sorted(found, key=_order)
     empty = [name for name in classes if not found[name]]
     if len(empty) == len(classes):
@@ -84,8 +81,9 @@ def _order(name: str) -> tuple[Any, str]:
     return natural_key(name), name
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith('.') or name in SIDE_FOLDERS
+def _visible(folder: str | Path) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        yield from (e for e in entries if not e.name.startswith('.') and e.name not in SIDE_FOLDERS)
 
 
 def _is_image(name: str) -> bool:
@@ -101,22 +99,19 @@ def _images_below(folder: str) -> Iterator[str]:
             or a link to a folder that it lies in.
         OSError: a folder cannot be read.
     """
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if _is_hidden(entry.name):
-                continue
-            if entry.is_dir():
-                if entry.is_symlink() and Path(folder).resolve().is_relative_to(Path(entry.path).resolve()):
-                    raise ValueError(f'{printable(entry.path)} is a link to a folder that it lies in; remove it')
-                inside = list(_images_below(entry.path))
-                if _is_image(entry.name) and not inside:
-                    _check_regular(entry)
-                yield from inside
-            elif _is_image(entry.name):
+    for entry in _visible(folder):
+        if entry.is_dir():
+            if entry.is_symlink() and Path(folder).resolve().is_relative_to(Path(entry.path).resolve()):
+                raise ValueError(f'{printable(entry.path)} is a link to a folder that it lies in; remove it')
+            inside = list(_images_below(entry.path))
+            if _is_image(entry.name) and not inside:
                 _check_regular(entry)
-                yield entry.path
-            elif entry.is_symlink():
-                _check_regular(entry)
+            yield from inside
+        elif _is_image(entry.name):
+            _check_regular(entry)
+            yield entry.path
+        elif entry.is_symlink():
+            _check_regular(entry)
 
 
 def _check_regular(entry: os.DirEntry[str]) -> None:
