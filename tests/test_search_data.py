@@ -52,7 +52,7 @@ def test_both_parts_have_all_classes_and_one_is_augmented(tmp_path, kind):
     else:
         assert both.facts['fingerprint'] == inspect_images(data)[1]
     assert both.classes == list(both.facts['classes'])
-    assert str(both).startswith(f'{count} images for the weights and {count} held out, of 3 classes (data ')
+    assert str(both).startswith(f'{count} training and {count} held-out images of 3 classes (data ')
 
 
 @pytest.mark.parametrize('kind', ['arrays', 'large files'])
@@ -96,8 +96,8 @@ def test_wrong_data():
         ((images.float(), labels, classes), {}, 'expected uint8 images .* got torch.float32'),
         ((images[0], labels, classes), {}, r'expected uint8 images .* got torch.uint8 \(3, 12, 12\)'),
         ((images, labels[1:], classes), {}, 'and 95 labels'),
-        ((images, labels, classes), {'batch_size': 64}, '48 images for the weights are fewer than one batch of 64'),
-        ((images, labels, classes), {'fraction': 0.97}, '3 images held out are fewer than one batch of 4'),
+        ((images, labels, classes), {'batch_size': 64}, '48 training images are fewer than one batch of 64'),
+        ((images, labels, classes), {'fraction': 0.97}, '3 held-out images are fewer than one batch of 4'),
     ):
         with pytest.raises(ValueError, match=says):
             split_data(data, config(**changes))

@@ -337,8 +337,8 @@ def without_class(images, labels, classes):
 @pytest.mark.parametrize(
     ('changes', 'data', 'says'),
     [
-        ({'batch_size': 64}, pictures, '48 images for the weights are fewer than one batch of 64'),
-        ({'fraction': 0.95}, pictures, '6 images held out are fewer than one batch of 8'),
+        ({'batch_size': 64}, pictures, '48 training images are fewer than one batch of 64'),
+        ({'fraction': 0.95}, pictures, '6 held-out images are fewer than one batch of 8'),
         ({'model': 'resnet20_cifr'}, pictures, 'did you mean resnet20_cifar'),
         ({'model': 'vit_tiny_patch16_224', 'model_args': {}}, pictures, 'fails for an input of'),
         ({}, lambda: without_class(*pictures()), "class 'striped' has 0 training images"),

@@ -607,7 +607,7 @@ def test_wrong_settings(config, changes, says):
         ({'max_params': '10'}, 'max_params is 1e-05M, below the cheapest'),
         ({'max_params': '1G'}, 'max_params is 1000M, above the dearest'),
         ({'max_ms': 1e-9}, 'max_ms is 1e-09 ms, below the cheapest'),
-        ({'batch_size': 96}, '72 images for the weights are fewer than one batch of 96'),
+        ({'batch_size': 96}, '72 training images are fewer than one batch of 96'),
         ({'evaluations': 4}, 'population 4 must be below evaluations, got 4'),
         ({'finetune': 1}, 'finetune reads class folders'),
     ],

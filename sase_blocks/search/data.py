@@ -60,8 +60,8 @@ class SearchData:
 
 def _describe(facts: Mapping[str, Any]) -> str:
     return (
-        f'{facts["weights"]} images for the weights and {facts["held_out"]} held out, of '
-        f'{len(facts["classes"])} classes (data {facts["fingerprint"]})'
+        f'{facts["weights"]} training and {facts["held_out"]} held-out images of {len(facts["classes"])} classes '
+        f'(data {facts["fingerprint"]})'
     )
 
 
@@ -128,11 +128,10 @@ def split_data(
         'fingerprint': fingerprint,
         'held_out_indices': parts[1],
     }
-    for name in ('weights', 'held_out') if trains_on_both else ('weights',):
-        if facts[name] < config.batch_size:
-            purpose = {'weights': 'for the weights', 'held_out': 'held out'}[name]
+    for part, name in zip(parts, ('training', 'held-out') if trains_on_both else ('training',), strict=False):
+        if len(part) < config.batch_size:
             raise ValueError(
-                f'{facts[name]} images {purpose} are fewer than one batch of {config.batch_size}; '
+                f'{len(part)} {name} images are fewer than one batch of {config.batch_size}; '
                 f'lower --batch-size or change --fraction'
             )
     sets: list[TransformedSamples | SmallImages]
