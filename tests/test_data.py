@@ -516,7 +516,7 @@ def test_an_image_is_augmented_anew_in_each_epoch_and_with_each_seed(tmp_path):
 
 
 def test_order_and_augmentation_of_existing_runs():
-    """These figures are version 0's: with others, a run would not go on as it began."""
+    """With other values, a run of an earlier version would not resume as it began."""
 
     def part(stream):
         images = torch.zeros(5, 1, 4, 4, dtype=torch.uint8)
