@@ -35,7 +35,7 @@ from sase_blocks import models  # noqa: F401  # registers resnet20_cifar
 from sase_blocks.search.sase.bilevel import ORDERS, VirtualStep, logits_gradient
 from sase_blocks.search.sase.network import SearchNetwork
 from sase_blocks.search.sase.space import SearchSpace
-from sase_blocks.search.synchronize import synchronize_norms
+from sase_blocks.search.sync_batch_norm import synchronize_norms
 
 
 def work(rank: int, world: int, store: str, options: argparse.Namespace, batch: int, grouped: bool, out: str) -> None:

@@ -25,7 +25,7 @@ from sase_blocks.insertion import insert
 WAYS = {'no insertion': None, "SASE, start='identity'": 'identity', "SASE, start='paper'": 'paper'}
 STYLES = dict(zip(WAYS, (('#4d4d4d', '--', 3), ('#0072b2', '-', 2), ('#d55e00', '-', 2)), strict=True))  # last: on top
 BATCH_SIZE = 32
-LOOK_EVERY = 10  # steps between two looks at the test images
+TEST_EVERY = 10  # steps between two tests
 
 
 def small_resnet(pretrained: str | None) -> nn.Module:
@@ -48,7 +48,7 @@ def train(model, optimizer, images, labels, steps, seed, look=lambda step: None)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        if step % LOOK_EVERY == 0:
+        if step % TEST_EVERY == 0:
             look(step)
         batch = torch.randint(len(labels), (BATCH_SIZE,), generator=generator)
         model.train()

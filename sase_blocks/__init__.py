@@ -16,9 +16,18 @@ from .blocks import (
     keep_channels,
     list_blocks,
 )
-from .convert import convert_paper_state_dict, load_checkpoint
+from .convert import LoadReport, convert_paper_state_dict, load_checkpoint
 from .deploy import FuseReport, OnnxReport, export_onnx, fuse
-from .insertion import CheckReport, InsertReport, check, insert, remove, replace_convolutions
+from .insertion import (
+    CheckpointKeys,
+    CheckReport,
+    InsertedPlace,
+    InsertReport,
+    check,
+    insert,
+    remove,
+    replace_convolutions,
+)
 from .models import register_resnet
 from .ops import no_weight_decay
 from .selfattention import AxialSelfAttention, LocalSelfAttention, TrioBlock
@@ -34,9 +43,12 @@ __all__ = [
     'AxialSelfAttention',
     'ChannelAttention',
     'CheckReport',
+    'CheckpointKeys',
     'FuseReport',
     'Genotype',
     'InsertReport',
+    'InsertedPlace',
+    'LoadReport',
     'LocalSelfAttention',
     'OnnxReport',
     'SpatialAttention',

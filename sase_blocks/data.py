@@ -186,7 +186,7 @@ def open_data(
     """
     options: dict[str, Any] = {'download': download, 'num_classes': num_classes}
     train = open_split(root, dataset, train_split, **options)
-    val = open_split(root, dataset, val_split if dataset else 'val', **options)
+    val = open_split(root, dataset, val_split if dataset else 'val', min_classes=1, **options)
     if train.classes != val.classes:
         only_train = sorted(set(train.classes) - set(val.classes))
         only_val = sorted(set(val.classes) - set(train.classes))
@@ -204,6 +204,7 @@ def open_split(
     *,
     download: bool = False,
     num_classes: int | None = None,
+    min_classes: int = 2,
 ) -> Samples:
     """Open one split; arguments and errors as in ``open_data``. Without ``dataset``, ``split`` is 'train' or 'val'."""
     root = Path(root)
@@ -223,7 +224,7 @@ def open_split(
             f'num_classes is {num_classes}, but {split} has {len(samples.classes)} classes '
             f'({some(samples.classes)}); leave --num-classes out'
         )
-    if len(samples.classes) < 2:
+    if len(samples.classes) < min_classes:
         raise ValueError(f'the {split} split has one class ({some(samples.classes)}), expected two or more; {LAYOUT}')
     return samples
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import models  # noqa: F401  # registers resnet20_cifar with timm
-from .insertion.measure import count_macs, milliseconds_per_image
+from .profiling import count_macs, milliseconds_per_image
 from .runs import check_writable, say, write_text
 from .train import hits
 from .viz import plot_attention_maps, plot_learning_curves
@@ -152,7 +152,7 @@ def run_search_demo(out: str | Path = 'runs/search', seed: int = 0, epochs: int 
         ValueError, OSError: as ``search.sase.search``.
     """
     from .search.sase.config import SearchConfig
-    from .search.sase.run import search
+    from .search.sase.searching import search
 
     images, labels, classes = _small_digits()
     config = SearchConfig(

@@ -32,9 +32,9 @@ from .checkpoint import read_checkpoint
 from .data import Samples, inspect_images
 from .reading import one_line, printable, quoted
 
-LOOK_EVERY = 20  # steps between looks at the loss; a look waits for the GPU
-LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
-ASK_EVERY = 1.0  # seconds between looks at a folder that another run has
+LOSS_CHECK_STEPS = 20  # steps between looks at the loss; a look waits for the GPU
+PROGRESS_LINE_SECONDS = 30.0  # seconds between progress lines where there is no terminal
+LOCK_POLL_SECONDS = 1.0  # seconds between looks at a folder that another run has
 
 
 # ---- settings ----
@@ -49,28 +49,28 @@ def setting(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={'help': help, **more})
 
 
-def demand(config: Any, good: bool, name: str, expected: str) -> None:
+def require(config: Any, good: bool, name: str, expected: str) -> None:
     """Raise a ValueError that names the setting and its value unless ``good``."""
     if not good:
         raise ValueError(f'{name} must be {expected}, got {quoted(getattr(config, name))}')
 
 
-def demand_use(config: Any, used: bool, name: str, when: str) -> None:
-    """``demand`` that a setting that would be ignored has its default."""
+def require_used(config: Any, used: bool, name: str, when: str) -> None:
+    """``require`` that a setting that would be ignored has its default."""
     default = next(entry.default for entry in fields(config) if entry.name == name)
-    demand(config, used or getattr(config, name) == default, name, f'left at {default!r} {when}')
+    require(config, used or getattr(config, name) == default, name, f'left at {default!r} {when}')
 
 
-def demand_choices(config: Any) -> None:
-    """``demand`` for every setting with ``choices``."""
+def require_choices(config: Any) -> None:
+    """``require`` for every setting with ``choices``."""
     for entry in fields(config):
         choices = entry.metadata.get('choices')
-        demand(config, not choices or getattr(config, entry.name) in choices, entry.name, f'one of {choices}')
+        require(config, not choices or getattr(config, entry.name) in choices, entry.name, f'one of {choices}')
 
 
-def demand_seed(config: Any) -> None:
-    """``demand`` for ``config.seed``: what torch's generators take."""
-    demand(config, 0 <= config.seed < 2**64, 'seed', 'at least 0 and below 2**64')
+def require_seed(config: Any) -> None:
+    """``require`` for ``config.seed``: what torch's generators take."""
+    require(config, 0 <= config.seed < 2**64, 'seed', 'at least 0 and below 2**64')
 
 
 def saved_run(config: Any, last: Path, needed: Sequence[str], command: str) -> dict[str, Any] | None:
@@ -174,7 +174,7 @@ def whole_number(value: Any, name: str, most: int) -> int:
 
 
 @contextlib.contextmanager
-def launched(config: Any, purpose: str, extra: str = 'train') -> Iterator[Any]:
+def open_accelerator(config: Any, purpose: str, extra: str = 'train') -> Iterator[Any]:
     """accelerate's ``Accelerator`` for one run, with the settings cpu, mixed_precision and tensorboard of ``config``.
 
     Raises:
@@ -255,7 +255,7 @@ def be_deterministic(enabled: bool = True) -> Iterator[None]:
 # ---- the data ----
 
 
-def leave_out_broken(skip: bool, accelerator: Any, *splits: Samples) -> list[Samples]:
+def drop_broken(skip: bool, accelerator: Any, *splits: Samples) -> list[Samples]:
     """The main process looks at all images; every process then raises the same error, or leaves out the same ones.
 
     Returns:
@@ -304,7 +304,7 @@ def check_writable(out: Path, *, make: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(config: Any, accelerator: Any) -> Iterator[None]:
+def run_lock(config: Any, accelerator: Any) -> Iterator[None]:
     """Within this context no other run writes into the folder ``config.out``, which is made.
 
     With ``config.resume`` it waits for that run to end. The lock is the system's, on the file ``.lock``, and ends with
@@ -333,7 +333,7 @@ def alone_in(config: Any, accelerator: Any) -> Iterator[None]:
             if not waiting and accelerator.is_main_process:
                 say(f'{text}; waiting for it')
             waiting = True
-            time.sleep(ASK_EVERY)
+            time.sleep(LOCK_POLL_SECONDS)
         yield
 
 
@@ -370,7 +370,7 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def rows_until(metrics: Path, epoch: int) -> list[dict[str, Any]]:
+def read_rows(metrics: Path, epoch: int) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl up to an epoch; what a killed run wrote after its last checkpoint is left out."""
     rows = []
     for line in metrics.read_text(encoding='utf-8', errors='replace').splitlines() if metrics.exists() else []:
@@ -440,7 +440,7 @@ class Progress:
         self.bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
         self.bar.update(done - self.done)
         self.done = done
-        if self.bar.disable and time.perf_counter() - self.last_line > LINE_EVERY:
+        if self.bar.disable and time.perf_counter() - self.last_line > PROGRESS_LINE_SECONDS:
             self.line(f'{label}: step {done}/{self.total}, loss {loss:.4f}, {self.left()} left')
 
     def left(self) -> str:

@@ -41,22 +41,22 @@ from .insertion.checking import check_inserted
 from .ops import no_weight_decay
 from .reading import one_line, quoted, shorten
 from .runs import (
-    LOOK_EVERY,
+    LOSS_CHECK_STEPS,
     Progress,
-    alone_in,
     append_row,
     be_deterministic,
     check_finite,
-    demand,
-    demand_choices,
-    demand_seed,
-    demand_use,
-    launched,
-    leave_out_broken,
+    drop_broken,
     load_optimizer,
+    open_accelerator,
     open_log,
+    read_rows,
+    require,
+    require_choices,
+    require_seed,
+    require_used,
     resuming,
-    rows_until,
+    run_lock,
     saved_run,
     setting,
     whole_number,
@@ -120,24 +120,24 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ('epochs', 'batch_size'):
-            demand(self, getattr(self, name) >= 1, name, 'at least 1')
+            require(self, getattr(self, name) >= 1, name, 'at least 1')
         for name in ('workers', 'weight_decay', 'eval_every'):
-            demand(self, getattr(self, name) >= 0, name, 'at least 0')
+            require(self, getattr(self, name) >= 0, name, 'at least 0')
         for name in ('img_size', 'num_classes'):
-            demand(self, getattr(self, name) is None or getattr(self, name) >= 1, name, 'at least 1')
+            require(self, getattr(self, name) is None or getattr(self, name) >= 1, name, 'at least 1')
         for name in ('warmup', 'label_smoothing', 'momentum'):
-            demand(self, 0 <= getattr(self, name) < 1, name, 'at least 0 and below 1')
-        demand(self, self.lr > 0, 'lr', 'above 0')
-        demand(self, 0 <= self.hflip <= 1, 'hflip', 'a probability')
-        demand(self, self.clip_grad is None or self.clip_grad > 0, 'clip_grad', 'above 0')
-        demand(self, self.ema_decay is None or 0 < self.ema_decay < 1, 'ema_decay', 'between 0 and 1')
-        demand(self, self.check or not self.skip_broken, 'skip_broken', 'used with the check of the images')
+            require(self, 0 <= getattr(self, name) < 1, name, 'at least 0 and below 1')
+        require(self, self.lr > 0, 'lr', 'above 0')
+        require(self, 0 <= self.hflip <= 1, 'hflip', 'a probability')
+        require(self, self.clip_grad is None or self.clip_grad > 0, 'clip_grad', 'above 0')
+        require(self, self.ema_decay is None or 0 < self.ema_decay < 1, 'ema_decay', 'between 0 and 1')
+        require(self, self.check or not self.skip_broken, 'skip_broken', 'used with the check of the images')
         for name in ('train_split', 'val_split', 'download'):
-            demand_use(self, bool(self.dataset), name, 'without a dataset')
-        demand_use(self, self.opt == 'sgd', 'momentum', 'for adamw')
-        demand(self, 'num_classes' not in self.model_args, 'model_args', 'without num_classes, which the data says')
-        demand_seed(self)
-        demand_choices(self)
+            require_used(self, bool(self.dataset), name, 'without a dataset')
+        require_used(self, self.opt == 'sgd', 'momentum', 'for adamw')
+        require(self, 'num_classes' not in self.model_args, 'model_args', 'without num_classes, which the data says')
+        require_seed(self)
+        require_choices(self)
 
 
 def check_model_name(name: str) -> None:
@@ -196,7 +196,7 @@ def train(config: TrainConfig, data: tuple[Samples, Samples] | None = None) -> d
         FloatingPointError: the loss is no longer finite.
     """
     deterministic = be_deterministic(config.deterministic)
-    with launched(config, 'training') as accelerator, alone_in(config, accelerator), deterministic:
+    with open_accelerator(config, 'training') as accelerator, run_lock(config, accelerator), deterministic:
         return _train(config, accelerator, data)
 
 
@@ -221,7 +221,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     train_samples, val_samples = train_samples.in_channels(channels), val_samples.in_channels(channels)
     report = load_checkpoint(model, config.checkpoint, keep_head=True) if config.checkpoint and not saved else None
     if config.check and data is None:
-        train_samples, val_samples = leave_out_broken(config.skip_broken, accelerator, train_samples, val_samples)
+        train_samples, val_samples = drop_broken(config.skip_broken, accelerator, train_samples, val_samples)
     steps_per_epoch = len(train_samples) // config.batch_size  # a last partial batch is dropped
     if steps_per_epoch == 0:
         raise ValueError(f'{len(train_samples)} training images are fewer than one batch of {config.batch_size}')
@@ -280,7 +280,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
         if saved and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved['scaler'])
 
-    history = rows_until(metrics, start)
+    history = read_rows(metrics, start)
     writer = None
     if main:
         # Remove what a killed run logged after its last checkpoint; it is written again.
@@ -319,7 +319,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
                 ema.update(model, step)
             unseen.append(loss.detach())
             step += 1
-            if len(unseen) == LOOK_EVERY or step % steps_per_epoch == 0:
+            if len(unseen) == LOSS_CHECK_STEPS or step % steps_per_epoch == 0:
                 losses = accelerator.reduce(torch.stack(unseen), 'mean').tolist()
                 check_finite(losses, step - len(losses) + 1, last, ADVICE)
                 loss_sum += sum(losses)
@@ -457,7 +457,7 @@ def checked_samples(config: TrainConfig, accelerator: Any) -> tuple[Samples, Sam
     """
     train_samples, val_samples = open_in_turn(config, accelerator)
     if config.check:
-        train_samples, val_samples = leave_out_broken(config.skip_broken, accelerator, train_samples, val_samples)
+        train_samples, val_samples = drop_broken(config.skip_broken, accelerator, train_samples, val_samples)
     return train_samples, val_samples
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from sase_blocks import models
 from sase_blocks.models import Architecture, TrioNet
 from sase_blocks.models.architecture import EXAMPLE, Block, Stage
-from sase_blocks.models.trio_network import DEFAULT, read_architecture
+from sase_blocks.models.trionet import DEFAULT, read_architecture
 from sase_blocks.search.trionet.sampling import draw
 from sase_blocks.search.trionet.space import SPACES
 

@@ -102,6 +102,11 @@ def remove(root, pattern):
             r'the train split has one class \(cat\)',
         ),
         (lambda r: (remove(r, 'val/owl/*'), remove(r, 'val/owl')), ValueError, 'only in train: owl; only in val: none'),
+        (
+            lambda r: [shutil.rmtree(r / 'val' / c) for c in ('owl', 'dog')],
+            ValueError,
+            'only in train: dog, owl; only in',
+        ),
         (lambda r: remove(r, '*/owl/*'), ValueError, 'class folders without an image in .*train: owl'),
         (lambda r: remove(r, 'val/[do]*/*'), ValueError, 'class folders without an image in .*val: dog, owl'),
         (lambda r: (r / 'val/dog').rename(r / 'val/hog'), ValueError, 'only in train: dog; only in val: hog'),

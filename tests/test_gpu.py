@@ -28,7 +28,7 @@ from test_data import make_images
 from torch import Tensor, nn
 
 from sase_blocks import compile_blocks
-from sase_blocks.search.sase import run as sase_run
+from sase_blocks.search.sase import searching as sase_search
 from sase_blocks.search.sase.config import SearchConfig
 from sase_blocks.search.sase.result import read_logits
 from sase_blocks.search.trionet import SuperNet, TrioConfig, TrioSpace, hierarchical
@@ -445,7 +445,7 @@ STEPS = test_search_run.STEPS
 @pytest.mark.parametrize('order', ['1', '2'])
 def test_no_step_of_a_search_waits(order, space, settings, tmp_path, monkeypatch):
     """From the end of the first step to that of the last: steps, the next batches, and what is noted of each."""
-    step, seen = sase_run._Search._train_step, []
+    step, seen = sase_search._Search._train_step, []
 
     def watched(self, *arguments):
         if CUDA and self.step == STEPS - 1:
@@ -456,11 +456,11 @@ def test_no_step_of_a_search_waits(order, space, settings, tmp_path, monkeypatch
             torch.cuda.set_sync_debug_mode('error' if self.step < STEPS - 1 else 'default')
         return found
 
-    monkeypatch.setattr(sase_run._Search, '_train_step', watched)
-    assert sase_run.LOOK_EVERY > STEPS  # a look at the losses waits, and is one in twenty steps
+    monkeypatch.setattr(sase_search._Search, '_train_step', watched)
+    assert sase_search.LOSS_CHECK_STEPS > STEPS  # a look at the losses waits, and is one in twenty steps
     try:
         config = search_config(tmp_path, order=order, space=space, epochs=1, save_minutes=60.0, **settings)
-        result = sase_run.search(config, test_search_run.pictures())
+        result = sase_search.search(config, test_search_run.pictures())
     finally:
         if CUDA:
             torch.cuda.set_sync_debug_mode('default')
@@ -471,8 +471,8 @@ def test_no_step_of_a_search_waits(order, space, settings, tmp_path, monkeypatch
 @pytest.mark.parametrize('deterministic', [False, True], ids=['fast', 'deterministic'])
 @pytest.mark.parametrize('order', ['1', '2'])
 def test_a_search_resumes(order, deterministic, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sase_run, 'LOOK_EVERY', 2)
-    step = sase_run._Search._train_step
+    monkeypatch.setattr(sase_search, 'LOSS_CHECK_STEPS', 2)
+    step = sase_search._Search._train_step
 
     def interrupted(self, *arguments):
         if self.step == STEPS + 3:
@@ -481,13 +481,13 @@ def test_a_search_resumes(order, deterministic, tmp_path, monkeypatch, capsys):
 
     options = {'order': order, 'deterministic': deterministic}
     try:
-        whole = sase_run.search(search_config(tmp_path / 'whole', **options), test_search_run.pictures())
+        whole = sase_search.search(search_config(tmp_path / 'whole', **options), test_search_run.pictures())
         config = search_config(tmp_path / 'cut', **options)
         with monkeypatch.context() as patch:
-            patch.setattr(sase_run._Search, '_train_step', interrupted)
+            patch.setattr(sase_search._Search, '_train_step', interrupted)
             with pytest.raises(KeyboardInterrupt):
-                sase_run.search(config, test_search_run.pictures())
-        result = sase_run.search(replace(config, resume=True), test_search_run.pictures())
+                sase_search.search(config, test_search_run.pictures())
+        result = sase_search.search(replace(config, resume=True), test_search_run.pictures())
     finally:
         torch.use_deterministic_algorithms(False)
     said = capsys.readouterr().out

@@ -13,8 +13,9 @@ PACKAGE = Path(__file__).parent.parent / 'sase_blocks'
 # From the ground up: a room imports only rooms that come before it here. A room is a file or a folder of the package,
 # and `__init__` is what `import sase_blocks` runs.
 ROOMS = (
-    'reading', 'checkpoint', 'ops', 'blocks', 'selfattention', 'convert', 'models', 'insertion', 'deploy', '__init__',
-    'images', 'data', 'runs', 'jobs', 'viz', 'train', 'search', 'demo', 'cli', '__main__',
+    'reading', 'checks', 'numerics', 'profiling', 'checkpoint', 'ops', 'blocks', 'selfattention', 'convert', 'models',
+    'insertion', 'deploy', '__init__', 'images', 'data', 'runs', 'jobs', 'viz', 'train', 'search', 'demo', 'cli',
+    '__main__',
 )  # fmt: skip
 
 # What every installation has, by the name it is imported by: the three dependencies and what these bring along (tqdm

@@ -23,7 +23,7 @@ from sase_blocks import (
 )
 from sase_blocks.blocks import BLOCKS, AttentionModule
 from sase_blocks.models import resnet
-from sase_blocks.models.staged import StagedNetwork
+from sase_blocks.models.base import StagedNetwork
 from sase_blocks.train import TrainConfig, make_optimizer
 
 OURS = [f'resnet{d}_{n}' for d in (50, 101) for n in (*list_blocks(), 'channel', 'spatial')] + ['resnet20_cifar']

@@ -6,7 +6,7 @@ import pytest
 
 from sase_blocks.blocks import Genotype
 from sase_blocks.models import Architecture
-from sase_blocks.models.trio_network import read_architecture
+from sase_blocks.models.trionet import read_architecture
 from sase_blocks.reading import one_line, parse_json, printable, quoted, read_text, shorten
 from sase_blocks.search.sase.space import SearchSpace
 from sase_blocks.search.trionet.space import TrioSpace

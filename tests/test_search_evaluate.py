@@ -22,10 +22,10 @@ from sase_blocks.search.sase import SearchConfig, SearchSpace, campaign
 from sase_blocks.search.sase import evaluate as module
 from sase_blocks.search.sase.agreement import chance_of_agreement, compare_searches, format_agreement
 from sase_blocks.search.sase.comparison import compare, format_table
+from sase_blocks.search.sase.diagnostics import noise_leads
 from sase_blocks.search.sase.evaluate import evaluate, random_genotypes
 from sase_blocks.search.sase.network import LOGITS_STD
 from sase_blocks.search.sase.result import describe_result, draw_result
-from sase_blocks.search.sase.watch import noise_leads
 from sase_blocks.search.significance import holm, paired_test
 from sase_blocks.train import TrainConfig
 

@@ -22,15 +22,15 @@ from test_data import disguise, make_images, swap, truncate
 
 from sase_blocks.blocks import Genotype
 from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
-from sase_blocks.search.sase import bilevel, run
+from sase_blocks.search.sase import bilevel, searching
 from sase_blocks.search.sase.bilevel import VirtualStep, logits_gradient
 from sase_blocks.search.sase.config import SearchConfig
+from sase_blocks.search.sase.diagnostics import dead_operations, describe_edges, hessian_eigenvalue, warnings_of
 from sase_blocks.search.sase.network import SearchNetwork
 from sase_blocks.search.sase.result import read_logits, read_result
-from sase_blocks.search.sase.run import search, second_order_bytes
+from sase_blocks.search.sase.searching import search, second_order_bytes
 from sase_blocks.search.sase.space import SearchSpace
-from sase_blocks.search.sase.watch import dead_operations, describe_edges, hessian_eigenvalue, warnings_of
-from sase_blocks.search.synchronize import synchronize_norms
+from sase_blocks.search.sync_batch_norm import synchronize_norms
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -73,7 +73,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def look_often(monkeypatch):
-    monkeypatch.setattr(run, 'LOOK_EVERY', 2)
+    monkeypatch.setattr(searching, 'LOSS_CHECK_STEPS', 2)
 
 
 # ---- the loop ----
@@ -211,14 +211,20 @@ def processes():
     """Processes that start from one with everything imported."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(
-        ['sase_blocks.search.sase.run', 'sase_blocks.viz', 'accelerate', 'torch.utils.tensorboard', 'matplotlib.pyplot']
+        [
+            'sase_blocks.search.sase.searching',
+            'sase_blocks.viz',
+            'accelerate',
+            'torch.utils.tensorboard',
+            'matplotlib.pyplot',
+        ]
     )
     return context
 
 
 def _searching(config, delay):
     torch.set_num_threads(1)
-    run.LOOK_EVERY = 2
+    searching.LOSS_CHECK_STEPS = 2
     if delay is not None:
         threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
     search(config, pictures())
@@ -272,7 +278,7 @@ def test_a_second_process_waits_and_finds_it_done(config, processes, twice_at_on
 
 
 def test_not_a_number_stops(config, look_often, monkeypatch):
-    real = run.logits_gradient
+    real = searching.logits_gradient
 
     def poisoned(network, *args, **kwargs):
         if kwargs['mean'].__self__.step == STEPS + 3:
@@ -280,7 +286,7 @@ def test_not_a_number_stops(config, look_often, monkeypatch):
                 network.model.fc.weight.fill_(float('nan'))
         return real(network, *args, **kwargs)
 
-    monkeypatch.setattr(run, 'logits_gradient', poisoned)
+    monkeypatch.setattr(searching, 'logits_gradient', poisoned)
     with pytest.raises(FloatingPointError, match=rf'the loss is nan at step {STEPS + 4}; the last good .*last.pt'):
         search(config, pictures())
     saved = read_checkpoint(Path(config.out) / 'last.pt')

@@ -27,7 +27,7 @@ from torch import nn
 from sase_blocks import demo, runs
 from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
 from sase_blocks.data import TransformedSamples
-from sase_blocks.runs import alone_in, launched, rows_until
+from sase_blocks.runs import open_accelerator, read_rows, run_lock
 from sase_blocks.search.trionet import score
 from sase_blocks.train import TrainConfig, build_model, evaluate, hits, train
 
@@ -191,15 +191,15 @@ def test_damaged_lines_of_a_log_are_left_out(tmp_path):
     good = [{'epoch': 1, 'loss': 0.5}, {'epoch': 2, 'loss': 0.25}]
     bad = [b'{"epoch": 1, "lo', b'5', b'{}', b'{"epoch": "two"}', b'null', b'\xff\xfe', b'[' * 100_000, b'']
     log.write_bytes(b'\n'.join([json.dumps(good[0]).encode(), *bad, json.dumps(good[1]).encode(), b'{"epoch": 3}']))
-    assert rows_until(log, 2) == good
-    assert rows_until(tmp_path / 'nowhere', 2) == []
+    assert read_rows(log, 2) == good
+    assert read_rows(tmp_path / 'nowhere', 2) == []
 
 
 # ---- a folder is one run's ----
 
 
 def _holding(config, pipe):
-    with launched(config, 'a test') as accelerator, alone_in(config, accelerator):
+    with open_accelerator(config, 'a test') as accelerator, run_lock(config, accelerator):
         # Like a process that loads images, and that is not there to see its parent killed.
         if os.fork() == 0:
             pipe.poll(None)
@@ -233,24 +233,24 @@ def test_folder_of_another_run_is_refused(config, holder):
 
 def test_two_runs_of_one_process_are_told_apart(config):
     says = rf'run is being written by another run, process {os.getpid()} on '
-    with launched(config, 'a test') as accelerator, alone_in(config, accelerator):
-        with pytest.raises(ValueError, match=says), alone_in(config, accelerator):
+    with open_accelerator(config, 'a test') as accelerator, run_lock(config, accelerator):
+        with pytest.raises(ValueError, match=says), run_lock(config, accelerator):
             pass
         with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match=says):
-            pool.submit(alone_in(config, accelerator).__enter__).result()
+            pool.submit(run_lock(config, accelerator).__enter__).result()
         assert {'.lock', '.lock-owner'} <= set(os.listdir(config.out))
-    with alone_in(config, accelerator):
+    with run_lock(config, accelerator):
         pass
     assert os.listdir(config.out) == []
 
 
 def test_a_refused_run_leaves_the_others_state_alone(config):
-    with launched(config, 'a test') as accelerator:
-        with pytest.raises(ValueError, match='refused'), launched(config, 'another'):
+    with open_accelerator(config, 'a test') as accelerator:
+        with pytest.raises(ValueError, match='refused'), open_accelerator(config, 'another'):
             raise ValueError('refused')
         assert accelerator.device.type == 'cpu'
         assert accelerator.is_main_process
-    with launched(replace(config, mixed_precision='bf16'), 'one more') as accelerator:
+    with open_accelerator(replace(config, mixed_precision='bf16'), 'one more') as accelerator:
         assert accelerator.mixed_precision == 'bf16'
 
 
@@ -294,11 +294,11 @@ def test_lock_that_was_removed_meanwhile_is_none(config, monkeypatch):
         real(file, how)
 
     monkeypatch.setattr(fcntl, 'flock', flock)
-    with launched(replace(config, resume=True), 'a test') as accelerator:
-        monkeypatch.setattr(runs, 'ASK_EVERY', 0.0)
-        with alone_in(replace(config, resume=True), accelerator):
+    with open_accelerator(replace(config, resume=True), 'a test') as accelerator:
+        monkeypatch.setattr(runs, 'LOCK_POLL_SECONDS', 0.0)
+        with run_lock(replace(config, resume=True), accelerator):
             assert removed
-            with pytest.raises(ValueError, match='another run'), alone_in(config, accelerator):
+            with pytest.raises(ValueError, match='another run'), run_lock(config, accelerator):
                 pass
 
 
@@ -312,7 +312,7 @@ def test_folder_without_locks_is_not_guarded(config, monkeypatch, capsys, code):
         raise error
 
     monkeypatch.setattr(fcntl, 'flock', flock)
-    with launched(config, 'a test') as accelerator, alone_in(config, accelerator):
+    with open_accelerator(config, 'a test') as accelerator, run_lock(config, accelerator):
         pass
     assert f'nothing keeps other runs out of {config.out}: {error.strerror}' in capsys.readouterr().out
 
@@ -686,7 +686,7 @@ def test_splits_that_were_checked_are_not_checked_again(config, monkeypatch):
 
     seen = []
     monkeypatch.setattr(runs, 'inspect_images', lambda samples: seen.append(samples.split) or ({}, ''))
-    with launched(config, 'a test') as accelerator:
+    with open_accelerator(config, 'a test') as accelerator:
         data = checked_samples(config, accelerator)
     train(replace(config, epochs=1), data)
     assert seen == ['train', 'val']

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sase_blocks.insertion import replace_convolutions
-from sase_blocks.insertion.measure import count_macs
-from sase_blocks.models.trionet import NAMES, parse_operators, set_operators
+from sase_blocks.models.resnet_operators import NAMES, parse_operators, set_operators
+from sase_blocks.profiling import count_macs
 from sase_blocks.selfattention import OPERATORS, AxialSelfAttention, LocalSelfAttention, TrioBlock, build_operator
 
 pytestmark = pytest.mark.usefixtures('one_thread')

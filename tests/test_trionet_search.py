@@ -36,8 +36,8 @@ from sase_blocks.search.trionet import (
     draw,
     hierarchical,
     load_supernet,
-    run,
     search,
+    searching,
     training,
 )
 from sase_blocks.search.trionet.cost import macs
@@ -78,7 +78,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def look_often(monkeypatch):
-    monkeypatch.setattr(training, 'LOOK_EVERY', 2)
+    monkeypatch.setattr(training, 'LOSS_CHECK_STEPS', 2)
 
 
 @pytest.fixture
@@ -268,7 +268,7 @@ def test_what_a_search_leaves(config, look_often, capsys):
     ids=lambda changes: ','.join(changes),
 )
 def test_settings(config, changes, monkeypatch):
-    monkeypatch.setattr(run, 'Latency', lambda device: lambda network: 2e4 * macs(network, 3, 1) / 60_000)
+    monkeypatch.setattr(searching, 'Latency', lambda device: lambda network: 2e4 * macs(network, 3, 1) / 60_000)
     result = search(replace(config, **{'epochs': 1, **changes}), pictures())
     assert not torch.are_deterministic_algorithms_enabled()  # it ends with its run
     assert result['evaluations'] == changes.get('evaluations', 8)
@@ -424,7 +424,7 @@ def processes():
 
 def _searching(config, delay):
     torch.set_num_threads(1)
-    training.LOOK_EVERY = 2
+    training.LOSS_CHECK_STEPS = 2
     if delay is not None:
         threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
     search(config, pictures())
@@ -648,8 +648,8 @@ def test_a_folder_of_another_run(config, tmp_path):
 
 def test_pure_networks_fit_and_are_pure(config):
     space = TrioSpace.from_dict(SPACE)
-    costs = run._Costs(replace(config, max_macs='40k').limits, 3, 1, torch.device('cpu'))
-    found = run.pure_networks(space, costs)
+    costs = searching._Costs(replace(config, max_macs='40k').limits, 3, 1, torch.device('cpu'))
+    found = searching.pure_networks(space, costs)
     assert found.keys() == {'conv', 'local', 'axial'}
     for name, genome in found.items():
         network = space.architecture(genome)
@@ -657,7 +657,7 @@ def test_pure_networks_fit_and_are_pure(config):
         assert {block.operator for block in network.stages[0].blocks} == {'conv'}
         assert macs(network, 3, 1) <= 40_000
     only_conv = TrioSpace.from_dict({**SPACE, 'attention_stages': []})
-    assert run.pure_networks(only_conv, costs).keys() == {'conv'}
+    assert searching.pure_networks(only_conv, costs).keys() == {'conv'}
 
 
 def test_concentration_is_that_of_the_draws(config):
@@ -675,8 +675,8 @@ def test_ends_by_time_are_not_those_by_products():
     def seconds(network):
         return sum({'conv': 1, 'local': 5, 'axial': 3}[name] for name in network.operators)
 
-    assert run._end(space, seconds, 'largest', max).operators == ('conv', 'local', 'local')
-    assert run._end(space, seconds, 'smallest', min).operators == ('conv', 'conv')
+    assert searching._end(space, seconds, 'largest', max).operators == ('conv', 'local', 'local')
+    assert searching._end(space, seconds, 'smallest', min).operators == ('conv', 'conv')
 
 
 @pytest.mark.slow

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from sase_blocks.insertion.measure import count_macs
 from sase_blocks.models import Architecture, TrioNet
 from sase_blocks.models.architecture import Block
+from sase_blocks.profiling import count_macs
 from sase_blocks.search.trionet import cost as cost_module
 from sase_blocks.search.trionet.cost import Latency, bound, count_number, macs, parameters
-from sase_blocks.search.trionet.outline import outline
+from sase_blocks.search.trionet.meta_device import meta_device
 from sase_blocks.search.trionet.sampling import LAWS, draw, hierarchical, uniform
 from sase_blocks.search.trionet.space import SPACES, TrioSpace
 from sase_blocks.selfattention import AxialSelfAttention, LocalSelfAttention
@@ -371,7 +371,7 @@ class Silent(nn.Module):
 
 def counted(architecture, num_classes, in_chans):
     """(MACs, parameters) of the network itself: convolutions by torch's counter, attentions by the paper's formulas."""
-    with outline() as meta:
+    with meta_device() as meta:
         network = TrioNet(architecture, num_classes, in_chans, device=meta)
     total, attentions = sum(p.numel() for p in network.parameters()), []
     for block in network.modules():

@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 from sase_blocks.models import Architecture, TrioNet
-from sase_blocks.search.trionet.outline import outline
+from sase_blocks.search.trionet.meta_device import meta_device
 from sase_blocks.search.trionet.sampling import draw
 from sase_blocks.search.trionet.slicing import SHARINGS, packed_rows
 from sase_blocks.search.trionet.space import TrioSpace
@@ -611,12 +611,12 @@ def test_unknown_sharing():
         SuperNet(SPACE, 5, sharing='tails')
 
 
-# ---- outlines ----
+# ---- the meta device ----
 
 
-def test_outlines_have_no_memory_and_draw_nothing():
+def test_modules_on_the_meta_device_have_no_memory_and_draw_nothing():
     state = torch.get_rng_state()
-    with outline() as meta:
+    with meta_device() as meta:
         network = TrioNet(pure(LARGEST, 'axial'), 5, device=meta)
         nn.init.trunc_normal_(nn.Linear(3, 3, device=meta).weight)
         assert not torch.zeros(3).normal_().any()

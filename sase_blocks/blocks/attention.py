@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sase_blocks.checks import check_feat_size
 from sase_blocks.ops import (
     EXTENDED_CHANNEL_EXCITE,
     EXTENDED_CHANNEL_SQUEEZE,
@@ -27,7 +28,7 @@ from sase_blocks.ops import (
     BatchNorm2d,
 )
 from sase_blocks.ops.normalization import ChannelShift, scale_and_shift
-from sase_blocks.ops.primitive import check_feat_size, mix
+from sase_blocks.ops.primitive import mix
 
 from .base import AttentionModule, fade_sum
 from .genotype import SASE_GENOTYPE, Genotype

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from sase_blocks.ops.primitive import check_channels, check_features, children_without_decay
+from sase_blocks.checks import check_channels, check_features
+from sase_blocks.ops.primitive import children_without_decay
 
 from .graph import Graph
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sase_blocks.checks import check_features
 from sase_blocks.ops import (
     EXTENDED_CHANNEL_EXCITE,
     EXTENDED_CHANNEL_SQUEEZE,
@@ -16,7 +17,6 @@ from sase_blocks.ops import (
     EXTENDED_SPATIAL_SQUEEZE,
     primitive_name,
 )
-from sase_blocks.ops.primitive import check_features
 
 from .base import AttentionModule, fade, fade_sum
 from .graph import CHANNEL, MAP, SPATIAL, Edge, Graph

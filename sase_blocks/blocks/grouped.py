@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sase_blocks.numerics import narrow, safe_sqrt, widen
 from sase_blocks.ops import Conv2d
-from sase_blocks.ops.primitive import narrow, safe_sqrt, widen
 
 from .base import AttentionModule
 from .graph import MAP, Edge, Graph

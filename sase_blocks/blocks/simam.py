@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sase_blocks.ops.primitive import narrow, widen
+from sase_blocks.numerics import narrow, widen
 
 from .base import AttentionModule
 from .graph import MAP, Edge, Graph

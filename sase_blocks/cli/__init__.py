@@ -278,7 +278,7 @@ def _info(**options: Any) -> None:
 
 
 def _draw(name: str, out: str, sets: bool) -> None:
-    from sase_blocks.models.trio_network import read_architecture
+    from sase_blocks.models.trionet import read_architecture
     from sase_blocks.viz import check_picture, draw_architecture, draw_block, save_figure
 
     check_picture(out)
@@ -314,6 +314,6 @@ def _train(model_args: Sequence[str], genotype: str | None, attn_stages: Sequenc
 
 
 def _run(script: str, arguments: Sequence[str]) -> None:
-    from .run import run_script
+    from .script import run_script
 
     run_script(script, arguments)

@@ -19,11 +19,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from sase_blocks.blocks import AttentionModule
+from sase_blocks.checks import check_features
 from sase_blocks.convert import INSERTED
 from sase_blocks.insertion.checking import check_inserted
 from sase_blocks.insertion.surgery import RECORD, IdentityStart, detach, hand_on, run_after
+from sase_blocks.numerics import narrow
 from sase_blocks.ops import BatchNorm2d, Conv2d, Linear
-from sase_blocks.ops.primitive import check_features, narrow
 
 from .plain import check_plain
 

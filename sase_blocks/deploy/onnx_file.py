@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from sase_blocks.insertion.checking import check_inserted
 from sase_blocks.insertion.insertion import example_of
-from sase_blocks.insertion.measure import quietly
+from sase_blocks.profiling import quietly
 
 from .plain import check_plain
 

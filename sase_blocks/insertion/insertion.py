@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sase_blocks.blocks import Genotype, resolve_block
-from sase_blocks.ops.primitive import check_feat_size, no_weight_decay
+from sase_blocks.checks import check_feat_size
+from sase_blocks.ops.primitive import no_weight_decay
+from sase_blocks.profiling import Trace, run, run_block
 
 from .layout import Layout
-from .measure import Trace, run, run_block
 from .places import Place, Where, find_places
 from .report import InsertedPlace, InsertReport
 from .surgery import RECORD, IdentityStart, Mark, attach, detach, inserted_in
@@ -101,7 +102,7 @@ def insert(
     build, label = _builder(block, options)
     if start not in ('identity', 'paper'):
         raise ValueError(f"start must be 'identity' or 'paper', got {start!r}")
-    _check_optimizer(optimizer, model)
+    check_optimizer(optimizer, model)
     args, given = example_of(model, input_size, example)
     survey = Survey(model, args, partial(try_forward, model, args, given, list(model.modules())), layout)
     places, by_rule, unread = find_places(model, where, stages, survey)
@@ -131,7 +132,7 @@ def insert(
             attach(place.holder, attention, mark, place.slot)
         parameters = {id(p): p for attention in attentions for p in attention.parameters()}
         if optimizer is not None:
-            _extend(optimizer, model, set(parameters))
+            extend_optimizer(optimizer, model, set(parameters))
     except BaseException:
         for place in new:
             detach(place.holder)
@@ -240,7 +241,7 @@ def _builder(block: Block, options: dict[str, Any]) -> tuple[Callable[..., nn.Mo
     return build, f'{name}({label})' if label else name
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
     if optimizer is None:
         return
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -395,7 +396,7 @@ def _like(model: nn.Module, place: Place, attention: nn.Module) -> nn.Module:
     return attention.train(place.holder.training)
 
 
-def _extend(optimizer: torch.optim.Optimizer, model: nn.Module, new: set[int]) -> None:
+def extend_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, new: set[int]) -> None:
     """Add the new parameters with the weight decay of the network, or without it: vectors, scalars and those that their
     block names (``no_weight_decay``)."""
     template = next((g for g in optimizer.param_groups if g.get('weight_decay')), optimizer.param_groups[0])

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from sase_blocks.models.slots import check_stages
+from sase_blocks.profiling import quietly
 from sase_blocks.selfattention import OPERATORS, build_operator
 from sase_blocks.selfattention.routes import check_choice
 
 from .families import numbered_blocks
-from .insertion import _check_optimizer, _extend, check_model, example_of
-from .measure import quietly
+from .insertion import check_model, check_optimizer, example_of, extend_optimizer
 from .places import Where
 from .surgery import hand_on
 
@@ -62,7 +62,7 @@ def replace_convolutions(
     """
     check_model(model)
     check_choice('operator', operator, tuple(OPERATORS))
-    _check_optimizer(optimizer, model)
+    check_optimizer(optimizer, model)
     found: dict[str, Any] = {}
     for name, conv in _matching(model, where, stages):
         if not any(conv is other for other in found.values()):
@@ -93,7 +93,7 @@ def replace_convolutions(
             for parameter in model.parameters():
                 gone.pop(id(parameter), None)
             _give_up(optimizer, set(gone))
-            _extend(optimizer, model, {id(p) for new in built.values() for p in new.parameters()})
+            extend_optimizer(optimizer, model, {id(p) for new in built.values() for p in new.parameters()})
     except BaseException:
         for name, module in names:
             _put(model, name, module)

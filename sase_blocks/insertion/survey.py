@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sase_blocks.profiling import Shape, Trace, on_copied_buffers, quietly, run
+
 from .layout import Image, Layout, find_layout, parse_layout
-from .measure import Shape, Trace, on_copied_buffers, quietly, run
 
 
 class Map(NamedTuple):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from sase_blocks.convert import checkpoint_filter_fn
 
+from .base import StagedNetwork
 from .slots import Genotypes, block_builder, fill_slots, refuse_block_attention
-from .staged import StagedNetwork
 
 __all__ = ['CifarResNet']
 

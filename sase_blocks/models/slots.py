@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sase_blocks.blocks import Genotype, resolve_block
-from sase_blocks.ops.primitive import check_feat_size
+from sase_blocks.checks import check_feat_size
 from sase_blocks.reading import quoted
 
 BlockBuilder = Callable[..., nn.Module]

@@ -69,7 +69,7 @@ from .channel_squeeze import (
 )
 from .layers import Conv2d, Linear
 from .normalization import BatchNorm2d, GroupNorm
-from .primitive import Primitive, check_channels, check_features, mix, no_weight_decay
+from .primitive import Primitive, no_weight_decay
 from .spatial_excite import (
     SpatialAffine,
     SpatialConv,
@@ -313,9 +313,6 @@ __all__ = [
     'channel_norm_tanh',
     'channel_p_norm',
     'channel_style',
-    'check_channels',
-    'check_features',
-    'mix',
     'no_weight_decay',
     'primitive_name',
     'spatial_affine',

@@ -16,9 +16,12 @@ import torch.nn.functional as F
 from timm.layers import make_divisible
 from torch import Tensor, nn
 
+from sase_blocks.checks import check_features
+from sase_blocks.numerics import narrow, saturate, widen
+
 from .layers import Linear
 from .normalization import BatchNorm2d
-from .primitive import Primitive, check_features, narrow, saturate, turn_positive_, widen
+from .primitive import Primitive, turn_positive_
 
 torch.fx.wrap('saturate')
 torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called

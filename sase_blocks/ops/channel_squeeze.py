@@ -15,20 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sase_blocks.checks import check_features
+from sase_blocks.numerics import narrow, safe_sqrt, widen
+
 from .layers import Conv2d, Linear
 from .normalization import BatchNorm2d
-from .primitive import (
-    Primitive,
-    check_features,
-    contract_rows,
-    mix,
-    narrow,
-    pooling_matrix,
-    project,
-    safe_sqrt,
-    scaled_gram,
-    widen,
-)
+from .primitive import Primitive, contract_rows, mix, pooling_matrix, project, scaled_gram
 
 torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
 

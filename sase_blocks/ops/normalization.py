@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from .primitive import narrow, widen
+from sase_blocks.numerics import narrow, widen
 
 
 @torch.fx.wrap

@@ -1,4 +1,4 @@
-"""What every primitive has in common: the constructor, the input check, and arithmetic that survives half precision.
+"""What every primitive has in common: the constructor, and the arithmetic that several share.
 
 A primitive is built as ``Op(channels, feat_size=None, *, device=None, dtype=None)``, whichever of the four sets it
 belongs to, so that a set is a plain dict and a genotype is six names.
@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from sase_blocks.checks import check_channels, check_feat_size
+from sase_blocks.numerics import widen
 
 
 class Primitive(nn.Module, ABC):
@@ -94,64 +97,6 @@ def no_weight_decay(model: nn.Module) -> set[str]:
 def children_without_decay(model: nn.Module) -> set[str]:
     """``no_weight_decay`` of all that is in ``model``, for that method of ``model`` itself."""
     return {f'{name}.{part}' for name, child in model.named_children() for part in no_weight_decay(child)}
-
-
-def check_channels(channels: Any, owner: str) -> int:
-    """The channel count as an int, or a ValueError that names ``owner``."""
-    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-        raise ValueError(f'{owner} needs channels to be an int of at least 1, got {channels!r}')
-    return channels
-
-
-def check_feat_size(feat_size: Any, owner: str) -> tuple[int, int]:
-    """(H, W) from an int or a pair of ints, or a ValueError that names ``owner``."""
-    size = (feat_size, feat_size) if isinstance(feat_size, int) else feat_size
-    if (
-        not isinstance(size, (tuple, list))
-        or len(size) != 2
-        or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in size)
-    ):
-        raise ValueError(f'{owner} needs feat_size to be (H, W) or an int, each at least 1, got {feat_size!r}')
-    return (size[0], size[1])
-
-
-# torch.fx.wrap keeps a function whole in a symbolic trace: what it does depends on the dtype and the rank of a real
-# tensor, which a traced proxy does not know.
-@torch.fx.wrap
-def check_features(x: Tensor, channels: int) -> None:
-    """Raise unless ``x`` is a floating (B, channels, H, W); ``channels`` 0 accepts any number."""
-    if x.dim() != 4:
-        raise ValueError(f'expected a feature map of shape (B, C, H, W), got {x.dim()} dimensions: {x.shape}')
-    if not x.is_floating_point():
-        raise TypeError(f'expected a floating-point feature map, got {x.dtype}; convert it with x.float()')
-    if channels > 0 and x.shape[1] != channels:
-        raise ValueError(f'built for {channels} channels, got {x.shape[1]} in an input of shape {x.shape}')
-
-
-def widen(x: Tensor) -> Tensor:
-    """fp16 and bf16 to fp32, where powers of activations fit; anything else as it is."""
-    if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
-        return x.float()
-    return x
-
-
-def saturate(y: Tensor) -> Tensor:
-    """In fp16, inf becomes the dtype's largest number: a convolution after it would turn inf - inf into NaN."""
-    if y.dtype == torch.float16:
-        return y.clamp(-65504.0, 65504.0)
-    return y
-
-
-def narrow(y: Tensor, like: Tensor) -> Tensor:
-    """``y`` in the dtype of ``like``; what exceeds fp16 saturates."""
-    if like.dtype == torch.float16:
-        return y.clamp(-65504.0, 65504.0).to(like.dtype)
-    return y.to(like.dtype)
-
-
-def safe_sqrt(y: Tensor) -> Tensor:
-    """sqrt with a finite gradient at 0, for ``y`` whose own gradient vanishes there."""
-    return torch.sqrt(y + 1e-30)  # a normal number in fp32 and bf16
 
 
 def mix(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:

@@ -12,9 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sase_blocks.checks import check_features
+from sase_blocks.numerics import saturate
+
 from .layers import Conv2d
 from .normalization import BatchNorm2d
-from .primitive import Primitive, check_features, saturate, turn_positive_
+from .primitive import Primitive, turn_positive_
 from .spatial_squeeze import resize_map
 
 torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called

@@ -14,21 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sase_blocks.checks import check_features
+from sase_blocks.numerics import narrow, safe_sqrt, widen
+
 from .layers import Conv2d, Linear
 from .normalization import BatchNorm2d
-from .primitive import (
-    Primitive,
-    adaptive_avg_pool,
-    check_features,
-    contract_rows,
-    mix,
-    narrow,
-    project,
-    safe_sqrt,
-    scaled_gram,
-    turn_positive_,
-    widen,
-)
+from .primitive import Primitive, adaptive_avg_pool, contract_rows, mix, project, scaled_gram, turn_positive_
 
 torch.fx.wrap('narrow')
 torch.fx.wrap('project')

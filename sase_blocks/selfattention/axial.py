@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sase_blocks.checks import check_channels, check_feat_size
+from sase_blocks.numerics import narrow, widen
 from sase_blocks.ops import BatchNorm2d, Conv2d
-from sase_blocks.ops.primitive import check_channels, check_feat_size, children_without_decay, narrow, widen
+from sase_blocks.ops.primitive import children_without_decay
 
 from .axial_routes import AXIAL_ROUTES, axial_attention, logit_maps, logit_moments, long_axis, split_tables
 from .routes import autocast_active, captured, check_choice, check_heads, check_map, check_stride, halve

@@ -18,7 +18,7 @@ parts (``logit_moments``). So no three copies of size L x L are normalised, adde
 import torch
 from torch import Tensor
 
-from sase_blocks.ops.primitive import narrow, widen
+from sase_blocks.numerics import narrow, widen
 
 from .routes import autocast_active, captured, chunks
 

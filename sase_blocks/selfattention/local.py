@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sase_blocks.checks import check_channels
 from sase_blocks.ops import Conv2d
-from sase_blocks.ops.primitive import check_channels
 
 from .local_routes import BORDERS, LOCAL_ROUTES, local_attention
 from .routes import check_choice, check_heads, check_map, check_stride, halve

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sase_blocks.ops.primitive import narrow, widen
+from sase_blocks.numerics import narrow, widen
 
 from .routes import autocast_active, captured, chunks, exported
 from .windows import (

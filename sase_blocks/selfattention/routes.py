@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sase_blocks.ops.primitive import check_features, narrow, widen
+from sase_blocks.checks import check_features
+from sase_blocks.numerics import narrow, widen
 
 
 def check_choice(what: str, value: Any, known: Sequence[str]) -> None:

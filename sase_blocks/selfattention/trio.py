@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sase_blocks.checks import check_channels, check_features
 from sase_blocks.ops import BatchNorm2d
-from sase_blocks.ops.primitive import check_channels, check_features
 
 from .axial import AxialSelfAttention
 from .local import LocalSelfAttention

@@ -4,7 +4,7 @@ from .campaigns import campaign
 from .config import SearchConfig
 from .mixed import MixedBlock
 from .network import SearchNetwork
-from .run import search
+from .searching import search
 from .space import SearchSpace
 
 __all__ = ['MixedBlock', 'SearchConfig', 'SearchNetwork', 'SearchSpace', 'campaign', 'search']

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sase_blocks.search.significance import LEVEL, holm
 
+from .diagnostics import describe_edges
 from .space import SearchSpace
-from .watch import describe_edges
 
 __all__ = ['chance_of_agreement', 'compare_searches', 'format_agreement']
 

@@ -15,7 +15,7 @@ import torch
 
 from sase_blocks.data import Samples, name_data
 from sase_blocks.jobs import Ray, job_folder, run_jobs
-from sase_blocks.runs import check_writable, is_main, launched, leave_out_broken, say, write_text
+from sase_blocks.runs import check_writable, drop_broken, is_main, open_accelerator, say, write_text
 from sase_blocks.search.data import Arrays, find_samples
 from sase_blocks.search.significance import load_stats
 from sase_blocks.train import TrainConfig, build_model
@@ -26,7 +26,7 @@ from .comparison import format_table
 from .config import SearchConfig
 from .evaluate import BASELINES, check_evaluation, evaluate
 from .result import read_result, write_result
-from .run import saved_search, search
+from .searching import saved_search, search
 from .space import SearchSpace
 
 __all__ = ['campaign', 'evaluation_budget']
@@ -221,5 +221,5 @@ def _stand_in(config: SearchConfig, space: SearchSpace) -> str:
 
 def _checked(config: SearchConfig) -> Samples:
     """The training split without broken images, decoded once for all searches of this process."""
-    with launched(config, 'a search', 'search') as accelerator:
-        return leave_out_broken(config.skip_broken, accelerator, find_samples(config, accelerator))[0]
+    with open_accelerator(config, 'a search', 'search') as accelerator:
+        return drop_broken(config.skip_broken, accelerator, find_samples(config, accelerator))[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sase_blocks.runs import demand, demand_choices, demand_seed, demand_use, setting
+from sase_blocks.runs import require, require_choices, require_seed, require_used, setting
 
 from .bilevel import ORDERS
 from .mixed import FORMS
@@ -68,21 +68,21 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         for name in ('epochs', 'batch_size', 'arch_every'):
-            demand(self, getattr(self, name) >= 1, name, 'at least 1')
+            require(self, getattr(self, name) >= 1, name, 'at least 1')
         for name in ('workers', 'weight_decay', 'arch_weight_decay', 'min_lr', 'hessian_every'):
-            demand(self, getattr(self, name) >= 0, name, 'at least 0')
+            require(self, getattr(self, name) >= 0, name, 'at least 0')
         for name in ('lr', 'arch_lr', 'save_minutes'):
-            demand(self, getattr(self, name) > 0, name, 'above 0')
-        demand(self, self.min_lr <= self.lr, 'min_lr', f'at most lr ({self.lr})')
-        demand(self, 0 <= self.momentum < 1, 'momentum', 'at least 0 and below 1')
-        demand(self, 0 < self.fraction < 1, 'fraction', 'between 0 and 1')
-        demand(self, 0 <= self.hflip <= 1, 'hflip', 'a probability')
-        demand(self, self.clip_grad is None or self.clip_grad > 0, 'clip_grad', 'above 0')
-        demand(self, self.img_size is None or self.img_size >= 1, 'img_size', 'at least 1')
+            require(self, getattr(self, name) > 0, name, 'above 0')
+        require(self, self.min_lr <= self.lr, 'min_lr', f'at most lr ({self.lr})')
+        require(self, 0 <= self.momentum < 1, 'momentum', 'at least 0 and below 1')
+        require(self, 0 < self.fraction < 1, 'fraction', 'between 0 and 1')
+        require(self, 0 <= self.hflip <= 1, 'hflip', 'a probability')
+        require(self, self.clip_grad is None or self.clip_grad > 0, 'clip_grad', 'above 0')
+        require(self, self.img_size is None or self.img_size >= 1, 'img_size', 'at least 1')
         for name in ('train_split', 'download'):
-            demand_use(self, bool(self.dataset), name, 'without a dataset')
-        demand(self, 'num_classes' not in self.model_args, 'model_args', 'without num_classes, which the data says')
-        demand_seed(self)
-        demand_choices(self)
-        demand(self, not self.compile or self.order == '1', 'compile', 'off for order 2, which differentiates twice')
+            require_used(self, bool(self.dataset), name, 'without a dataset')
+        require(self, 'num_classes' not in self.model_args, 'model_args', 'without num_classes, which the data says')
+        require_seed(self)
+        require_choices(self)
+        require(self, not self.compile or self.order == '1', 'compile', 'off for order 2, which differentiates twice')
         SearchSpace.parse(self.space)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sase_blocks.numerics import saturate
 from sase_blocks.ops import (
     ChannelConv,
     ChannelConv3,
@@ -30,7 +31,6 @@ from sase_blocks.ops import (
     SpatialConv5Separable,
     SpatialConv7,
 )
-from sase_blocks.ops.primitive import saturate
 
 from .parts import Gradients, Part, Recomputed
 

@@ -21,10 +21,10 @@ import torch
 from sase_blocks import models  # noqa: F401  # registers our models with timm
 from sase_blocks.blocks import Genotype
 from sase_blocks.data import Samples, derive_seed, image_config, name_data
-from sase_blocks.insertion.measure import count_macs, milliseconds_per_image
 from sase_blocks.jobs import Ray, check_jobs, job_folder, run_jobs
+from sase_blocks.profiling import count_macs, milliseconds_per_image
 from sase_blocks.reading import quoted, shorten
-from sase_blocks.runs import check_writable, environment, is_main, launched, write_text
+from sase_blocks.runs import check_writable, environment, is_main, open_accelerator, write_text
 from sase_blocks.search.significance import load_stats
 from sase_blocks.train import ADVICE, TrainConfig, build_model, check_model_name, checked_samples, open_samples, train
 
@@ -175,7 +175,7 @@ def check_evaluation(
     if is_main():
         open_samples(budget)
         check_writable(Path(budget.out))
-    with launched(budget, 'an evaluation', 'search') as accelerator:
+    with open_accelerator(budget, 'an evaluation', 'search') as accelerator:
         samples = checked_samples(budget, accelerator)
     if is_main():
         check_jobs(budget.out, {**_settings(budget), 'images': name_data(*samples)}, ray)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sase_blocks.numerics import safe_sqrt
 from sase_blocks.ops import (
     ChannelAvg,
     ChannelAvgMax,
@@ -26,7 +27,7 @@ from sase_blocks.ops import (
     SpatialL2Norm,
     SpatialPNorm,
 )
-from sase_blocks.ops.primitive import mix, safe_sqrt
+from sase_blocks.ops.primitive import mix
 from sase_blocks.ops.spatial_squeeze import resize_map
 
 from .parts import Gradients

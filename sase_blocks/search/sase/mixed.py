@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from sase_blocks.blocks import AttentionModule
 from sase_blocks.blocks.graph import CHANNEL, MAP, SPATIAL, Edge, Graph
+from sase_blocks.checks import check_feat_size, check_features
 from sase_blocks.ops import EXTENDED_SETS
-from sase_blocks.ops.primitive import check_feat_size, check_features, mix
+from sase_blocks.ops.primitive import mix
 
 from .convolutions import excited
 from .moments import gated

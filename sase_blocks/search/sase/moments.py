@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sase_blocks.ops.primitive import widen
+from sase_blocks.numerics import widen
 
 __all__ = [
     'Plan',

@@ -15,8 +15,8 @@ from sase_blocks.blocks import Genotype
 from sase_blocks.reading import one_line, parse_json, read_text
 from sase_blocks.runs import environment, write_text
 
+from .diagnostics import describe_edges, noise_leads, verdict_of
 from .space import SearchSpace
-from .watch import describe_edges, noise_leads, verdict_of
 
 __all__ = ['describe_result', 'draw_result', 'read_logits', 'read_result', 'write_logits', 'write_result']
 

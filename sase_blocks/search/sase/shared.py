@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sase_blocks.numerics import narrow, widen
 from sase_blocks.ops import ChannelL2Norm, ChannelSecondOrder, SpatialL2Norm, SpatialSecondOrder
-from sase_blocks.ops.primitive import adaptive_avg_pool, narrow, widen
+from sase_blocks.ops.primitive import adaptive_avg_pool
 from sase_blocks.ops.spatial_squeeze import pool_to
 
 from .formulas import BESIDE_MEAN, OF_MOMENTS, PURE, SpatialMaps, beside_mean, channel_l2
@@ -89,7 +90,7 @@ class SharedSqueezes:
         wide_gate = gate.to(self.wide.dtype)
         edges = ((gated_ops, wide_gate), (plain_ops, None))
         norms = [(op, factor) for ops, factor in edges for op in ops if type(op) is SpatialL2Norm]
-        plan = Plan(_worth_sharing(gated_ops), _worth_sharing(plain_ops), bool(norms))
+        plan = Plan(_worth_sharing(gated_ops), _worth_sharing(plain_ops), len(norms) > 0)
         maps: list[Tensor] = []
         if any(plan):
             mean = rates = None

@@ -1,8 +1,8 @@
 """The search of TrioNet (arXiv 2111.07547): a network of convolutions and attentions for the user's data and budget."""
 
 from .config import TrioConfig
-from .run import search
 from .sampling import draw, hierarchical, uniform
+from .searching import search
 from .space import SPACES, TrioSpace
 from .supernet import SubNetwork, SuperNet
 from .training import load_supernet

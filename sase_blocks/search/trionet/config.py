@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
-from sase_blocks.runs import demand, demand_choices, demand_seed, demand_use, setting
+from sase_blocks.runs import require, require_choices, require_seed, require_used, setting
 
 from .cost import Limits, count_number
 from .sampling import LAWS, Law, hierarchical
@@ -80,26 +80,26 @@ class TrioConfig:
 
     def __post_init__(self) -> None:
         for name in ('epochs', 'batch_size', 'evaluations', 'calibration'):
-            demand(self, getattr(self, name) >= 1, name, 'at least 1')
-        demand(self, self.population >= 2, 'population', 'at least 2')
+            require(self, getattr(self, name) >= 1, name, 'at least 1')
+        require(self, self.population >= 2, 'population', 'at least 2')
         for name in ('workers', 'weight_decay', 'networks', 'finetune'):
-            demand(self, getattr(self, name) >= 0, name, 'at least 0')
+            require(self, getattr(self, name) >= 0, name, 'at least 0')
         for name in ('lr', 'finetune_lr', 'save_minutes', 'concentration'):
-            demand(self, getattr(self, name) > 0, name, 'above 0')
+            require(self, getattr(self, name) > 0, name, 'above 0')
         for name in ('warmup', 'label_smoothing', 'drop_rate', 'momentum'):
-            demand(self, 0 <= getattr(self, name) < 1, name, 'at least 0 and below 1')
-        demand(self, 0 < self.fraction < 1, 'fraction', 'between 0 and 1')
-        demand(self, 0 <= self.hflip <= 1, 'hflip', 'a probability')
-        demand(self, self.clip_grad is None or self.clip_grad > 0, 'clip_grad', 'above 0')
-        demand(self, self.ema_decay is None or 0 < self.ema_decay < 1, 'ema_decay', 'between 0 and 1')
+            require(self, 0 <= getattr(self, name) < 1, name, 'at least 0 and below 1')
+        require(self, 0 < self.fraction < 1, 'fraction', 'between 0 and 1')
+        require(self, 0 <= self.hflip <= 1, 'hflip', 'a probability')
+        require(self, self.clip_grad is None or self.clip_grad > 0, 'clip_grad', 'above 0')
+        require(self, self.ema_decay is None or 0 < self.ema_decay < 1, 'ema_decay', 'between 0 and 1')
         for name in ('train_split', 'val_split', 'download'):
-            demand_use(self, bool(self.dataset), name, 'without a dataset')
-        demand_use(self, self.opt == 'sgd', 'momentum', 'for adamw')
-        demand_use(self, self.sampling == 'hierarchical', 'concentration', 'without hierarchical sampling')
-        demand_use(self, self.finetune > 0, 'finetune_lr', 'without finetune')
-        demand(self, self.max_ms is None or self.max_ms > 0, 'max_ms', 'above 0')
-        demand_seed(self)
-        demand_choices(self)
+            require_used(self, bool(self.dataset), name, 'without a dataset')
+        require_used(self, self.opt == 'sgd', 'momentum', 'for adamw')
+        require_used(self, self.sampling == 'hierarchical', 'concentration', 'without hierarchical sampling')
+        require_used(self, self.finetune > 0, 'finetune_lr', 'without finetune')
+        require(self, self.max_ms is None or self.max_ms > 0, 'max_ms', 'above 0')
+        require_seed(self)
+        require_choices(self)
         for name in ('max_macs', 'max_params'):
             try:
                 count_number(getattr(self, name))

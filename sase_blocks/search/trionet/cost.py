@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sase_blocks.insertion.measure import milliseconds_per_image
 from sase_blocks.models import Architecture
 from sase_blocks.models.architecture import Block, Stage
+from sase_blocks.profiling import milliseconds_per_image
 from sase_blocks.selfattention import TrioBlock
 
-from .outline import outline
+from .meta_device import meta_device
 from .space import TrioSpace
 
 __all__ = ['Latency', 'Limits', 'bound', 'count_number', 'macs', 'parameters']
@@ -28,7 +28,7 @@ __all__ = ['Latency', 'Limits', 'bound', 'count_number', 'macs', 'parameters']
 @lru_cache(maxsize=65536)
 def _block(block: Block, channels: int, out: int, stride: int, size: int, heads: int) -> tuple[int, int]:
     """(MACs, parameters) of one block on a square map."""
-    with outline() as meta:
+    with meta_device() as meta:
         module = _build(block, channels, out, stride, size, heads, device=meta)
     after = -(-size // stride)
     count = block.width * (channels * size**2 + out * after**2)

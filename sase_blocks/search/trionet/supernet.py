@@ -20,7 +20,7 @@ from sase_blocks.models import Architecture, TrioNet
 from sase_blocks.selfattention import TrioBlock, build_operator
 from sase_blocks.selfattention.routes import check_choice
 
-from .outline import outline
+from .meta_device import meta_device
 from .slicing import SHARINGS, operator_tensors, output_channels, prefix, take
 from .space import TrioSpace
 
@@ -176,7 +176,7 @@ class SubNetwork(nn.Module):
         self._supernet = [supernet]  # in a list: its parameters are not this module's
         rate = supernet.drop_rate if dropout else 0.0
         # Its parameters are only shapes; the statistics get memory.
-        with outline() as meta:
+        with meta_device() as meta:
             self.network = TrioNet(
                 architecture,
                 supernet.num_classes,
@@ -202,7 +202,7 @@ class SubNetwork(nn.Module):
         """An ordinary network with copies of its weights and statistics: in eval mode its outputs are the same bits."""
         supernet = self._supernet[0]
         weight = supernet.conv1.weight
-        with outline() as meta:
+        with meta_device() as meta:
             network = TrioNet(
                 self.architecture, supernet.num_classes, supernet.in_chans, device=meta, dtype=weight.dtype
             )

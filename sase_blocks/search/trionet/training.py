@@ -24,14 +24,14 @@ from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
 from sase_blocks.data import MODEL, Batches, derive_seed
 from sase_blocks.models import Architecture
 from sase_blocks.runs import (
-    LOOK_EVERY,
+    LOSS_CHECK_STEPS,
     Progress,
     append_row,
     check_finite,
     load_optimizer,
     open_log,
+    read_rows,
     resuming,
-    rows_until,
     saved_run,
     whole_number,
     write_rows,
@@ -143,7 +143,7 @@ class SupernetTraining:
                     self.average.module.load_state_dict(saved['average'])
                 self.step = whole_number(saved['step'], 'step', total)
                 self.sums = saved['sums'].reshape(self.sums.shape)
-            self.rows = rows_until(self.metrics, self.step // self.steps)
+            self.rows = read_rows(self.metrics, self.step // self.steps)
 
     @property
     def found(self) -> SuperNet:
@@ -219,7 +219,7 @@ class SupernetTraining:
         for number, (images, labels) in enumerate(batches, start=first + 1):
             unseen.append(self._train_step(images, labels).double())
             self.step += 1
-            if len(unseen) == LOOK_EVERY or number == self.steps:
+            if len(unseen) == LOSS_CHECK_STEPS or number == self.steps:
                 self._look(unseen)
                 self.progress.update(self.step, f'epoch {epoch + 1}/{config.epochs}', float(unseen[-1][0]))
                 unseen = []

@@ -23,34 +23,34 @@ from torch import Tensor
 from sase_blocks.checkpoint import save_checkpoint
 from sase_blocks.data import MODEL, Samples, derive_seed, image_config
 from sase_blocks.runs import (
-    LOOK_EVERY,
+    LOSS_CHECK_STEPS,
     Progress,
-    alone_in,
     append_row,
     be_deterministic,
     check_finite,
-    launched,
-    leave_out_broken,
+    drop_broken,
     load_optimizer,
+    open_accelerator,
     open_log,
+    read_rows,
     resuming,
-    rows_until,
+    run_lock,
     saved_run,
     whole_number,
     write_rows,
 )
 from sase_blocks.search.data import Arrays, check_same_data, find_samples, split_data
-from sase_blocks.search.synchronize import synchronize_norms
+from sase_blocks.search.sync_batch_norm import synchronize_norms
 from sase_blocks.train import build_model, check_model_name, hits
 from sase_blocks.viz import missing_matplotlib
 
 from .bilevel import VirtualStep, logits_gradient
 from .compiling import compile_mixed_blocks, without_compilation
 from .config import SearchConfig
+from .diagnostics import dead_operations, describe_edges, hessian_eigenvalue, noise_leads, warnings_of
 from .network import SearchNetwork
 from .result import describe_result, draw_result, write_logits, write_result
 from .space import SearchSpace
-from .watch import dead_operations, describe_edges, hessian_eigenvalue, noise_leads, warnings_of
 
 __all__ = ['saved_search', 'search']
 
@@ -88,7 +88,7 @@ def search(config: SearchConfig, images: Arrays | Samples | None = None) -> dict
         FloatingPointError: the loss is no longer finite.
     """
     deterministic = be_deterministic(config.deterministic)
-    with launched(config, 'a search', 'search') as accelerator, alone_in(config, accelerator), deterministic:
+    with open_accelerator(config, 'a search', 'search') as accelerator, run_lock(config, accelerator), deterministic:
         return _Search(config, accelerator, images).run()
 
 
@@ -127,7 +127,7 @@ class _Search:
             seed=derive_seed(config.seed, MODEL),
         )
         if isinstance(data, Samples) and data.fingerprint is None:
-            (data,) = leave_out_broken(config.skip_broken, accelerator, data)
+            (data,) = drop_broken(config.skip_broken, accelerator, data)
         self.data = split_data(
             data, config, data_config, device=self.device, memory_format=self.memory_format, null=config.null
         )
@@ -165,7 +165,7 @@ class _Search:
                 self.step = whole_number(saved['step'], 'step', config.epochs * self.steps)
                 self.sums = saved['sums'].reshape(self.sums.shape)
                 self.history = [logits.reshape(network.logits.shape) for logits in saved['logits_history']]
-            self.rows = rows_until(self.metrics, self.step // self.steps)
+            self.rows = read_rows(self.metrics, self.step // self.steps)
         self.resumed = saved is not None
         if config.compile:
             compile_mixed_blocks(network)
@@ -271,7 +271,7 @@ class _Search:
             loss, held_loss, right = self._train_step(training, held, lr)
             self.step += 1
             unseen.append(torch.stack([loss.double(), held_loss.double(), right.double()]))
-            if len(unseen) == LOOK_EVERY or number == network_steps:
+            if len(unseen) == LOSS_CHECK_STEPS or number == network_steps:
                 seen = self._mean(torch.stack(unseen)).cpu()
                 check_finite((seen[:, 0] + seen[:, 1]).tolist(), self.step - len(unseen) + 1, self.last, ADVICE)
                 self.sums[:3] += seen.sum(0)

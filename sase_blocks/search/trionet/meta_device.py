@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ['outline']
+__all__ = ['meta_device']
 
 
 class _WithoutDrawing(TorchFunctionMode):
@@ -23,7 +23,7 @@ class _WithoutDrawing(TorchFunctionMode):
 
 
 @contextmanager
-def outline() -> Iterator[torch.device]:
+def meta_device() -> Iterator[torch.device]:
     """Context that yields a device; modules built on it are not initialised."""
     with _WithoutDrawing():
         yield torch.device('meta')

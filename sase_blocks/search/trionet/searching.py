@@ -29,8 +29,8 @@ from sase_blocks.data import (
 )
 from sase_blocks.jobs import Each, Ray, share
 from sase_blocks.models import Architecture
-from sase_blocks.models.trio_network import default_cfgs
-from sase_blocks.runs import alone_in, be_deterministic, check_writable, launched, leave_out_broken, say
+from sase_blocks.models.trionet import default_cfgs
+from sase_blocks.runs import be_deterministic, check_writable, drop_broken, open_accelerator, run_lock, say
 from sase_blocks.search.data import Arrays, SearchData, check_arrays, check_same_data, find_samples, split_data
 from sase_blocks.search.evolution import Candidate, Problem, evolve, load_optuna
 from sase_blocks.search.significance import load_stats
@@ -87,7 +87,7 @@ def search(
     """
     if config.finetune and images is not None:
         raise ValueError('finetune reads class folders or a data set of timm; for images in memory write a loop')
-    with launched(config, 'a search', 'search') as accelerator, be_deterministic(config.deterministic):
+    with open_accelerator(config, 'a search', 'search') as accelerator, be_deterministic(config.deterministic):
         result, splits = _search(config, accelerator, images, test, ray)
         main = accelerator.is_main_process
         accelerator.wait_for_everyone()
@@ -124,13 +124,13 @@ def _search(
     tests = _find_test(config, accelerator, test) if images is None else test
     if isinstance(data, Samples):
         in_chans = config.in_chans
-        (data,) = leave_out_broken(config.skip_broken, accelerator, data.in_channels(in_chans))
+        (data,) = drop_broken(config.skip_broken, accelerator, data.in_channels(in_chans))
     else:
         in_chans = data[0].shape[1]
     if images is not None and test is not None:
         check_arrays(*test)
     if isinstance(tests, Samples):
-        (tests,) = leave_out_broken(config.skip_broken, accelerator, tests.in_channels(in_chans))
+        (tests,) = drop_broken(config.skip_broken, accelerator, tests.in_channels(in_chans))
     costs = _Costs(config.limits, len(classes), in_chans, accelerator.device)
     _check_limits(space, costs)
     load_optuna()
@@ -139,7 +139,7 @@ def _search(
     parts = _split(config, accelerator, data, space, in_chans)
     if (missing := missing_matplotlib()) is not None:
         tell(f'no pictures will be drawn: {missing}')
-    with alone_in(config, accelerator):
+    with run_lock(config, accelerator):
         saved = saved_supernet(config)
         if saved:
             check_same_data(out / 'supernet.pt', saved['data'], parts)
@@ -337,7 +337,7 @@ class _Score:
 
     def _load(self) -> SupernetTraining:
         config, space = self.config, TrioSpace.parse(self.config.space)
-        self.launch = launched(config, 'a search', 'search')  # held, or it would end with its last reference
+        self.launch = open_accelerator(config, 'a search', 'search')  # held, or it would end with its last reference
         accelerator = self.launch.__enter__()
         parts = _split(config, accelerator, self.data, space, self.in_chans)
         training = SupernetTraining(config, accelerator, parts, self.in_chans, saved_supernet(config))
