@@ -28,14 +28,14 @@ import numpy as np
 import torch
 from sase_search import subset
 
-from sase_blocks.data import derive_seed, open_training_data
+from sase_blocks.data import derive_seed, open_split
 from sase_blocks.jobs import Ray, job_folder, run_jobs
 from sase_blocks.models import Architecture
 from sase_blocks.runs import write_text
-from sase_blocks.search.halves import halves
+from sase_blocks.search.data import split_data
 from sase_blocks.search.trionet import TrioConfig, TrioSpace, draw, hierarchical, load_supernet, search
 from sase_blocks.search.trionet.cost import macs
-from sase_blocks.search.trionet.score import accuracy, batches_of, recalibrate, resize
+from sase_blocks.search.trionet.score import accuracy, recalibrate, resize
 from sase_blocks.train import TrainConfig, train
 
 VARIANTS = {
@@ -141,13 +141,14 @@ def score(folder: Path, data: Path, networks: Mapping[str, str], cpu: bool) -> d
     supernet = load_supernet(folder).to(device)
     size = supernet.space.image_sizes[-1]
     facts = {'input_size': (3, size, size), 'mean': MEAN, 'std': STD, 'interpolation': 'bilinear', 'crop_pct': 1.0}
-    parts = halves(open_training_data(data), facts, fraction=0.8, device=device, progress=False)
+    config = TrioConfig(str(data), fraction=0.8, batch_size=64)
+    parts = split_data(open_split(data), config, facts, device=device)
     values = {}
     for name, text in networks.items():
         architecture = Architecture.parse(text)
         network = supernet.activate(architecture)
-        recalibrate(network, (resize(x, architecture.image_size) for x, _ in batches_of(parts.weights, 64, 1024)))
-        batches = ((resize(x, architecture.image_size), y) for x, y in batches_of(parts.held_out, 64))
+        recalibrate(network, (resize(x, architecture.image_size) for x, _ in parts.training.once(64, 1024)))
+        batches = ((resize(x, architecture.image_size), y) for x, y in parts.held_out.once(64))
         values[name] = accuracy(network, batches)
     return values
 

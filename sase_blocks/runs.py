@@ -183,7 +183,6 @@ def open_accelerator(config: Any, purpose: str, extra: str = 'train') -> Iterato
     try:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
-        from accelerate.utils import DataLoaderConfiguration
 
         if config.tensorboard:
             import torch.utils.tensorboard  # noqa: F401
@@ -194,12 +193,7 @@ def open_accelerator(config: Any, purpose: str, extra: str = 'train') -> Iterato
     this = object()
     _launches.add(this)
     try:
-        yield Accelerator(
-            cpu=config.cpu,
-            mixed_precision=config.mixed_precision,
-            # A batch is cut among the processes, so that their number does not change the run.
-            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
-        )
+        yield Accelerator(cpu=config.cpu, mixed_precision=config.mixed_precision)
     finally:
         _launches.discard(this)
         keep_process_group()
@@ -279,23 +273,16 @@ def drop_broken(skip: bool, accelerator: Any, *splits: Samples) -> list[Samples]
         shown = '\n'.join(f'  {text}' for text in broken[:10]) + ('\n  ...' if len(broken) > 10 else '')
         say(f'warning: {len(broken)} broken image{"s"[: len(broken) > 1]} left out:\n{shown}')
     kept = [
-        replace(samples.without(positions), fingerprint=fingerprint)
+        replace(
+            samples.part([i for i in range(len(samples)) if i not in positions]) if positions else samples,
+            fingerprint=fingerprint,
+        )
         for samples, (positions, fingerprint) in zip(splits, found, strict=True)
     ]
     for samples in kept:
         if len(samples) == 0:
             raise ValueError(f'every image of the {samples.split} split is broken, the first one: {broken[0]}')
     return kept
-
-
-def annotate_errors(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, where an error in a loading process is raised as that error and not as its printed traceback."""
-    try:
-        yield from loader
-    except ValueError as error:
-        if str(error).startswith('Caught ValueError'):
-            raise ValueError(str(error).strip().splitlines()[-1].removeprefix('ValueError: ')) from None
-        raise
 
 
 # ---- the folder ----

@@ -8,9 +8,8 @@ the same weights as an uninterrupted one.
 from __future__ import annotations
 
 import difflib
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,13 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from .blocks import compile_blocks
 from .checkpoint import save_checkpoint
 from .convert import load_checkpoint
 from .data import (
     MODEL,
-    EpochSampler,
+    Batches,
     Samples,
     TransformedSamples,
     create_transforms,
@@ -45,7 +43,6 @@ from .reading import one_line, quoted, shorten
 from .runs import (
     LOSS_CHECK_STEPS,
     Progress,
-    annotate_errors,
     append_row,
     be_deterministic,
     check_finite,
@@ -260,22 +257,10 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     train_transform, val_transform = create_transforms(
         data_config, hflip=config.hflip, auto_augment=config.auto_augment
     )
-    sampler = EpochSampler(len(train_samples), config.seed, shuffle=True)
-    workers = min(config.workers, os.cpu_count() or 1)
-    loading: dict[str, Any] = {
-        'batch_size': config.batch_size,
-        'num_workers': workers,
-        'persistent_workers': workers > 0,
-        'pin_memory': device.type == 'cuda',
-    }
-    train_loader = DataLoader(
-        TransformedSamples(train_samples, train_transform, config.seed), sampler=sampler, drop_last=True, **loading
-    )
-    val_loader = DataLoader(
-        TransformedSamples(val_samples, val_transform, config.seed),
-        sampler=EpochSampler(len(val_samples), config.seed, shuffle=False),
-        **loading,
-    )
+    loading: dict[str, Any] = {'workers': config.workers, 'device': device, 'memory_format': memory_format}
+    train_batches = Batches(TransformedSamples(train_samples, train_transform, config.seed), **loading)
+    val_batches = Batches(TransformedSamples(val_samples, val_transform, config.seed), shuffle=False, **loading)
+    process = {'rank': accelerator.process_index, 'world': accelerator.num_processes}
 
     start, best, scores = 0, {'acc1': -1.0, 'epoch': 0}, {}
     with resuming(last):
@@ -290,7 +275,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
             load_optimizer(optimizer, saved['optimizer'])
             if ema:
                 ema.module.load_state_dict(saved['state_dict_ema'])
-    parallel, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
+    parallel, optimizer = accelerator.prepare(model, optimizer)
     with resuming(last):
         if saved and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved['scaler'])
@@ -317,14 +302,13 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     step = start * steps_per_epoch
     for epoch in range(start, config.epochs):
         began, loss_sum = time.perf_counter(), 0.0
-        sampler.epoch = epoch
         parallel.train()
         unseen: list[Tensor] = []  # losses not yet read
-        for images, labels in annotate_errors(train_loader):
+        for images, labels in train_batches.epoch(epoch, config.batch_size, 0, steps_per_epoch, **process):
             # Dropout etc. also depend only on the step, whatever drew random numbers in between.
             torch.manual_seed(derive_seed(config.seed, MODEL, step, accelerator.process_index))
             scheduler.step_update(step)
-            logits = parallel(images.contiguous(memory_format=memory_format))
+            logits = parallel(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
             accelerator.backward(loss)
             if config.clip_grad is not None:
@@ -356,7 +340,8 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
             if accelerator.num_processes > 1:  # use the main process's batch-norm statistics, which are saved
                 for buffer in [*model.buffers(), *evaluated.buffers()]:
                     torch.distributed.broadcast(buffer, 0)
-            scores = evaluate(evaluated, val_loader, accelerator, memory_format)
+            batches = val_batches.once(config.batch_size, **process)
+            scores = evaluate(evaluated, batches, len(val_batches), accelerator)
             check_finite([scores['val_loss']], step, last, ADVICE)
             row |= scores
             improved = scores['acc1'] > best['acc1']
@@ -420,21 +405,26 @@ def make_optimizer(config: Any, model: nn.Module) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Any, accelerator: Any, memory_format: torch.memory_format = torch.contiguous_format
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], count: int, accelerator: Any
 ) -> dict[str, float]:
-    """Mean loss and top-1 (with more than five classes also top-5) accuracy in percent over a prepared loader."""
+    """Mean loss and top-1 (with more than five classes also top-5) accuracy in percent of the first ``count`` images.
+
+    Args:
+        batches: images and labels, of several processes each its share.
+    """
     model.eval()
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     right: list[Tensor] = []
-    for images, labels in annotate_errors(loader):
+    for images, labels in batches:
         with accelerator.autocast():
-            logits = model(images.contiguous(memory_format=memory_format))
+            logits = model(images)
         logits = logits.float()
         losses = F.cross_entropy(logits, labels, reduction='none')
         rows = torch.stack([hits(logits, labels), hits(logits, labels, 5)], 1)
-        losses, rows = accelerator.gather_for_metrics((losses, rows))  # drops the padding of the last batch
-        loss_sum += losses.double().sum()
-        right.append(rows)
+        losses, rows = accelerator.gather((losses, rows))
+        left = count - sum(map(len, right))  # fewer than a full last batch holds
+        loss_sum += losses[:left].double().sum()
+        right.append(rows[:left])
     top1, top5 = (100 * torch.cat(right).double().mean(0)).tolist()
     scores = {'val_loss': loss_sum.item() / sum(map(len, right)), 'acc1': top1}
     if logits.shape[1] > 5:

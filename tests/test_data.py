@@ -1,4 +1,4 @@
-"""Image data: what is refused before any work, and that augmentation depends on (seed, epoch, index) alone."""
+"""Image data: faults are found before any work, and a batch depends only on the seed, the epoch and the step."""
 
 import io
 import os
@@ -16,21 +16,22 @@ from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.nn import functional as F
 from torchvision.datasets import FakeData
 
 from sase_blocks import data
 from sase_blocks.data import (
-    EpochSampler,
+    Batches,
+    SmallImages,
     TransformedSamples,
     create_transforms,
     derive_seed,
-    find_broken,
     image_config,
     inspect_images,
     listing,
+    load_small_images,
     open_data,
-    open_training_data,
+    open_split,
     same_data,
     seeded,
 )
@@ -95,19 +96,28 @@ def remove(root, pattern):
         (lambda r: remove(r, 'val/**/*') or (r / 'val').rmdir(), FileNotFoundError, 'no folder val or .*holds: train'),
         (lambda r: remove(r, 'train/*/*'), ValueError, r'train holds no images'),
         (lambda r: remove(r, 'val/**/*'), ValueError, r'val holds no images'),
-        (lambda r: (remove(r, '*/[do]*/*'), remove(r, '*/[do]*')), ValueError, r'the data has one class \(cat\)'),
+        (
+            lambda r: (remove(r, '*/[do]*/*'), remove(r, '*/[do]*')),
+            ValueError,
+            r'the train split has one class \(cat\)',
+        ),
         (lambda r: (remove(r, 'val/owl/*'), remove(r, 'val/owl')), ValueError, 'only in train: owl; only in val: none'),
+        (
+            lambda r: [shutil.rmtree(r / 'val' / c) for c in ('owl', 'dog')],
+            ValueError,
+            'only in train: dog, owl; only in',
+        ),
         (lambda r: remove(r, '*/owl/*'), ValueError, 'class folders without an image in .*train: owl'),
         (lambda r: remove(r, 'val/[do]*/*'), ValueError, 'class folders without an image in .*val: dog, owl'),
         (lambda r: (r / 'val/dog').rename(r / 'val/hog'), ValueError, 'only in train: dog; only in val: hog'),
         (lambda r: (r / 'train/cat/0.png').rename(r / 'train/0.png'), ValueError, 'images outside any class folder'),
-        (lambda r: os.mkfifo(r / 'train/cat/a.png'), ValueError, r'cat.a\.png is no regular file'),
-        (lambda r: os.mkfifo(r / 'val/owl/a.jpg'), ValueError, r'owl.a\.jpg is no regular file'),
-        (lambda r: bind(r / 'train/cat/a.png'), ValueError, r'cat.a\.png is no regular file'),
-        (lambda r: (r / 'train/cat/a.png').symlink_to('/dev/null'), ValueError, r'cat.a\.png is no regular file'),
-        (lambda r: (r / 'train/cat/a.png').symlink_to('gone.png'), ValueError, r'cat.a\.png is no regular file'),
-        (lambda r: (r / 'train/cat/part').symlink_to('gone'), ValueError, r'cat.part is no regular file'),
-        (lambda r: (r / 'train/pig').symlink_to('gone'), ValueError, r'train.pig is no regular file'),
+        (lambda r: os.mkfifo(r / 'train/cat/a.png'), ValueError, r'cat.a\.png is not a regular file'),
+        (lambda r: os.mkfifo(r / 'val/owl/a.jpg'), ValueError, r'owl.a\.jpg is not a regular file'),
+        (lambda r: bind(r / 'train/cat/a.png'), ValueError, r'cat.a\.png is not a regular file'),
+        (lambda r: (r / 'train/cat/a.png').symlink_to('/dev/null'), ValueError, r'cat.a\.png is not a regular file'),
+        (lambda r: (r / 'train/cat/a.png').symlink_to('gone.png'), ValueError, r'cat.a\.png is not a regular file'),
+        (lambda r: (r / 'train/cat/part').symlink_to('gone'), ValueError, r'cat.part is not a regular file'),
+        (lambda r: (r / 'train/pig').symlink_to('gone'), ValueError, r'train.pig is not a regular file'),
         (lambda r: (r / 'train/cat/a.png').mkdir(), ValueError, r'cat.a\.png is a folder without images'),
         (lambda r: (r / 'train/cat/all').symlink_to('../..'), ValueError, 'is a link to a folder that it lies in'),
     ],
@@ -140,16 +150,16 @@ def test_class_folders_by_name_are_read_as_those_without(tmp_path, dataset):
     truncate(root / 'train/owl/1.png')
     by_name, plain = open_data(root, dataset), open_data(root)
     assert [(s.classes, s.source) for s in by_name] == [(s.classes, s.source) for s in plain]
-    (text,) = find_broken(by_name[0], progress=False).values()
+    (text,) = inspect_images(by_name[0])[0].values()
     assert text.startswith(str(root / 'train/owl/1.png'))
 
     shutil.copytree(root / 'val', root / 'extra')
-    assert open_training_data(root, dataset, split='extra').source.root == str(root / 'extra')
+    assert open_split(root, dataset, split='extra').source.root == str(root / 'extra')
     for split in ('gone', 'test'):  # not the root, nor another split in its place
         with pytest.raises(FileNotFoundError, match=rf'has no folder {split} \(it holds: extra, train, val\)'):
             open_data(root, dataset, val_split=split)
     os.mkfifo(root / 'train/cat/a.png')
-    with pytest.raises(ValueError, match=r'cat.a\.png is no regular file'):
+    with pytest.raises(ValueError, match=r'cat.a\.png is not a regular file'):
         open_data(root, dataset)
     with pytest.raises(FileNotFoundError, match='there is no data folder'):
         open_data(tmp_path / 'gone', dataset)
@@ -157,19 +167,19 @@ def test_class_folders_by_name_are_read_as_those_without(tmp_path, dataset):
 
 def test_archive_is_read_without_an_open_file_that_threads_and_workers_would_share(tmp_path):
     make_images(tmp_path)
-    plain = open_training_data(tmp_path)
+    plain = open_split(tmp_path)
     inner = tmp_path / 'inner'
     for name in plain.classes:
         shutil.make_archive(str(inner / name), 'tar', tmp_path / 'train', name)
     for number, folder in enumerate((tmp_path / 'train', inner)):  # images, or an archive for each class
         archive = shutil.make_archive(str(tmp_path / f'{number}'), 'tar', folder)
-        train = open_training_data(archive, 'folder', num_classes=3)
+        train = open_split(archive, 'folder', num_classes=3)
         assert (train.classes, len(train)) == (['0', '1', '2'], 12)
-        assert find_broken(train) == {}
+        assert inspect_images(train)[0] == {}
         again = pickle.loads(pickle.dumps(train))  # no open file is left in it
         assert [again.read(i) for i in range(12)] == [plain.read(i) for i in range(12)], folder
         truncate(Path(archive))
-        assert 0 < len(find_broken(train)) < 12
+        assert 0 < len(inspect_images(train)[0]) < 12
 
 
 @pytest.mark.parametrize(
@@ -216,17 +226,17 @@ def test_data_set_by_name_is_opened(tmp_path, monkeypatch):
     sources['array'].data = np.arange(5, dtype=np.uint8)
     sources['array'].targets = [0, 1, 1, 0, 1]
     monkeypatch.setattr(data, 'create_dataset', lambda name, **options: sources[name.removeprefix('torch/')])
-    train = open_training_data(root, 'torch/decoded', num_classes=2)
+    train = open_split(root, 'torch/decoded', num_classes=2)
     assert (train.classes, len(train), train.name(3), train.load(3)[0].size) == (['0', '1'], 5, 'train[3]', (9, 9))
-    assert find_broken(train) == {}
-    train = open_training_data(root, 'torch/reader')
+    assert inspect_images(train)[0] == {}
+    train = open_split(root, 'torch/reader')
     assert (train.classes, train.load(2)[0].size, train.part([1, 2]).labels()) == (['cat', 'dog'], (12, 12), [1, 1])
-    broken = find_broken(train)
+    broken = inspect_images(train)[0]
     assert list(broken) == [1, 3]
-    assert broken[3] == 'train[3]: its label 2 is none of the 2 classes'
+    assert broken[3] == 'train[3]: its label 2 is not one of the 2 classes'
     prints = set()
     for sources['array'].data[0] in (0, 7):
-        broken, fingerprint = inspect_images(open_training_data(root, 'torch/array', num_classes=2))
+        broken, fingerprint = inspect_images(open_split(root, 'torch/array', num_classes=2))
         assert broken == {}
         prints.add(fingerprint)
     assert len(prints) == 2
@@ -237,7 +247,7 @@ def test_number_of_classes_that_the_data_contradict_is_refused(tmp_path, dataset
     root = make_images(tmp_path)
     open_data(root, dataset, num_classes=count)
     for wrong in (count - 1, count + 7):
-        for opened in (open_data, open_training_data):
+        for opened in (open_data, open_split):
             with pytest.raises(ValueError, match=f'num_classes is {wrong}, but train has 3 classes .*cat, dog, owl'):
                 opened(root, dataset, num_classes=wrong)
 
@@ -264,7 +274,7 @@ def test_classes_are_the_first_level_and_hidden_names_are_ignored(tmp_path):
         assert [samples.name(i).endswith(('b.TIF', 'd.bmp')) for i in (own + 1, 2 * own + 3)] == [True, True]
     shutil.rmtree(root / 'train/dog')
     (root / 'train/dog').symlink_to(root / 'val/dog')  # folders and files may be links
-    assert len(open_training_data(root)) == 6 + 4
+    assert len(open_split(root)) == 6 + 4
 
 
 def test_order_is_timms_and_not_the_file_systems(tmp_path, monkeypatch):
@@ -275,7 +285,7 @@ def test_order_is_timms_and_not_the_file_systems(tmp_path, monkeypatch):
         (tmp_path / 'train' / name).mkdir(parents=True)
         for file in files:
             (tmp_path / 'train' / name / file).touch()
-    train = open_training_data(tmp_path)
+    train = open_split(tmp_path)
     theirs = ReaderImageFolder(str(tmp_path / 'train'))
     assert train.source.samples == theirs.samples
     assert {name: i for i, name in enumerate(train.classes)} == theirs.class_to_idx
@@ -283,7 +293,7 @@ def test_order_is_timms_and_not_the_file_systems(tmp_path, monkeypatch):
         (tmp_path / 'train' / 'a' / name).touch()
     (tmp_path / 'train' / 'B2').mkdir()
     (tmp_path / 'train' / 'B2' / '1.png').touch()
-    first, real = open_training_data(tmp_path), os.scandir
+    first, real = open_split(tmp_path), os.scandir
 
     class Backwards:
         def __init__(self, path):
@@ -296,7 +306,7 @@ def test_order_is_timms_and_not_the_file_systems(tmp_path, monkeypatch):
 
     for Backwards.turned in (True, False):
         monkeypatch.setattr(os, 'scandir', Backwards)
-        again = open_training_data(tmp_path)
+        again = open_split(tmp_path)
         assert (again.classes, again.source.samples) == (first.classes, first.source.samples)
 
 
@@ -306,12 +316,12 @@ def test_names_that_are_not_utf8(tmp_path):
     os.rename(os.fsencode(root / 'train/dog/1.png'), os.fsencode(root) + b'/train/dog/\xff\n.png')
     with pytest.raises(ValueError, match=r'only in train: c\\udce4t; only in val: cat') as caught:
         open_data(root)
-    train = open_training_data(root)
+    train = open_split(root)
     assert train.labels() == [0] * 4 + [1] * 4
-    broken, fingerprint = inspect_images(train, progress=False)
+    broken, fingerprint = inspect_images(train)
     assert (broken, len(fingerprint), len(listing(train))) == ({}, 16, 16)
     truncate(Path(train.source.samples[7][0]))
-    (text,) = find_broken(train, progress=False).values()
+    (text,) = inspect_images(train)[0].values()
     with pytest.raises(ValueError, match='broken image') as also:
         train.load(7)
     for shown in (text, str(caught.value), str(also.value)):
@@ -326,18 +336,18 @@ def test_broken_images_are_found_named_and_left_out(tmp_path, suffix):
     truncate(root / f'train/dog/1.{suffix}')  # its header is whole
     (root / f'train/owl/3.{suffix}').write_bytes(b'no image at all')
     train, val = open_data(root)
-    broken = find_broken(train, progress=False)
+    broken = inspect_images(train)[0]
     assert broken[11] == f'{root}/train/owl/3.{suffix}: cannot identify image file'
     with pytest.raises(ValueError, match=rf'3\.{suffix}: cannot identify image file; replace'):
         train.load(11)
-    assert find_broken(val, progress=False) == {}
+    assert inspect_images(val)[0] == {}
     assert [Path(text.split(': ')[0]).parts[-2:] for text in broken.values()] == [
         ('dog', f'1.{suffix}'),
         ('owl', f'3.{suffix}'),
     ]
-    kept = train.without(broken)
+    kept = train.part([i for i in range(12) if i not in broken])
     assert len(kept) == 10
-    assert find_broken(kept, progress=False) == {}
+    assert inspect_images(kept)[0] == {}
     assert Path(kept.name(5)).parts[-2:] == ('dog', f'2.{suffix}')
 
 
@@ -379,11 +389,11 @@ def swap(folder):
 )
 def test_fingerprints(tmp_path, change, contents, names):
     root = make_images(tmp_path)
-    before = open_training_data(root)
-    before = inspect_images(before, progress=False)[1], listing(before)
+    before = open_split(root)
+    before = inspect_images(before)[1], listing(before)
     change(root)
-    after = open_training_data(root)
-    assert (inspect_images(after, progress=False)[1] != before[0]) == contents
+    after = open_split(root)
+    assert (inspect_images(after)[1] != before[0]) == contents
     assert (listing(after) != before[1]) == names
 
 
@@ -446,41 +456,124 @@ def test_grey_images_are_loaded_for_one_channel(tmp_path, size):
 # ---- order and augmentation ----
 
 
-@pytest.mark.parametrize('size', [12, 96])
-def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path, size):
-    train, _ = open_data(make_images(tmp_path, size=20))
-    config = {'input_size': (3, size, size), **MEAN_STD}
-    transform, _ = create_transforms(config, auto_augment='rand-m9-mstd0.5' if size > 64 else None)
+def batches_of(kind, root, workers=0, seed=0, **more):
+    """Batches of augmented images: as a training loads small and large ones, and as a search holds small ones."""
+    train, _ = open_data(root)
+    size = 96 if kind == 'large' else 12
+    if kind == 'bytes':
+        images = load_small_images(train, (size, size))
+        return Batches(SmallImages(images, torch.as_tensor(train.labels()), (0.4,), (0.3,), seed, 1, hflip=0.5), **more)
+    transform, _ = create_transforms(
+        {'input_size': (3, size, size), **MEAN_STD}, auto_augment='rand-m9-mstd0.5' if kind == 'large' else None
+    )
+    return Batches(TransformedSamples(train, transform, seed), workers=workers, **more)
 
-    def epoch(number, seed=0, **loading):
-        sampler = EpochSampler(len(train), seed, shuffle=True)
-        sampler.epoch = number
-        loader = DataLoader(TransformedSamples(train, transform, seed), sampler=sampler, **loading)
-        return torch.cat([images for images, _ in loader])
 
-    reference = epoch(1, batch_size=4)
+@pytest.mark.parametrize('kind', ['small', 'large', 'bytes'])
+def test_a_batch_depends_on_seed_epoch_and_step_alone(tmp_path, kind):
+    root = make_images(tmp_path, size=20)
+    first = batches_of(kind, root)
+    whole = list(first.epoch(1, 4, 0, 3))
+    images, labels = map(torch.cat, zip(*whole, strict=True))
+    assert images.shape == (12, 3, *[96 if kind == 'large' else 12] * 2)
+    assert sorted(labels.tolist()) == sorted(open_data(root)[0].labels())
     random.seed(5)
     np.random.seed(5)  # noqa: NPY002
     torch.manual_seed(5)
-    for loading in ({'batch_size': 3}, {'batch_size': 4, 'num_workers': 2, 'persistent_workers': True}):
-        assert torch.equal(epoch(1, **loading), reference)
-    data = TransformedSamples(train, transform, 0)
-    assert not torch.equal(data[1, 3][0], data[2, 3][0])
-    assert not torch.equal(data[1, 3][0], TransformedSamples(train, transform, 1)[1, 3][0])
-    assert data[1, 3][0].shape == (3, size, size)
+    workers = batches_of(kind, root, workers=2)
+    for case, steps in {
+        'again': first.epoch(1, 4, 0, 3),
+        'other batches': first.epoch(1, 3, 0, 4),
+        'by processes': workers.epoch(1, 4, 0, 3),
+        'by the same processes': workers.epoch(1, 4, 0, 3),
+        'channels last': batches_of(kind, root, memory_format=torch.channels_last).epoch(1, 4, 0, 3),
+    }.items():
+        assert torch.equal(torch.cat([batch for batch, _ in steps]), images), case
+    assert next(iter(batches_of(kind, root, memory_format=torch.channels_last).epoch(1, 4, 0, 1)))[0].is_contiguous(
+        memory_format=torch.channels_last
+    )
+    for step, (batch, _) in enumerate(workers.epoch(1, 4, 1, 3), start=1):  # a resumed epoch
+        assert torch.equal(batch, whole[step][0])
+    shares = zip(*(list(first.epoch(1, 4, 0, 3, rank, 2)) for rank in (0, 1)), strict=True)
+    for (batch, _), parts in zip(whole, shares, strict=True):
+        assert torch.equal(torch.cat([part for part, _ in parts]), batch)
+
+    older = first.epoch(1, 4, 0, 3)
+    next(older)
+    next(first.epoch(2, 4, 0, 3))
+    with pytest.raises(RuntimeError, match='a newer epoch of these batches has begun'):
+        next(older)
+
+    def of_image(batches, epoch, label):
+        """The first image of a class; which one that is differs with the order."""
+        return next(batch[labels == label][0] for batch, labels in batches.epoch(epoch, 12, 0, 1))
+
+    for other in (of_image(first, 2, 1), of_image(batches_of(kind, root, seed=1), 1, 1)):
+        assert not torch.equal(other, of_image(first, 1, 1))
 
 
-def test_order_depends_on_seed_and_epoch():
-    def order(seed, epoch, shuffle=True):
-        sampler = EpochSampler(20, seed, shuffle=shuffle)
-        sampler.epoch = epoch
-        return list(sampler)
+def test_an_image_is_augmented_anew_in_each_epoch_and_with_each_seed(tmp_path):
+    samples = batches_of('small', make_images(tmp_path)).images
+    for other in (samples[2, 3], TransformedSamples(samples.samples, samples.transform, 1)[1, 3]):
+        assert not torch.equal(samples[1, 3][0], other[0])
+        assert samples[1, 3][1] == other[1] == 0
+    assert TransformedSamples(samples.samples, samples.transform, 0, labels=[7] * 12)[1, 3][1] == 7
 
-    assert order(0, 3) == order(0, 3)
-    assert sorted(order(0, 3)) == [(3, i) for i in range(20)] == order(0, 3, shuffle=False)
-    places = {tuple(i for _, i in order(seed, epoch)) for seed in range(3) for epoch in range(3)}
-    assert len(places) == 9
+
+def test_order_and_augmentation_of_existing_runs():
+    """With other values, a run of an earlier version would not resume as it began."""
+
+    def part(stream):
+        images = torch.zeros(5, 1, 4, 4, dtype=torch.uint8)
+        return SmallImages(images, torch.arange(5), (0,), (1,), 3, stream, None if stream is None else 0.5)
+
+    def order(epoch, count=5, stream=None, **more):
+        (batch,) = Batches(part(stream), **more).epoch(epoch, count, 0, 1)
+        return batch[1].tolist()
+
+    assert [order(0), order(1)] == [[1, 0, 4, 3, 2], [1, 4, 3, 0, 2]]  # of a training
+    assert order(0, 12, stream=0) == [1, 2, 3, 0, 4, 3, 2, 1, 4, 0, 3, 1]  # of a search, each time in a new order
+    assert order(0, 12, stream=1) == [0, 4, 2, 3, 1, 1, 3, 0, 4, 2, 0, 2]
+    assert order(1, stream=1) == [1, 4, 3, 2, 0]
+    assert order(7, 7, shuffle=False) == [0, 1, 2, 3, 4, 0, 1]
+    images = part(1)
+    next(Batches(images).epoch(7, 5, 0, 1))
+    assert images.drawn[1].tolist() == [[8, 1, 0], [7, 8, 1], [2, 1, 1], [4, 2, 1], [5, 4, 0]]
     assert len({derive_seed(0, a, b, c) for a in range(3) for b in range(5) for c in range(5)}) == 75
+
+
+@pytest.mark.parametrize(('world', 'sizes'), [(1, [4, 4, 2]), (2, [2, 2, 2])])
+def test_every_image_comes_once(world, sizes):
+    """Of several processes the last batch is full, and starts again at the first image."""
+    images = SmallImages(torch.zeros(10, 1, 4, 4, dtype=torch.uint8), torch.arange(10), (0,), (1,))
+    for shuffle in (False, True):
+        batches = Batches(images, shuffle=shuffle)
+        parts = [[labels for _, labels in batches.once(4, rank=rank, world=world)] for rank in range(world)]
+        assert [len(labels) for labels in parts[0]] == sizes
+        seen = torch.cat([torch.cat(step) for step in zip(*parts, strict=True)]).tolist()
+        assert sorted(seen[:10]) == list(range(10))
+        assert shuffle or seen == [i % 10 for i in range(len(seen))]
+        assert [labels.tolist() for _, labels in batches.once(4, 5)] == [seen[:4], seen[4:5]]
+        assert sum(len(labels) for _, labels in batches.once(4, 99)) == 10
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_broken_image_of_a_batch_is_an_error_of_one_line(tmp_path, workers):
+    root = make_images(tmp_path)
+    truncate(root / 'train/dog/1.png')
+    with pytest.raises(ValueError, match=r'^broken image [^\n]*dog.1\.png: [^\n]*; replace or remove it[^\n]*$'):
+        list(batches_of('small', root, workers).epoch(0, 4, 0, 3))
+
+
+def test_flip_and_crop_of_small_images():
+    images = torch.randint(0, 255, (48, 3, 12, 12), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    batches = Batches(SmallImages(images, torch.arange(48), [0.0] * 3, [1 / 255] * 3, hflip=1.0))
+    windows = F.pad(images.flip(3), (4,) * 4).unfold(2, 12, 1).unfold(3, 12, 1).flatten(2, 3)  # (N, C, 81, 12, 12)
+    places = set()
+    for image, label in zip(*next(iter(batches.epoch(0, 48, 0, 1))), strict=True):
+        ((place,),) = (windows[label].float() == image[:, None]).flatten(2).all(-1).all(0).nonzero(as_tuple=True)
+        places.add(int(place))
+    assert len(places) > 20
 
 
 def test_seeded_restores_the_generators():

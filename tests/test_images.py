@@ -11,9 +11,8 @@ from test_data import make_images, remove
 
 from sase_blocks.data import (
     Samples,
-    find_broken,
     inspect_images,
-    open_training_data,
+    open_split,
 )
 from sase_blocks.images import ImageFiles, decode_image
 
@@ -131,8 +130,8 @@ def test_one_bit_is_black_and_white(mode):
 def test_pixels_without_a_range_are_refused_by_name(tmp_path, array, says):
     root = make_images(tmp_path)
     Image.fromarray(array).save(root / 'train/dog/deep.tif')
-    train = open_training_data(root)
-    (text,) = find_broken(train, progress=False).values()
+    train = open_split(root)
+    (text,) = inspect_images(train)[0].values()
     assert says in text
     assert 'deep.tif' in text
     with pytest.raises(ValueError, match=rf'dog.deep\.tif: {says}.*save it with 8 or 16 bits'):
@@ -144,16 +143,16 @@ def test_twelve_bits_in_sixteen_are_refused_where_all_are(tmp_path):
     root = make_images(tmp_path)
     for i, most in enumerate((4095, 1000)):
         Image.fromarray((RAMP.astype(np.uint32) * most // 65535).astype(np.uint16)).save(root / f'train/dog/1{i}.png')
-    broken, fingerprint = inspect_images(open_training_data(root), progress=False)
+    broken, fingerprint = inspect_images(open_split(root))
     assert [text.split(': ')[1] for text in broken.values()] == [
         f'a 16-bit image of values up to {most} among 16-bit images that all stay below 4096, so nearly black'
         for most in (4095, 1000)
     ]
     remove(root, 'train/dog/1?.png')
-    assert inspect_images(open_training_data(root), progress=False) == ({}, fingerprint)
+    assert inspect_images(open_split(root)) == ({}, fingerprint)
     Image.fromarray(RAMP >> 5).save(root / 'train/dog/10.png')
     Image.fromarray(RAMP).save(root / 'train/dog/11.png')
-    assert find_broken(open_training_data(root), progress=False) == {}
+    assert inspect_images(open_split(root))[0] == {}
 
 
 @pytest.mark.parametrize('kind', [4, 2, 6, 'tiff'])
@@ -161,7 +160,7 @@ def test_twelve_bits_in_sixteen_are_refused_in_colour_and_with_alpha(tmp_path, k
     def save(values):
         content = sixteen_bit_tiff(values) if kind == 'tiff' else sixteen_bit_png(values, kind)
         (root / 'train/dog/10.png').write_bytes(content)
-        return find_broken(open_training_data(root), progress=False)
+        return inspect_images(open_split(root))[0]
 
     root = make_images(tmp_path)
     (text,) = save(RAMP >> 4).values()

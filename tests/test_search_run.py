@@ -22,7 +22,6 @@ from test_data import disguise, make_images, swap, truncate
 
 from sase_blocks.blocks import Genotype
 from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
-from sase_blocks.search.halves import halves_of_images, relabelled, split_classes
 from sase_blocks.search.sase import bilevel, searching
 from sase_blocks.search.sase.bilevel import VirtualStep, logits_gradient
 from sase_blocks.search.sase.config import SearchConfig
@@ -344,8 +343,8 @@ def without_class(images, labels, classes):
 @pytest.mark.parametrize(
     ('changes', 'data', 'says'),
     [
-        ({'batch_size': 64}, pictures, '48 images for the weights are fewer than one batch of 64'),
-        ({'fraction': 0.95}, pictures, '6 images held out are fewer than one batch of 8'),
+        ({'batch_size': 64}, pictures, '48 training images are fewer than one batch of 64'),
+        ({'fraction': 0.95}, pictures, '6 held-out images are fewer than one batch of 8'),
         ({'model': 'resnet20_cifr'}, pictures, 'did you mean resnet20_cifar'),
         ({'model': 'vit_tiny_patch16_224', 'model_args': {}}, pictures, 'fails for an input of'),
         ({}, lambda: without_class(*pictures()), "class 'striped' has 0 training images"),
@@ -365,7 +364,7 @@ def test_wrong_data(config, changes, data, says):
         (lambda root: truncate(next((root / 'train' / 'cat').iterdir())), 'broken image .*--skip-broken'),
         (lambda root: next((root / 'train' / 'cat').iterdir()).write_bytes(b''), 'broken image'),
         (lambda root: [p.unlink() for p in (root / 'train' / 'cat').iterdir()], 'class folders without an image'),
-        (lambda root: os.mkfifo(root / 'train' / 'cat' / 'a.png'), r'a\.png is no regular file'),
+        (lambda root: os.mkfifo(root / 'train' / 'cat' / 'a.png'), r'a\.png is not a regular file'),
         (lambda root: [p.unlink() for p in list((root / 'train' / 'cat').iterdir())[1:]], 'has 1 training images'),
     ],
     ids=['truncated', 'empty file', 'no image', 'a pipe', 'one image'],
@@ -425,52 +424,6 @@ def check_damaged(last, resume, weights):
         assert len(said.replace(str(last.parent), '')) < 600, what
         assert said.endswith('give another --out' if 'config' in what else 'delete it to start over'), what
         assert last.read_bytes() == before
-
-
-# ---- the data ----
-
-
-def test_halves_are_balanced_and_only_one_is_augmented():
-    images, labels, classes = pictures()
-    both = halves_of_images(images, labels, classes, seed=3)
-    held = both.facts['held_out_indices']
-    assert torch.bincount(labels[held]).tolist() == [16, 16, 16]
-    first = [batch[0] for batch in both.held_out.epoch(0, 8, 0, STEPS, 0, 1)]
-    second = [batch[0] for batch in both.held_out.epoch(1, 8, 0, STEPS, 0, 1)]
-    assert torch.equal(torch.cat(first).flatten(1).sum(1).sort()[0], torch.cat(second).flatten(1).sum(1).sort()[0])
-    weights = [torch.cat([b[0] for b in both.weights.epoch(e, 8, 0, STEPS, 0, 1)]) for e in (0, 1)]
-    assert not torch.equal(weights[0].flatten(1).sum(1).sort()[0], weights[1].flatten(1).sum(1).sort()[0])
-
-
-def test_a_batch_is_a_function_of_its_step():
-    both = halves_of_images(*pictures(), seed=3)
-    whole = list(both.weights.epoch(2, 8, 0, STEPS, 0, 1))
-    for step, (images, labels) in enumerate(both.weights.epoch(2, 8, 2, STEPS, 0, 1), start=2):
-        assert torch.equal(images, whole[step][0])
-        assert torch.equal(labels, whole[step][1])
-    parts = [list(both.weights.epoch(2, 8, 0, STEPS, rank, 2)) for rank in (0, 1)]
-    for step in range(STEPS):
-        assert torch.equal(torch.cat([parts[0][step][0], parts[1][step][0]]), whole[step][0])
-
-
-def test_flip_and_crop():
-    images, labels, classes = pictures()
-    both = halves_of_images(images, labels, classes, hflip=1.0, statistics=([0.0] * 3, [1 / 255] * 3))
-    half = images[[i for i in range(96) if i not in set(both.facts['held_out_indices'])]].float()
-    padded = F.pad(half.flip(3), (4,) * 4)
-    windows = padded.unfold(2, 12, 1).unfold(3, 12, 1).flatten(2, 3)  # (N, C, 81, 12, 12)
-    seen = torch.cat([batch[0] for batch in both.weights.epoch(0, 8, 0, STEPS, 0, 1)])
-    for image in seen:
-        assert (windows == image[None, :, None]).all(-1).all(-1).all(1).any()
-
-
-def test_random_labels_keep_their_counts():
-    _, labels, classes = pictures()
-    parts = split_classes(labels, classes, 0.5, 0)
-    new = relabelled(labels, parts, 0)
-    assert (new != labels).double().mean() > 0.4
-    for part in parts:
-        assert torch.equal(torch.bincount(new[part]), torch.bincount(labels[part]))
 
 
 # ---- what is watched ----

@@ -28,7 +28,7 @@ from sase_blocks.checkpoint import read_checkpoint
 from sase_blocks.cli import main
 from sase_blocks.demo import run_trionet_demo
 from sase_blocks.models import Architecture
-from sase_blocks.search.halves import halves_of_images
+from sase_blocks.search.data import split_data
 from sase_blocks.search.trionet import (
     SuperNet,
     TrioConfig,
@@ -43,7 +43,7 @@ from sase_blocks.search.trionet import (
     uniform,
 )
 from sase_blocks.search.trionet.cost import Costs, bound, macs
-from sase_blocks.search.trionet.score import accuracy, batches_of, recalibrate, resize
+from sase_blocks.search.trionet.score import accuracy, recalibrate, resize
 from sase_blocks.search.trionet.training import networks_of, sandwich_step
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -173,13 +173,12 @@ def architecture_of(space, seed=0, operator=2):
     return space.architecture(draw(space, np.random.default_rng(seed), lambda rng, count: only, 'largest'))
 
 
-def test_every_image_is_counted_once():
-    halves = halves_of_images(*pictures(), fraction=0.75, hflip=0.0)
-    assert len(halves.held_out) == 24
-    parts = [labels for _, labels in batches_of(halves.held_out, 10)]
+def test_every_image_is_counted_once(config):
+    held_out = split_data(pictures(), config).held_out
+    assert len(held_out) == 24
+    parts = [labels for _, labels in held_out.once(10)]
     assert [len(part) for part in parts] == [10, 10, 4]
     assert torch.cat(parts).bincount().tolist() == [8, 8, 8]
-    assert sum(len(labels) for _, labels in batches_of(halves.weights, 10, most=25)) == 25
 
     class Constant(nn.Module):
         def __init__(self, value=1.0):
@@ -189,11 +188,11 @@ def test_every_image_is_counted_once():
         def forward(self, x):
             return torch.tensor([[0.0, self.value, 0.5]]).repeat(len(x), 1)
 
-    assert accuracy(Constant(), batches_of(halves.held_out, 10)) == pytest.approx(100 / 3)
+    assert accuracy(Constant(), held_out.once(10)) == pytest.approx(100 / 3)
     with pytest.raises(ValueError, match='no images'):
         accuracy(Constant(), [])
     with pytest.raises(FloatingPointError, match='for 24 of 24 images are not finite'):
-        accuracy(Constant(math.nan), batches_of(halves.held_out, 10))
+        accuracy(Constant(math.nan), held_out.once(10))
 
 
 def test_images_are_brought_to_the_size_of_a_network():
@@ -233,12 +232,12 @@ def test_what_a_search_leaves(config, look_often, capsys):
         in_chans=1,
     ).eval()  # fmt: skip
     assert sum(p.numel() for p in model.parameters()) == stored['cost']['parameters']
-    halves = halves_of_images(*pictures(), fraction=0.75)
+    held_out = split_data(pictures(), config).held_out
     size = Architecture.parse(stored['architecture']).image_size
-    batches = [(resize(x, size), y) for x, y in batches_of(halves.held_out, 12)]
+    batches = [(resize(x, size), y) for x, y in held_out.once(12)]
     assert accuracy(model, batches) == pytest.approx(stored['score'])
     test_images, test_labels, _ = pictures(30, seed=1)
-    normalised = (test_images - halves.held_out.mean) / halves.held_out.std
+    normalised = (test_images - held_out.images.mean) / held_out.images.std
     assert accuracy(model, [(resize(normalised, size), test_labels)]) == pytest.approx(stored['test_accuracy'])
     said = capsys.readouterr().out
     assert 'epoch 2/2' in said
@@ -526,13 +525,14 @@ def _stepping(rank, world, store, out):
         os.environ['MASTER_PORT'] = '29500'  # not used: the group is there
         torch.distributed.init_process_group('gloo', f'file://{store}', rank=rank, world_size=world)
     config = TrioConfig(
-        data='', out=str(out), space=str(out.parent / 'space.json'), batch_size=12, drop_rate=0.0, cpu=True
-    )
+        data='', out=str(out), space=str(out.parent / 'space.json'), batch_size=12, fraction=0.75, drop_rate=0.0,
+        cpu=True,
+    )  # fmt: skip
     accelerator = Accelerator(cpu=True)
-    halves = halves_of_images(*pictures(), fraction=0.75)
-    one = training.SupernetTraining(config, accelerator, halves, 1, None)
+    data = split_data(pictures(), config)
+    one = training.SupernetTraining(config, accelerator, data, 1, None)
     one.supernet.double().eval()  # in training a batch norm sees its own process's images alone
-    batches = list(halves.weights.epoch(0, 12, 0, 2, rank, world))
+    batches = list(data.training.epoch(0, 12, 0, 2, rank, world))
     for images, labels in batches:
         one._train_step(images.double(), labels)
     torch.save([p.detach() for p in one.supernet.parameters()], f'{out}-{rank}.pt')
@@ -608,7 +608,7 @@ def test_wrong_settings(config, changes, says):
         ({'max_params': '10'}, 'max_params is 1e-05 M, below the cheapest'),
         ({'max_params': '1G'}, 'max_params is 1000 M, above the most expensive'),
         ({'max_ms': 1e-9}, 'max_ms is 1e-09 ms, below the cheapest'),
-        ({'batch_size': 96}, '72 images for the weights are fewer than one batch of 96'),
+        ({'batch_size': 96}, '72 training images are fewer than one batch of 96'),
         ({'evaluations': 4}, 'population 4 must be below evaluations, got 4'),
         ({'finetune': 1}, 'finetune reads class folders'),
     ],

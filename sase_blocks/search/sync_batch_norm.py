@@ -1,11 +1,9 @@
-"""Batch norm over the images of all processes, by a sum that can be differentiated twice.
+"""Batch norm over the images of all processes, on CPUs and GPUs, with second derivatives. Not in the paper.
 
-torch's SyncBatchNorm needs a GPU and has no second derivative, which an exact second-order search takes. Ours.
+torch's SyncBatchNorm needs a GPU and has no second derivative, which an exact second-order search needs.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,34 +16,23 @@ from sase_blocks.ops import BatchNorm2d
 __all__ = ['synchronize_norms']
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.contiguous().clone()
-        dist.all_reduce(y)
-        return y
+def gather_processes(x: Tensor) -> Tensor:
+    """``x`` of every process, (processes, *x.shape), by one sum, which torch can differentiate twice."""
+    from torch.distributed.nn.functional import all_reduce  # not in every build of torch
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        # Each process's x is in the sum of every process.
-        return _SumOverProcesses.apply(grads[0])
-
-
-def over_processes(x: Tensor) -> Tensor:
-    """``x`` of every process, (processes, *x.shape), by one reduction."""
     world, rank = dist.get_world_size(), dist.get_rank()
     rows = [x if i == rank else torch.zeros_like(x) for i in range(world)]
-    return _SumOverProcesses.apply(torch.stack(rows))
+    return all_reduce(torch.stack(rows))
 
 
 def synchronized_batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """Batch norm in train mode with the statistics of all processes, which hold equally many images."""
+    """Batch norm in train mode with the statistics of all processes, which must have equally many images."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     assert isinstance(norm.running_mean, Tensor)
     assert isinstance(norm.running_var, Tensor)
     assert isinstance(norm.num_batches_tracked, Tensor)
     var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-    means, variances = over_processes(torch.stack([mean, var])).unbind(1)
+    means, variances = gather_processes(torch.stack([mean, var])).unbind(1)
     mean = means.mean(0)
     var = variances.mean(0) + (means - mean).square().mean(0)
     y = (wide - mean.reshape(1, -1, 1, 1)) * torch.rsqrt(var + norm.eps).reshape(1, -1, 1, 1)
@@ -86,10 +73,10 @@ _SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def synchronize_norms(model: nn.Module) -> int:
-    """Let every batch norm of ``model`` see the images of all processes. In place; no name or tensor changes.
+    """Give every batch norm of ``model`` the statistics of all processes. In place; no name or tensor changes.
 
     Returns:
-        How many.
+        The number of batch norms.
 
     Raises:
         ValueError: a batch norm of another class.

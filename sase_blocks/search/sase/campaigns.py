@@ -16,7 +16,7 @@ import torch
 from sase_blocks.data import Samples, name_data
 from sase_blocks.jobs import Ray, job_folder, run_jobs
 from sase_blocks.runs import check_writable, drop_broken, is_main, open_accelerator, say, write_text
-from sase_blocks.search.halves import Arrays, find_samples
+from sase_blocks.search.data import Arrays, find_samples
 from sase_blocks.search.significance import load_stats
 from sase_blocks.train import TrainConfig, build_model
 from sase_blocks.viz import missing_matplotlib, plot_evaluation, save_figure

@@ -28,6 +28,7 @@ from sase_blocks.runs import (
     append_row,
     be_deterministic,
     check_finite,
+    drop_broken,
     load_optimizer,
     open_accelerator,
     open_log,
@@ -38,7 +39,7 @@ from sase_blocks.runs import (
     whole_number,
     write_rows,
 )
-from sase_blocks.search.halves import Arrays, check_same_data, find_samples, open_halves
+from sase_blocks.search.data import Arrays, check_same_data, find_samples, split_data
 from sase_blocks.search.sync_batch_norm import synchronize_norms
 from sase_blocks.train import build_model, check_model_name, hits
 from sase_blocks.viz import missing_matplotlib
@@ -125,18 +126,14 @@ class _Search:
             input_size=data_config['input_size'],
             seed=derive_seed(config.seed, MODEL),
         )
-        self.halves = open_halves(
-            config,
-            accelerator,
-            data,
-            data_config,
-            self.memory_format,
-            null=config.null,
-            checked=images is not None,
+        if isinstance(data, Samples) and data.fingerprint is None:
+            (data,) = drop_broken(config.skip_broken, accelerator, data)
+        self.data = split_data(
+            data, config, data_config, device=self.device, memory_format=self.memory_format, null=config.null
         )
         if saved:
-            check_same_data(self.last, saved['data'], self.halves)
-        self.steps = len(self.halves.weights) // config.batch_size  # a last partial batch is dropped
+            check_same_data(self.last, saved['data'], self.data)
+        self.steps = len(self.data.training) // config.batch_size  # a last partial batch is dropped
         self._prepare(saved)
 
     def _prepare(self, saved: dict[str, Any] | None) -> None:
@@ -269,7 +266,7 @@ class _Search:
         began = last_save = time.perf_counter()
         unseen: list[Tensor] = []
         held_out = (0.0, 0.0)
-        pairs = zip(self.halves.weights.epoch(*at), self.halves.held_out.epoch(*at), strict=True)
+        pairs = zip(self.data.training.epoch(*at), self.data.held_out.epoch(*at), strict=True)
         for number, (training, held) in enumerate(pairs, start=first + 1):
             loss, held_loss, right = self._train_step(training, held, lr)
             self.step += 1
@@ -287,7 +284,7 @@ class _Search:
         seconds = (time.perf_counter() - began) / max(network_steps - first, 1)
         row = self._row(epoch, lr, seconds, held)
         self.rows.append(row)
-        row['warnings'] = warnings_of(self.rows, len(self.halves.classes))
+        row['warnings'] = warnings_of(self.rows, len(self.data.classes))
         self.history.append(network.logits.detach().cpu().clone())
         self.sums = torch.zeros_like(self.sums)
         if self.accelerator.is_main_process:
@@ -342,7 +339,7 @@ class _Search:
             save_checkpoint(
                 {
                     'config': asdict(self.config),
-                    'data': self.halves.facts,
+                    'data': self.data.facts,
                     'step': self.step,
                     'network': self.network.state_dict(),
                     'optimizer': self.optimizer.state_dict(),
@@ -358,7 +355,7 @@ class _Search:
             self.space,
             self.network.logits.detach().cpu(),
             config=asdict(self.config),
-            facts=self.halves.facts,
+            facts=self.data.facts,
             epoch=self.step // self.steps,
             updates=self._updates(),
             warnings=self.rows[-1]['warnings'] if self.rows else [],
@@ -377,12 +374,12 @@ class _Search:
         )
         null = ', each with the label of another image' if config.null else ''
         say(
-            f'{self.halves}{null}; {config.epochs} epochs of {self.steps} steps of '
+            f'{self.data}{null}; {config.epochs} epochs of {self.steps} steps of '
             f'{config.batch_size}; order {config.order}; {self.world} process(es) on {self.device.type}; '
             f'writing to {self.out}'
         )
         if config.order == '2' and not self.resumed:
-            shape = next(self.halves.weights.epoch(0, self.world, 0, 1, self.rank, self.world))[0].shape
+            shape = next(self.data.training.epoch(0, self.world, 0, 1, self.rank, self.world))[0].shape
             size = second_order_bytes(self.network, self._loss, tuple(shape[1:]), config.batch_size // self.world)
             say(f'the exact second order keeps about {size / 2**20:,.0f} MiB for its gradients on each process')
         if (missing := missing_matplotlib()) is not None:

@@ -6,7 +6,7 @@ The supernet's training gives no statistics that fit a network: every candidate 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from sase_blocks.search.batches import Batches
 from sase_blocks.train import hits
 
-__all__ = ['accuracy', 'batches_of', 'recalibrate', 'resize']
+__all__ = ['accuracy', 'recalibrate', 'resize']
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -26,15 +25,6 @@ def resize(images: Tensor, size: int) -> Tensor:
     if images.shape[2:] == (size, size):
         return images
     return F.interpolate(images, (size, size), mode='bilinear', antialias=True)
-
-
-def batches_of(part: Batches, batch_size: int, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first images of a part of the data in its first epoch's order, each once; default: all."""
-    count = len(part) if most is None else min(most, len(part))
-    steps = -(-count // batch_size)
-    for number, (images, labels) in enumerate(part.epoch(0, batch_size, 0, steps, 0, 1)):
-        left = min(batch_size, count - number * batch_size)
-        yield images[:left], labels[:left]
 
 
 @torch.no_grad()

@@ -17,14 +17,21 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor
 
-from sase_blocks.data import Samples, config_for, create_transforms, derive_seed
+from sase_blocks.data import (
+    Batches,
+    Samples,
+    SmallImages,
+    TransformedSamples,
+    config_for,
+    create_transforms,
+    derive_seed,
+)
 from sase_blocks.jobs import Each, Ray, share
 from sase_blocks.models import Architecture
 from sase_blocks.models.trionet import default_cfgs
 from sase_blocks.runs import be_deterministic, check_writable, drop_broken, open_accelerator, run_lock, say
-from sase_blocks.search.batches import Batches, LoadedBatches, MemoryBatches
+from sase_blocks.search.data import Arrays, check_arrays, check_same_data, find_samples, split_data
 from sase_blocks.search.evolution import Candidate, Problem, evolve, load_optuna
-from sase_blocks.search.halves import Arrays, check_images, check_same_data, find_samples, open_halves
 from sase_blocks.search.significance import load_stats
 from sase_blocks.train import TrainConfig, open_in_turn, train
 from sase_blocks.viz import missing_matplotlib
@@ -118,7 +125,7 @@ def _search(
     else:
         data, classes, in_chans = images, list(images[2]), images[0].shape[1]
         if test is not None:
-            check_images(*test)
+            check_arrays(*test)
     costs = Costs(len(classes), in_chans, accelerator.device, **config.limits)
     costs.check(space)
     if (missing := missing_matplotlib()) is not None:
@@ -126,7 +133,7 @@ def _search(
     with run_lock(config, accelerator):
         training = _open_training(config, accelerator, data, in_chans)
         weights = sum(p.numel() for p in training.supernet.parameters())
-        tell(f'{space.size:.3g} networks of {weights:,} shared weights; {training.halves}')
+        tell(f'{space.size:.3g} networks of {weights:,} shared weights; {training.data}')
         tell(
             f'supernet: {config.epochs} epochs of {training.steps} steps of {config.batch_size}, {config.networks + 2} '
             f'networks each, {config.sampling} sampling, {config.sharing} sharing; {processes} process(es) on '
@@ -160,7 +167,7 @@ def _search(
 
         candidates = share(score, drive, cpu=config.cpu, ray=ray)
     texts = {name: str(space.architecture(genome)) for name, genome in pure.items()}
-    result = describe_result(space, candidates, texts, costs, config=asdict(config), facts=training.halves.facts)
+    result = describe_result(space, candidates, texts, costs, config=asdict(config), facts=training.data.facts)
     tell(format_result(result))
     if main:
         found = training.calibrated(Architecture.parse(result['architecture']))
@@ -233,7 +240,7 @@ def _settings(config: TrioConfig, training: SupernetTraining) -> dict[str, Any]:
         'calibration': config.calibration,
         'space': training.space.to_dict(),
         'limits': config.limits,
-        'data': training.halves.facts['fingerprint'],
+        'data': training.data.facts['fingerprint'],
         'supernet': _fingerprint(training.found.state_dict()),
     }
 
@@ -272,11 +279,12 @@ def _open_training(config: TrioConfig, accelerator: Any, data: Samples | Arrays,
     """The training of the supernet, where a checkpoint has left it. The images are checked already."""
     data_config = _data_config(TrioSpace.parse(config.space).image_sizes[-1], in_chans)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    halves = open_halves(config, accelerator, data, data_config, memory_format, trains_on_both=False, checked=True)
+    device = accelerator.device
+    parts = split_data(data, config, data_config, device=device, memory_format=memory_format, trains_on_both=False)
     saved = saved_supernet(config)
     if saved:
-        check_same_data(Path(config.out) / 'supernet.pt', saved['data'], halves)
-    return SupernetTraining(config, accelerator, halves, in_chans, saved)
+        check_same_data(Path(config.out) / 'supernet.pt', saved['data'], parts)
+    return SupernetTraining(config, accelerator, parts, in_chans, saved)
 
 
 def _data_config(size: int, in_chans: int) -> dict[str, Any]:
@@ -288,21 +296,14 @@ def _test_part(
     config: TrioConfig, network: Architecture, tests: Samples | tuple[Tensor, Tensor], training: SupernetTraining
 ) -> Batches:
     """The test images as batches."""
-    seed, device = config.seed, training.accelerator.device
+    device = training.accelerator.device
     if isinstance(tests, Samples):
-        return LoadedBatches(
-            tests,
-            torch.as_tensor(tests.labels()),
-            create_transforms(_data_config(network.image_size, training.in_chans))[1],
-            seed=seed,
-            stream=2,
-            workers=config.workers,
-            device=device,
-        )
-    weights = training.halves.weights
-    assert isinstance(weights, MemoryBatches)
-    mean, std = ((statistic / 255).flatten().tolist() for statistic in (weights.mean, weights.std))
-    return MemoryBatches(*tests, mean=mean, std=std, augment=False, seed=seed, stream=2, device=device)
+        transform = create_transforms(_data_config(network.image_size, training.in_chans))[1]
+        return Batches(TransformedSamples(tests, transform, config.seed, 2), workers=config.workers, device=device)
+    seen = training.data.training.images
+    assert isinstance(seen, SmallImages)
+    mean, std = ((statistic / 255).flatten().tolist() for statistic in (seen.mean, seen.std))
+    return Batches(SmallImages(*tests, mean, std, config.seed, 2, device=device), device=device)
 
 
 def _finetuning(config: TrioConfig, architecture: str) -> TrainConfig:

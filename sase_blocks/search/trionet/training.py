@@ -27,7 +27,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
-from sase_blocks.data import MODEL, derive_seed
+from sase_blocks.data import MODEL, Batches, derive_seed
 from sase_blocks.jobs import check_settings
 from sase_blocks.models import Architecture
 from sase_blocks.runs import (
@@ -43,12 +43,11 @@ from sase_blocks.runs import (
     whole_number,
     write_rows,
 )
-from sase_blocks.search.batches import Batches
-from sase_blocks.search.halves import Halves
+from sase_blocks.search.data import SearchData
 from sase_blocks.train import make_optimizer
 
 from .config import TrioConfig
-from .score import accuracy, batches_of, recalibrate, resize
+from .score import accuracy, recalibrate, resize
 from .space import Law, TrioSpace, draw
 from .supernet import SubNetwork, SuperNet
 
@@ -143,25 +142,25 @@ class SupernetTraining:
     Args:
         config: the settings.
         accelerator: accelerate's.
-        halves: the data.
+        data: see ``split_data``.
         in_chans: channels of the images.
         saved: the checkpoint from ``saved_supernet``.
     """
 
     def __init__(
-        self, config: TrioConfig, accelerator: Any, halves: Halves, in_chans: int, saved: dict[str, Any] | None
+        self, config: TrioConfig, accelerator: Any, data: SearchData, in_chans: int, saved: dict[str, Any] | None
     ) -> None:
-        self.config, self.accelerator, self.halves, self.in_chans = config, accelerator, halves, in_chans
+        self.config, self.accelerator, self.data, self.in_chans = config, accelerator, data, in_chans
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.out = Path(config.out)
         self.last, self.metrics = self.out / 'supernet.pt', self.out / 'metrics.jsonl'
         self.space, self.law = TrioSpace.parse(config.space), config.law
         torch.manual_seed(derive_seed(config.seed, MODEL))
-        self.supernet = SuperNet(self.space, len(halves.classes), in_chans, config.sharing, config.drop_rate)
+        self.supernet = SuperNet(self.space, len(data.classes), in_chans, config.sharing, config.drop_rate)
         # channels_last applies only to the images: each forward slices the weights again.
         self.supernet.to(accelerator.device)
         self.optimizer = make_optimizer(config, self.supernet)
-        self.steps = len(halves.weights) // config.batch_size  # a last partial batch is dropped
+        self.steps = len(data.training) // config.batch_size  # a last partial batch is dropped
         total = config.epochs * self.steps
         warmup = round(config.warmup * total)
         self.scheduler = CosineLRScheduler(
@@ -251,7 +250,7 @@ class SupernetTraining:
         self.supernet.train()
         began = last_save = time.perf_counter()
         unseen: list[Tensor] = []
-        batches = self.halves.weights.epoch(epoch, config.batch_size, first, self.steps, self.rank, self.world)
+        batches = self.data.training.epoch(epoch, config.batch_size, first, self.steps, self.rank, self.world)
         for number, (images, labels) in enumerate(batches, start=first + 1):
             unseen.append(self._train_step(images, labels).double())
             self.step += 1
@@ -304,12 +303,12 @@ class SupernetTraining:
     def score(self, architecture: Architecture) -> float:
         """Held-out accuracy of a network, in percent."""
         network = self.calibrated(architecture)
-        return accuracy(network, self.resized(self.halves.held_out, architecture), self.autocast())
+        return accuracy(network, self.resized(self.data.held_out, architecture), self.autocast())
 
     def calibrated(self, architecture: Architecture) -> SubNetwork:
         """A network with its own statistics."""
         network = self.found.activate(architecture)
-        images = (x for x, _ in self.resized(self.halves.weights, architecture, self.config.calibration))
+        images = (x for x, _ in self.resized(self.data.training, architecture, self.config.calibration))
         recalibrate(network, images, self.autocast())
         return network.eval()
 
@@ -317,7 +316,7 @@ class SupernetTraining:
         self, part: Batches, architecture: Architecture, most: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The first images of a part, in the network's size, and their labels."""
-        for images, labels in batches_of(part, self.config.batch_size, most):
+        for images, labels in part.once(self.config.batch_size, most):
             yield resize(images, architecture.image_size), labels
 
     def _save(self) -> None:
@@ -326,7 +325,7 @@ class SupernetTraining:
                 {
                     'config': asdict(self.config),
                     'space': self.space.to_dict(),
-                    'data': self.halves.facts,
+                    'data': self.data.facts,
                     'in_chans': self.in_chans,
                     'step': self.step,
                     'supernet': self.supernet.state_dict(),

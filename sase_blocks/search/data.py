@@ -1,0 +1,194 @@
+"""The data of a search: a training set split into images that train the weights and held-out images.
+
+The split depends only on the seed and keeps the share of every class. Held-out images are not augmented.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sase_blocks.data import (
+    SMALL,
+    Batches,
+    Samples,
+    SmallImages,
+    TransformedSamples,
+    create_transforms,
+    derive_seed,
+    inspect_images,
+    load_small_images,
+    open_split,
+    same_data,
+)
+from sase_blocks.runs import resuming
+
+__all__ = ['Arrays', 'SearchData', 'check_arrays', 'check_same_data', 'find_samples', 'split_data']
+
+SPLIT, RELABEL = 101, 102  # streams of random numbers, see derive_seed
+# Images (N, C, H, W) of uint8, labels (N,), names of the classes.
+Arrays = tuple[Tensor, Tensor, Sequence[str]]
+
+
+@dataclass
+class SearchData:
+    """The two parts of a training set.
+
+    Attributes:
+        training: images that train the weights.
+        held_out: images that train the mixture of a search, or score its candidates.
+        facts: for the checkpoint: classes, counts, the fingerprint of the data and the indices of the held-out images.
+    """
+
+    training: Batches
+    held_out: Batches
+    facts: dict[str, Any]
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.facts['classes'])
+
+    def __str__(self) -> str:
+        return _describe(self.facts)
+
+
+def _describe(facts: Mapping[str, Any]) -> str:
+    return (
+        f'{facts["weights"]} training and {facts["held_out"]} held-out images of {len(facts["classes"])} classes '
+        f'(data {facts["fingerprint"]})'
+    )
+
+
+def find_samples(config: Any, accelerator: Any) -> Samples:
+    """The training split of a configuration; raises as ``open_split``."""
+    with accelerator.main_process_first():  # it may download
+        return open_split(
+            config.data,
+            config.dataset,
+            split=config.train_split,
+            download=config.download,
+            num_classes=config.num_classes,
+        )
+
+
+def check_same_data(last: Path, saved: Mapping[str, Any], found: SearchData) -> None:
+    """Raise a ValueError unless the checkpoint ``last`` is of the same data, by the facts ``saved`` in it."""
+    with resuming(last):
+        same, before = same_data(saved, found.facts), _describe(saved)
+    if not same:
+        raise ValueError(f'{last.parent} holds a search on other data: {before}, this is {found}')
+
+
+def split_data(
+    data: Samples | Arrays,
+    config: Any,
+    data_config: Mapping[str, Any] | None = None,
+    *,
+    device: torch.device | str = 'cpu',
+    memory_format: torch.memory_format = torch.contiguous_format,
+    null: bool = False,
+    trains_on_both: bool = True,
+) -> SearchData:
+    """Split a training set, with the same share of every class in both parts.
+
+    Args:
+        data: the training set. Images up to 64 px are decoded once and kept on the device.
+        config: the settings of a search: fraction, hflip, seed, batch_size, workers.
+        data_config: of ``data.image_config``, for ``Samples``. Arrays are normalised by the mean and the standard
+            deviation of their training part.
+        null: shuffle the labels within each part. Nothing can then be learned that holds in the other part, and what
+            still wins does so by construction.
+        trains_on_both: whether the held-out part needs a full batch, too.
+
+    Raises:
+        ValueError: a class with fewer than two images, a part with fewer images than one batch, a broken image, arrays
+            of another form.
+    """
+    data_config = data_config or {}
+    if isinstance(data, Samples):
+        labels, classes = torch.as_tensor(data.labels()), list(data.classes)
+        fingerprint = data.fingerprint or inspect_images(data)[1]
+    else:
+        check_arrays(*data[:2])
+        labels, classes = data[1], list(data[2])
+        fingerprint = hashlib.sha256(data[0].numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
+    parts = split_classes(labels, classes, config.fraction, config.seed)
+    if null:
+        labels = shuffle_labels(labels, parts, config.seed)
+    facts = {
+        'classes': classes,
+        'weights': len(parts[0]),
+        'held_out': len(parts[1]),
+        'fingerprint': fingerprint,
+        'held_out_indices': parts[1],
+    }
+    for part, name in zip(parts, ('training', 'held-out') if trains_on_both else ('training',), strict=False):
+        if len(part) < config.batch_size:
+            raise ValueError(
+                f'{len(part)} {name} images are fewer than one batch of {config.batch_size}; '
+                f'lower --batch-size or change --fraction'
+            )
+    sets: list[TransformedSamples | SmallImages]
+    if isinstance(data, Samples) and max(size := data_config['input_size'][1:]) > SMALL:
+        transforms = create_transforms(data_config, hflip=config.hflip)
+        sets = [
+            TransformedSamples(data.part(part), transforms[stream], config.seed, stream, labels[part].tolist())
+            for stream, part in enumerate(parts)
+        ]
+    else:
+        if isinstance(data, Samples):
+            images, mean, std = load_small_images(data, size), data_config['mean'], data_config['std']
+        else:
+            images = data[0]
+            deviation, average = torch.std_mean(images[parts[0]].float() / 255, dim=(0, 2, 3))
+            mean, std = average.tolist(), deviation.clamp_min(1e-3).tolist()
+        hflip = (config.hflip, None)  # held-out images are not augmented
+        sets = [
+            SmallImages(images[part], labels[part], mean, std, config.seed, stream, hflip[stream], device)
+            for stream, part in enumerate(parts)
+        ]
+    training, held_out = (
+        Batches(part, workers=config.workers, device=device, memory_format=memory_format) for part in sets
+    )
+    return SearchData(training, held_out, facts)
+
+
+def check_arrays(images: Tensor, labels: Tensor) -> None:
+    """Raise a ValueError unless these are images and labels as ``Arrays`` holds them."""
+    if images.dtype != torch.uint8 or images.dim() != 4 or len(images) != len(labels):
+        raise ValueError(
+            f'expected uint8 images (N, C, H, W) and N labels, got {images.dtype} {tuple(images.shape)} and '
+            f'{len(labels)} labels'
+        )
+
+
+def split_classes(labels: Tensor, classes: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Positions of the two parts, each sorted; ``fraction`` of every class, and at least one image of it, in each."""
+    first: list[int] = []
+    second: list[int] = []
+    generator = torch.Generator().manual_seed(derive_seed(seed, SPLIT))
+    for number, name in enumerate(classes):
+        members = torch.nonzero(labels == number).flatten()
+        if len(members) < 2:
+            raise ValueError(f'class {name!r} has {len(members)} training images, a split in two parts needs 2 or more')
+        members = members[torch.randperm(len(members), generator=generator)]
+        cut = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        first += members[:cut].tolist()
+        second += members[cut:].tolist()
+    return sorted(first), sorted(second)
+
+
+def shuffle_labels(labels: Tensor, parts: Sequence[Sequence[int]], seed: int) -> Tensor:
+    """The labels, shuffled among the images of each part."""
+    new = labels.clone()
+    for stream, positions in enumerate(parts):
+        generator = torch.Generator().manual_seed(derive_seed(seed, RELABEL, stream))
+        index = torch.tensor(positions)
+        new[index] = labels[index[torch.randperm(len(index), generator=generator)]]
+    return new
