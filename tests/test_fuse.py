@@ -149,7 +149,9 @@ class Last(nn.Module):
 @pytest.mark.parametrize(
     'name',
     [
-        pytest.param(n, marks=pytest.mark.slow if n in ('inserted', 'same padding', 'resnet20_cifar') else ())
+        pytest.param(
+            n, marks=() if n in ('resnet50_sase', 'features_only', 'inserted behind convolutions') else pytest.mark.slow
+        )
         for n in NETWORKS
     ],
 )

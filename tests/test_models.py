@@ -188,8 +188,8 @@ def one_step(model, size):
 @pytest.mark.parametrize(
     'genotype',
     [
-        *('sase', GENOTYPE),
-        *(pytest.param(text, marks=pytest.mark.slow) for text in ('se', 'cbam')),
+        'sase',
+        *(pytest.param(text, marks=pytest.mark.slow) for text in (GENOTYPE, 'se', 'cbam')),
         pytest.param('p_norm,conv3_x3,mlp,p_norm,second_order,conv3x3', marks=pytest.mark.slow),
     ],
 )

@@ -120,7 +120,7 @@ def test_what_a_search_leaves(config, look_often, capsys):
         pytest.param({'per_stage': True}, marks=pytest.mark.slow),
         pytest.param({'paper_mixing': True, 'arch_every': 4}, marks=pytest.mark.slow),
         pytest.param({'null': True, 'channels_last': True, 'form': 'plain', 'clip_grad': None}, marks=pytest.mark.slow),
-        {'mixed_precision': 'bf16', 'deterministic': True},
+        pytest.param({'mixed_precision': 'bf16', 'deterministic': True}, marks=pytest.mark.slow),
         pytest.param({'space': 'extended', 'order': '2'}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: ','.join(changes),

@@ -379,9 +379,9 @@ def count(net: nn.Module) -> tuple[int, int]:
     ('depths', 'scale', 'params', 'macs'),
     [
         ([1, 2, 4, 1], 0.5, 5.945, 1.81),
-        ([3, 4, 6, 3], 0.5, 11.586, 2.84),
-        ([3, 4, 6, 3], 0.75, 25.179, 5.96),
-        ([3, 4, 6, 3], 1, 43.973, 10.19),
+        pytest.param([3, 4, 6, 3], 0.5, 11.586, 2.84, marks=pytest.mark.slow),
+        pytest.param([3, 4, 6, 3], 0.75, 25.179, 5.96, marks=pytest.mark.slow),
+        pytest.param([3, 4, 6, 3], 1, 43.973, 10.19, marks=pytest.mark.slow),
     ],
 )
 def test_axial_resnets_have_the_published_counts(depths, scale, params, macs):
@@ -393,7 +393,12 @@ def test_axial_resnets_have_the_published_counts(depths, scale, params, macs):
 
 
 @pytest.mark.parametrize(
-    ('depths', 'params'), [([1, 2, 4, 1], 10.3), ([2, 3, 5, 2], 14.1), ([3, 4, 6, 3], 18.0)], ids=['26', '38', '50']
+    ('depths', 'params'),
+    [
+        pytest.param([1, 2, 4, 1], 10.3, id='26'),
+        pytest.param([2, 3, 5, 2], 14.1, id='38', marks=pytest.mark.slow),
+        pytest.param([3, 4, 6, 3], 18.0, id='50', marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize('position', POSITIONS)
 def test_stand_alone_resnets_have_the_published_counts(depths, params, position):
