@@ -22,11 +22,10 @@ from sase_blocks.blocks import AttentionModule
 from sase_blocks.checks import check_features
 from sase_blocks.convert import INSERTED
 from sase_blocks.insertion.checking import check_inserted
+from sase_blocks.insertion.refusal import check_changeable
 from sase_blocks.insertion.surgery import RECORD, IdentityStart, detach, hand_on, run_after
 from sase_blocks.numerics import narrow
 from sase_blocks.ops import BatchNorm2d, Conv2d, Linear
-
-from .plain import check_plain
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WITH_ACTIVATION = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
@@ -85,7 +84,7 @@ def fuse(model: nn.Module) -> FuseReport:
             device, wrapped in DDP or FSDP). The model is unchanged.
         RuntimeError: an inserted attention is lost or does not run (see ``check``). The model is unchanged.
     """
-    check_plain(model, 'fuse')
+    check_changeable(model, 'fuse')
     norms = {name: module for name, module in model.named_modules() if isinstance(module, ANY_NORM)}
     busy = [name for name, module in {'': model, **norms}.items() if module.training]
     if busy:

@@ -19,9 +19,8 @@ from torch.utils import _pytree as pytree
 
 from sase_blocks.insertion.checking import check_inserted
 from sase_blocks.insertion.insertion import example_of
+from sase_blocks.insertion.refusal import check_changeable
 from sase_blocks.profiling import quietly
-
-from .plain import check_plain
 
 MIN_OPSET = 18  # the native opset of torch's exporter; it converts to lower ones, or silently keeps 18 if it cannot
 TOLERANCE = 1e-4
@@ -88,7 +87,7 @@ def export_onnx(
         RuntimeError: the exporter failed, onnxruntime's outputs differ, or an inserted attention is lost or does not
             run (see ``check``). Nothing is written.
     """
-    check_plain(model, 'export')
+    check_changeable(model, 'export')
     target = Path(file)
     if dynamic not in (True, False, 'batch'):
         raise ValueError(f"dynamic must be True, False or 'batch', got {dynamic!r}")

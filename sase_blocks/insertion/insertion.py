@@ -20,22 +20,12 @@ from sase_blocks.profiling import Trace, run, run_block
 
 from .layout import Layout
 from .places import Place, Where, find_places
+from .refusal import check_changeable, check_unwrapped, is_compiled_in_place
 from .report import InsertedPlace, InsertReport
 from .surgery import RECORD, IdentityStart, Mark, attach, detach, inserted_in
 from .survey import Survey
 
 Block = str | Genotype | Callable[..., nn.Module]
-
-# Wrappers of a network by the name of a class among their bases (importing them all would be slow), and what to do.
-_WRAPPERS = {
-    'DistributedDataParallel': 'DistributedDataParallel has already registered the parameters; insert before wrapping',
-    'FullyShardedDataParallel': 'FSDP has already sharded the parameters; insert before wrapping',
-    'FSDPModule': 'FSDP has already sharded the parameters; insert before fully_shard',
-    'DataParallel': 'it is wrapped in DataParallel; insert into model.module',
-    'DeepSpeedEngine': 'DeepSpeed has already taken over the parameters; insert before deepspeed.initialize',
-    'OptimizedModule': 'it is compiled, and its graph has no place for more; insert before torch.compile',
-    'ScriptModule': 'it is a TorchScript module, whose code is fixed; insert before torch.jit.script',
-}
 
 # Optimisers of torch that cannot take the parameters of an attention as further groups, and what to do.
 _OPTIMIZERS = {
@@ -98,7 +88,7 @@ def insert(
             ``where`` or stage that matches nothing, a place without channels, a block that changes
             the shape, a place that holds another inserted block. The model is unchanged.
     """
-    check_model(model)
+    check_changeable(model, 'insert into', compiled_parts=True)
     build, label = _builder(block, options)
     if start not in ('identity', 'paper'):
         raise ValueError(f"start must be 'identity' or 'paper', got {start!r}")
@@ -174,41 +164,12 @@ def remove(model: nn.Module) -> list[str]:
     """
     found = [(name, module, at[0]) for name, module in model.named_modules() if (at := inserted_in(module)) is not None]
     if found:
-        _check_unwrapped(model)
+        check_unwrapped(model, 'remove from')
     for _, module, _ in found:
         detach(module)
     for module in model.modules():
         module.__dict__.pop(RECORD, None)
     return [f'{name}.{child}' if name else child for name, _, child in found]
-
-
-def check_model(model: nn.Module) -> None:
-    """Raise for a network that cannot take an attention, with the reason."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f'model must be an nn.Module, got {type(model).__name__}')
-    _check_unwrapped(model)
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith(('torch.ao.nn', 'torch.nn.quantized', 'torchao')):
-            what = name or type(model).__name__
-            raise ValueError(f'{what} is quantised or prepared for it; insert before, and quantise the whole network')
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            raise ValueError(f'{name} is lazy and has no shape yet; run one forward of the network first')
-        if tensor.is_meta:
-            raise ValueError(f'{name} is on the meta device and has no values; load or initialise the network first')
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or 'torchao' in type(parameter).__module__:
-            kind = parameter.dtype if type(parameter) is nn.Parameter else type(parameter).__name__
-            raise ValueError(f'{name} is quantised ({kind}); insert before, and quantise the whole network')
-        if any(base.__name__ == 'DTensor' for base in type(parameter).__mro__):
-            raise ValueError(f'{name} is sharded (DTensor); insert before the network is parallelised')
-
-
-def _check_unwrapped(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        for base in type(module).__mro__:
-            if base.__name__ in _WRAPPERS and base.__module__.partition('.')[0] in ('torch', 'deepspeed'):
-                raise ValueError(f'{name or type(model).__name__}: {_WRAPPERS[base.__name__]}')
 
 
 def _builder(block: Block, options: dict[str, Any]) -> tuple[Callable[..., nn.Module], str]:
@@ -275,7 +236,7 @@ def _sort_out(places: list[Place], label: str, start: str) -> tuple[list[Place],
 def _check_not_compiled(model: nn.Module, place: Place) -> None:
     parts = place.name.split('.') if place.name else []
     around = [model.get_submodule('.'.join(parts[:depth])) for depth in range(len(parts) + 1)]
-    if any(getattr(module, '_compiled_call_impl', None) is not None for module in (*around, place.holder)):
+    if any(map(is_compiled_in_place, (*around, place.holder))):
         raise ValueError(
             f'{place.name or type(model).__name__} is compiled (module.compile()); insert before compiling'
         )

@@ -15,8 +15,9 @@ from sase_blocks.selfattention import OPERATORS, build_operator
 from sase_blocks.selfattention.routes import check_choice
 
 from .families import numbered_blocks
-from .insertion import check_model, check_optimizer, example_of, extend_optimizer
+from .insertion import check_optimizer, example_of, extend_optimizer
 from .places import Where
+from .refusal import check_changeable
 from .surgery import hand_on
 
 __all__ = ['replace_convolutions']
@@ -60,7 +61,7 @@ def replace_convolutions(
             no plain convolution with as many channels out as in and stride 1 or 2, channels that the heads do not
             divide, axial attention without an input size. The model is unchanged.
     """
-    check_model(model)
+    check_changeable(model, 'replace convolutions in', compiled_parts=True)
     check_choice('operator', operator, tuple(OPERATORS))
     check_optimizer(optimizer, model)
     found: dict[str, Any] = {}
