@@ -31,7 +31,7 @@ from sase_blocks.blocks import BLOCKS, ChannelAttention, Genotype, SpatialAttent
 from sase_blocks.convert import checkpoint_filter_fn
 from sase_blocks.ops.primitive import children_without_decay
 
-from .slots import BlockBuilder, Genotypes, block_builder, fill_slots, refuse_block_attention
+from .slots import BlockBuilder, block_builder, fill_slots, refuse_block_attention
 
 __all__ = ['register_resnet']
 
@@ -59,7 +59,24 @@ def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 class AttentionResNet(ResNet):
-    """timm's ResNet, plus the list of parameters without weight decay for timm's optimisers."""
+    """timm's ResNet with attention in its slots, and the list of parameters without weight decay for timm's optimisers.
+
+    Args:
+        build: see ``fill_slots``; None for no attention.
+        attn_stages: the stages that get the attention.
+        img_size: image size for per-position parameters.
+        **kwargs: timm's ResNet arguments.
+    """
+
+    def __init__(
+        self,
+        build: BlockBuilder | tuple[BlockBuilder, ...] | None = None,
+        attn_stages: Any = ALL_STAGES,
+        img_size: int | tuple[int, int] = 224,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        fill_slots(self, build, attn_stages, img_size, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -67,42 +84,28 @@ class AttentionResNet(ResNet):
         return children_without_decay(self)
 
 
-def _resnet(
-    build: BlockBuilder | tuple[BlockBuilder, ...] | None,
-    attn_stages: Any,
-    img_size: int | tuple[int, int],
-    **kwargs: Any,
-) -> ResNet:
-    refuse_block_attention(kwargs)
-    model = AttentionResNet(**kwargs)
-    fill_slots(model, build, attn_stages, img_size, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
-    return model
-
-
-def _create(
-    variant: str,
-    pretrained: bool,
+def _register(
+    name: str,
     depth: int,
-    build: BlockBuilder | tuple[BlockBuilder, ...] | None,
-    attn_stages: Any = ALL_STAGES,
-    img_size: int | tuple[int, int] = 224,
-    **kwargs: Any,
-) -> ResNet:
-    kwargs = {'block': Bottleneck, 'layers': LAYERS[depth], **kwargs}
-    return build_model_with_cfg(
-        partial(_resnet, build, attn_stages, img_size),
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        **kwargs,
-    )
+    doc: str,
+    builder: Callable[..., BlockBuilder | tuple[BlockBuilder, ...] | None],
+    options: dict[str, Any],
+    **defaults: Any,
+) -> None:
+    """Make a timm entry point of this module, with ``builder(**options)`` in its slots.
 
-
-def _register(name: str, doc: str, create: Callable[..., ResNet]) -> None:
-    """Make ``create(pretrained, **kwargs)`` a timm entry point of this module under ``name``."""
+    Args:
+        options: arguments of the entry point that go to ``builder``, with their defaults.
+        **defaults: of other arguments of the entry point.
+    """
 
     def entry(pretrained: bool = False, **kwargs: Any) -> ResNet:
-        return create(pretrained, **kwargs)
+        kwargs = {'block': Bottleneck, 'layers': LAYERS[depth], **options, **defaults, **kwargs}
+        refuse_block_attention(kwargs)
+        build = builder(**{option: kwargs.pop(option) for option in options})
+        return build_model_with_cfg(
+            AttentionResNet, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, build=build, **kwargs
+        )
 
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = doc
@@ -110,13 +113,8 @@ def _register(name: str, doc: str, create: Callable[..., ResNet]) -> None:
     setattr(sys.modules[__name__], name, register_model(entry))
 
 
-def _register_genotype(name: str, depth: int, default: str | Genotype, **defaults: Any) -> None:
-    def create(pretrained: bool, genotype: Genotypes = default, **kwargs: Any) -> ResNet:
-        return _create(name, pretrained, depth, block_builder(genotype), **{**defaults, **kwargs})
-
-    _register(
-        name,
-        f"""ResNet-{depth} with attention in every bottleneck; by default ``{default}``.
+def _register_genotype(name: str, depth: int, genotype: str | Genotype, **defaults: Any) -> None:
+    doc = f"""ResNet-{depth} with attention in every bottleneck; by default ``{genotype}``.
 
         Args:
             pretrained: there are no published weights; False.
@@ -125,9 +123,8 @@ def _register_genotype(name: str, depth: int, default: str | Genotype, **default
             attn_stages: the stages that get the block, from 1 to 4; default: all.
             img_size: image size for per-position parameters; default: 224.
             **kwargs: timm's ResNet arguments.
-        """,
-        create,
-    )
+        """
+    _register(name, depth, doc, block_builder, {'genotype': genotype}, **defaults)
 
 
 def register_resnet(
@@ -164,24 +161,13 @@ def register_resnet(
     _register_genotype(name, depth, genotype, attn_stages=attn_stages, img_size=img_size)
 
 
-def _register_channel(name: str, depth: int) -> None:
-    def create(pretrained: bool, squeeze: str = 'avg', excite: str = 'conv3', **kwargs: Any) -> ResNet:
-        build = partial(ChannelAttention, squeeze=squeeze, excite=excite)
-        return _create(name, pretrained, depth, build, **kwargs)
-
-    _register(name, f'ResNet-{depth} with ``ChannelAttention(squeeze=, excite=)`` in every bottleneck.', create)
-
-
-def _register_spatial(name: str, depth: int) -> None:
-    def create(pretrained: bool, squeeze: str = 'avg_max', excite: str = 'conv7x7', **kwargs: Any) -> ResNet:
-        build = partial(SpatialAttention, squeeze=squeeze, excite=excite)
-        return _create(name, pretrained, depth, build, **kwargs)
-
-    _register(name, f'ResNet-{depth} with ``SpatialAttention(squeeze=, excite=)`` in every bottleneck.', create)
+def _register_half(name: str, depth: int, half: type[ChannelAttention | SpatialAttention], **options: str) -> None:
+    doc = f'ResNet-{depth} with ``{half.__name__}(squeeze=, excite=)`` in every bottleneck.'
+    _register(name, depth, doc, partial(partial, half), options)
 
 
 for _depth in LAYERS:
     for _block in BLOCKS:
         _register_genotype(f'resnet{_depth}_{_block}', _depth, _block)
-    _register_channel(f'resnet{_depth}_channel', _depth)
-    _register_spatial(f'resnet{_depth}_spatial', _depth)
+    _register_half(f'resnet{_depth}_channel', _depth, ChannelAttention, squeeze='avg', excite='conv3')
+    _register_half(f'resnet{_depth}_spatial', _depth, SpatialAttention, squeeze='avg_max', excite='conv7x7')
