@@ -1,6 +1,7 @@
 """The house rules that CONTRIBUTING.md states: who may import whom, what is loaded late, a complete map."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -158,6 +159,30 @@ def test_every_file_keeps_the_rules(path):
 def test_the_rules_catch(file, source, expected):
     found = faults(source, PACKAGE / file)
     assert found == [] if expected is None else len(found) == 1 and expected in found[0]
+
+
+def graph_of(sources: dict[Path, str]) -> dict[str, set[str]]:
+    """Each module and the modules of the package that it imports, early or late."""
+    names = {path: '.'.join(['sase_blocks', *path.relative_to(PACKAGE).with_suffix('').parts]) for path in sources}
+    names = {path: name.removesuffix('.__init__') for path, name in names.items()}
+    known = set(names.values())
+    graph = {}
+    for path, source in sources.items():
+        found = set()
+        for name, _, _ in imports(source, path):
+            while name and name not in known:
+                name = name.rpartition('.')[0]
+            found |= {name} - {'', names[path]}
+        graph[names[path]] = found
+    return graph
+
+
+def test_no_import_makes_a_circle():
+    circle = {PACKAGE / 'ops/a.py': 'def f():\n    from .b import g', PACKAGE / 'ops/b.py': 'from . import a'}
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(graph_of(circle)).prepare()
+    files = {path: path.read_text(encoding='utf-8') for path in PACKAGE.rglob('*.py')}
+    graphlib.TopologicalSorter(graph_of(files)).prepare()
 
 
 def test_the_map_names_every_room():

@@ -218,7 +218,7 @@ def test_axial_routes_agree_in_fp32(channels, length):
 
 def test_chunks_do_not_change_the_result(monkeypatch):
     """A limit of one number: every head and every line by itself."""
-    from sase_blocks.selfattention import axial_routes, local_routes, routes
+    from sase_blocks.selfattention import axial_routes, local_blocks, routes
 
     def smallest(first, second, numbers, x):
         return routes.chunks(first, second, 2**40, x)
@@ -231,7 +231,7 @@ def test_chunks_do_not_change_the_result(monkeypatch):
         runs.append(with_gradients(lambda *a: local_attention(*a, route='recompute'), arguments))
         runs[-1] += with_gradients(lambda *a: layer(x), [x, *layer.parameters()])
         monkeypatch.setattr(axial_routes, 'chunks', smallest)
-        monkeypatch.setattr(local_routes, 'chunks', smallest)
+        monkeypatch.setattr(local_blocks, 'chunks', smallest)
     near(runs[1], runs[0])
 
 

@@ -20,14 +20,13 @@ from sase_blocks.numerics import narrow, safe_sqrt, widen
 
 from .layers import Conv2d, Linear
 from .normalization import BatchNorm2d
-from .primitive import Primitive, contract_rows, mix, pooling_matrix, project, scaled_gram
+from .primitive import Primitive, contract_rows, pooling_matrix, project, scaled_gram
+from .statistics import avg_max, avg_plus_max, avg_skew, avg_std
 
 torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
-
-
-def channel_avg(x: Tensor) -> Tensor:
-    """Mean over H and W. (B, C, H, W) -> (B, C, 1, 1)."""
-    return x.mean((2, 3), keepdim=True)
+torch.fx.wrap('avg_max')
+torch.fx.wrap('avg_skew')
+torch.fx.wrap('avg_std')
 
 
 @torch.fx.wrap
@@ -47,31 +46,6 @@ def channel_p_norm(x: Tensor) -> Tensor:
     """4-norm over H and W: (sum x^4)^(1/4)."""
     square = widen(x).square()
     return narrow(safe_sqrt(safe_sqrt((square * square).sum((2, 3), keepdim=True))), x)
-
-
-@torch.fx.wrap
-def channel_avg_max(x: Tensor, weight: Tensor) -> Tensor:
-    """ReLU of the weighted mean and maximum over H and W. weight: (2,)."""
-    avg, top = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-    return narrow(torch.relu(mix(widen(avg), widen(top), widen(weight))), x)
-
-
-@torch.fx.wrap
-def channel_avg_std(x: Tensor, weight: Tensor) -> Tensor:
-    """ReLU of the weighted mean and unbiased standard deviation over H and W (0 for one position). weight: (2,)."""
-    n = x.shape[2] * x.shape[3]
-    var, avg = torch.var_mean(widen(x), dim=(2, 3), correction=0, keepdim=True)
-    return narrow(torch.relu(mix(avg, safe_sqrt(var * n / max(n - 1, 1)), widen(weight))), x)
-
-
-@torch.fx.wrap
-def channel_avg_skew(x: Tensor, weight: Tensor) -> Tensor:
-    """ReLU of the weighted mean and third central moment over H and W. weight: (2,)."""
-    wide = widen(x)
-    avg = wide.mean((2, 3), keepdim=True)
-    centred = wide - avg
-    skew = (centred * centred * centred).mean((2, 3), keepdim=True)
-    return narrow(torch.relu(mix(avg, skew, widen(weight))), x)
 
 
 @torch.fx.wrap
@@ -110,7 +84,7 @@ class ChannelAvg(ChannelSqueeze):
     paper_key = 'GAP'
 
     def squeeze(self, x: Tensor) -> Tensor:
-        return channel_avg(x)
+        return x.mean((2, 3), keepdim=True)
 
 
 class ChannelL2Norm(ChannelSqueeze):
@@ -167,7 +141,7 @@ class ChannelAvgMax(MixedChannelSqueeze):
     paper_key = 'GAP+GMP'
 
     def squeeze(self, x: Tensor) -> Tensor:
-        return channel_avg_max(x, self.weight)
+        return avg_max(x, self.weight, [2, 3])
 
 
 class ChannelAvgStd(MixedChannelSqueeze):
@@ -176,7 +150,7 @@ class ChannelAvgStd(MixedChannelSqueeze):
     paper_key = 'GAP+std'
 
     def squeeze(self, x: Tensor) -> Tensor:
-        return channel_avg_std(x, self.weight)
+        return avg_std(x, self.weight, [2, 3])
 
 
 class ChannelAvgSkew(MixedChannelSqueeze):
@@ -185,7 +159,7 @@ class ChannelAvgSkew(MixedChannelSqueeze):
     paper_key = 'SkewPooling'
 
     def squeeze(self, x: Tensor) -> Tensor:
-        return channel_avg_skew(x, self.weight)
+        return avg_skew(x, self.weight, [2, 3])
 
 
 class ChannelSecondOrder(ChannelSqueeze):
@@ -306,7 +280,7 @@ class ChannelAvgPlusMax(ChannelSqueeze):
     """(mean + maximum) / 2, no weights; timm's light CBAM."""
 
     def squeeze(self, x: Tensor) -> Tensor:
-        return 0.5 * x.mean((2, 3), keepdim=True) + 0.5 * x.amax((2, 3), keepdim=True)
+        return avg_plus_max(x, [2, 3])
 
 
 class ChannelAttentionPool(ChannelSqueeze):

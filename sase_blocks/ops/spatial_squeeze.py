@@ -19,16 +19,15 @@ from sase_blocks.numerics import narrow, safe_sqrt, widen
 
 from .layers import Conv2d, Linear
 from .normalization import BatchNorm2d
-from .primitive import Primitive, adaptive_avg_pool, contract_rows, mix, project, scaled_gram, turn_positive_
+from .primitive import Primitive, adaptive_avg_pool, contract_rows, project, scaled_gram, turn_positive_
+from .statistics import avg_max, avg_plus_max, avg_skew, avg_std
 
 torch.fx.wrap('narrow')
 torch.fx.wrap('project')
 torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
-
-
-def spatial_avg(x: Tensor) -> Tensor:
-    """Mean over C. (B, C, H, W) -> (B, 1, H, W)."""
-    return x.mean(1, keepdim=True)
+torch.fx.wrap('avg_max')
+torch.fx.wrap('avg_skew')
+torch.fx.wrap('avg_std')
 
 
 @torch.fx.wrap
@@ -71,31 +70,6 @@ def spatial_p_norm(x: Tensor, gate: Tensor | None = None) -> Tensor:
 
 
 @torch.fx.wrap
-def spatial_avg_max(x: Tensor, weight: Tensor) -> Tensor:
-    """ReLU of the weighted mean and maximum over C. weight: (2,)."""
-    avg, top = x.mean(1, keepdim=True), x.amax(1, keepdim=True)
-    return narrow(torch.relu(mix(widen(avg), widen(top), widen(weight))), x)
-
-
-@torch.fx.wrap
-def spatial_avg_std(x: Tensor, weight: Tensor) -> Tensor:
-    """ReLU of the weighted mean and unbiased standard deviation over C (0 for one channel). weight: (2,)."""
-    n = x.shape[1]
-    var, avg = torch.var_mean(widen(x), dim=(1,), correction=0, keepdim=True)
-    return narrow(torch.relu(mix(avg, safe_sqrt(var * n / max(n - 1, 1)), widen(weight))), x)
-
-
-@torch.fx.wrap
-def spatial_avg_skew(x: Tensor, weight: Tensor) -> Tensor:
-    """ReLU of the weighted mean and third central moment over C. weight: (2,)."""
-    wide = widen(x)
-    avg = wide.mean(1, keepdim=True)
-    centred = wide - avg
-    skew = (centred * centred * centred).mean(1, keepdim=True)
-    return narrow(torch.relu(mix(avg, skew, widen(weight))), x)
-
-
-@torch.fx.wrap
 def spatial_covariance(x: Tensor, grid: int) -> Tensor:
     """Covariance, over the channels, of the positions of x pooled to grid x grid.
 
@@ -133,7 +107,7 @@ class SpatialAvg(SpatialSqueeze):
     paper_key = 'GAP'
 
     def squeeze(self, x: Tensor) -> Tensor:
-        return spatial_avg(x)
+        return x.mean(1, keepdim=True)
 
 
 class SpatialL2Norm(SpatialSqueeze):
@@ -195,7 +169,7 @@ class SpatialAvgMax(MixedSpatialSqueeze):
     paper_key = 'GAP+GMP'
 
     def squeeze(self, x: Tensor) -> Tensor:
-        return spatial_avg_max(x, self.weight)
+        return avg_max(x, self.weight, [1])
 
 
 class SpatialAvgStd(MixedSpatialSqueeze):
@@ -204,7 +178,7 @@ class SpatialAvgStd(MixedSpatialSqueeze):
     paper_key = 'GAP+std'
 
     def squeeze(self, x: Tensor) -> Tensor:
-        return spatial_avg_std(x, self.weight)
+        return avg_std(x, self.weight, [1])
 
 
 class SpatialAvgSkew(MixedSpatialSqueeze):
@@ -213,7 +187,7 @@ class SpatialAvgSkew(MixedSpatialSqueeze):
     paper_key = 'SkewPooling'
 
     def squeeze(self, x: Tensor) -> Tensor:
-        return spatial_avg_skew(x, self.weight)
+        return avg_skew(x, self.weight, [1])
 
 
 class SpatialSecondOrder(SpatialSqueeze):
@@ -258,7 +232,7 @@ class SpatialAvgPlusMax(SpatialSqueeze):
     """(mean + maximum) / 2, no weights; timm's light CBAM."""
 
     def squeeze(self, x: Tensor) -> Tensor:
-        return 0.5 * x.mean(1, keepdim=True) + 0.5 * x.amax(1, keepdim=True)
+        return avg_plus_max(x, [1])
 
 
 class SpatialProject(SpatialSqueeze):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .local_routes import blocks, gradients_of_blocks
+from .local_blocks import blocks, gradients_of_blocks
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Wider heads would need other tile shapes: 64 positions by 32 keys, and by 64 channels, fill the registers.

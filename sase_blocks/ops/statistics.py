@@ -1,0 +1,47 @@
+"""Statistics of a map over the dimensions that are squeezed: (2, 3) in a channel squeeze, (1,) in a spatial one.
+
+Each keeps the squeezed dimensions at size 1. Two of them in one map are mixed by two weights and pass a ReLU, the pairs
+of SASE (arXiv 2411.08333). For fp16 and bf16 inputs the sums run in fp32.
+"""
+
+import torch
+from torch import Tensor
+
+from sase_blocks.numerics import narrow, safe_sqrt, widen
+
+from .primitive import mix
+
+
+def squeezed_size(x: Tensor, dims: list[int]) -> int:
+    """The number of values of ``x`` that one statistic over ``dims`` is taken of."""
+    n = 1
+    for dim in dims:
+        n = n * x.shape[dim]
+    return n
+
+
+def avg_max(x: Tensor, weight: Tensor, dims: list[int]) -> Tensor:
+    """ReLU of the weighted mean and maximum over ``dims``. weight: (2,)."""
+    avg, top = x.mean(dims, keepdim=True), x.amax(dims, keepdim=True)
+    return narrow(torch.relu(mix(widen(avg), widen(top), widen(weight))), x)
+
+
+def avg_std(x: Tensor, weight: Tensor, dims: list[int]) -> Tensor:
+    """ReLU of the weighted mean and unbiased standard deviation over ``dims`` (0 for one value). weight: (2,)."""
+    n = squeezed_size(x, dims)
+    var, avg = torch.var_mean(widen(x), dim=dims, correction=0, keepdim=True)
+    return narrow(torch.relu(mix(avg, safe_sqrt(var * n / max(n - 1, 1)), widen(weight))), x)
+
+
+def avg_skew(x: Tensor, weight: Tensor, dims: list[int]) -> Tensor:
+    """ReLU of the weighted mean and third central moment over ``dims``. weight: (2,)."""
+    wide = widen(x)
+    avg = wide.mean(dims, keepdim=True)
+    centred = wide - avg
+    skew = (centred * centred * centred).mean(dims, keepdim=True)
+    return narrow(torch.relu(mix(avg, skew, widen(weight))), x)
+
+
+def avg_plus_max(x: Tensor, dims: list[int]) -> Tensor:
+    """(mean + maximum) / 2 over ``dims``."""
+    return 0.5 * x.mean(dims, keepdim=True) + 0.5 * x.amax(dims, keepdim=True)
