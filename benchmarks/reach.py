@@ -1,14 +1,13 @@
-"""How far ``insert`` reaches by default: one small network of every kind that five libraries have, one row each.
+"""How far ``insert`` reaches by default: one small network of every kind in five libraries, one row each.
 
-    python benchmarks/reach.py                                         what is installed; goes on where it stopped
-    python benchmarks/reach.py --only 'timm/*vit*' --again wrong       these once more
-    python benchmarks/reach.py --table                                 the tables from the rows that are there
+    python benchmarks/reach.py                                         the installed libraries; resumes
+    python benchmarks/reach.py --only 'timm/*vit*' --again wrong       measure these again if they failed
+    python benchmarks/reach.py --table                                 only the tables, from the existing rows
 
-A row is right if ``insert(model, 'se')`` puts attention in, the outputs stay equal to the bit in eval and in train
+A network passes if ``insert(model, 'se')`` adds attention, the outputs stay equal bit for bit in eval and in train
 mode, all gradients of one training step are finite and every alpha has one, the attention changes the outputs once its
-alpha does, and ``remove`` leaves the network as it was. Rows go to ``reach.jsonl`` of the folder as they are measured,
-the tables to its ``README.md``, and the counts to docs/insertion.md. Nothing is downloaded: the weights
-are random.
+alpha does, and ``remove`` restores the network. Each row goes to the folder's ``reach.jsonl`` when it is measured, the
+tables to its ``README.md``, and the counts to docs/insertion.md. The weights are random, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ TIMM = """
     tnt_s_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny vit_tiny_r_s16_p8_224 vitamin_small_224
     volo_d1_224 xception41 xcit_nano_12_p16_224
 """
-# Large even as the smallest of their module: fewer blocks, the same code.
+# The smallest of these modules are still large, so build them with fewer blocks.
 SHALLOW = {
     name: {'depth': 2}
     for name in (
@@ -95,17 +94,16 @@ class Case:
     """A network, how to insert into it, and how to run it.
 
     Args:
-        build: makes the network.
-        sizes: of the images, (H, W); the first that the network takes counts.
+        build: builds the network.
+        sizes: image sizes; the first that the network accepts is used.
         detector: whether it takes a list of images, and targets in training.
-        told: whether ``insert`` has to be told the size; a timm model says its own.
     """
 
     def __init__(self, build: Callable[[], nn.Module], sizes: Sequence[int], detector: bool = False) -> None:
         self.build, self.sizes, self.detector = build, sizes, detector
 
     def example(self, model: nn.Module) -> Any:
-        """Two images of the first size that the network takes."""
+        """Two images of the first size that the network accepts."""
         for size in self.sizes:
             x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
             try:
@@ -119,7 +117,7 @@ class Case:
         raise AssertionError('no sizes')
 
     def outputs(self, model: nn.Module, x: Any, train: bool) -> list[Tensor]:
-        """All floating-point outputs; of a detector in training its losses."""
+        """All floating-point outputs, or the losses of a detector in training."""
         torch.manual_seed(1)
         if not train or not self.detector:
             return list(_floats(model.train(train)(x)))
@@ -145,11 +143,11 @@ def _floats(found: Any) -> Iterator[Tensor]:
 
 
 def check(case: Case) -> dict[str, Any]:
-    """One row: what ``insert`` did, and what is wrong with it, '' if nothing is."""
+    """One row: what ``insert`` did, and its faults, '' for none."""
     torch.manual_seed(0)
     plain = case.build()
     with torch.no_grad():
-        for p in plain.parameters():  # a branch that begins at zero would hide what stands in it
+        for p in plain.parameters():  # a branch that starts at zero would hide the attention in it
             p.add_(torch.randn_like(p), alpha=0.02)
     x = case.example(plain)
     model = copy.deepcopy(plain)
@@ -194,7 +192,7 @@ def _faults(case: Case, plain: nn.Module, model: nn.Module, x: Any, keys: Sequen
     with torch.no_grad():
         for key in alphas:
             model.get_parameter(key).fill_(0.7)
-        attended = case.outputs(model, x, case.detector)  # an untrained detector finds nothing, but has losses
+        attended = case.outputs(model, x, case.detector)  # an untrained detector has no detections, but has losses
     remove(model)
     if model.state_dict().keys() != plain.state_dict().keys() or repr(model) != repr(plain):
         yield 'something stays after remove'
@@ -227,7 +225,7 @@ def torchvision_cases() -> Iterator[tuple[str, Case]]:
     for name in CLASSIFIERS.split():
         more = {'init_weights': True} if name in ('googlenet', 'inception_v3') else {}
         build = lambda name=name, more=more: models.get_model(name, weights=None, num_classes=10, **more)  # noqa: E731
-        # In training the second head of inception_v3 takes no less than 299.
+        # In training the second head of inception_v3 needs at least 299.
         yield name, Case(build, [299] if name == 'inception_v3' else [64, 128, 224])
     for name in SEGMENTERS:
         build = lambda name=name: models.get_model(name, weights=None, weights_backbone=None, num_classes=3)  # noqa: E731
@@ -303,7 +301,7 @@ LIBRARIES: dict[str, Callable[[], Iterator[tuple[str, Case]]]] = {
 
 
 def cases(pattern: str = '*') -> Iterator[tuple[str, Case]]:
-    """Every case of the libraries that are installed, as 'library/name', whose name fits the pattern."""
+    """The cases of the installed libraries whose 'library/name' matches the pattern."""
     for library, of_library in LIBRARIES.items():
         try:
             importlib.metadata.version(PACKAGES[library])
@@ -317,7 +315,7 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def measure(out: Path, pattern: str, again: str) -> None:
-    """Add the rows that are not there yet; with ``again``, 'all' or 'wrong' of them once more."""
+    """Measure the missing rows, and with ``again`` 'all' or the 'wrong' ones again."""
     rows = read_rows(out)
     with (out / 'reach.jsonl').open('a', encoding='utf-8') as file:
         for name, case in cases(pattern):
@@ -340,15 +338,15 @@ def measure(out: Path, pattern: str, again: str) -> None:
 
 
 def read_rows(out: Path) -> dict[str, dict[str, Any]]:
-    """The last row of each name."""
+    """The last row for each name."""
     path = out / 'reach.jsonl'
     lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
     return {row['name']: row for row in map(json.loads, lines)}
 
 
 def tables(rows: dict[str, dict[str, Any]]) -> tuple[str, str]:
-    """The counts of the libraries, and a table of the networks of each, in markdown."""
-    head = '| library | networks | inserted, and right | by the table | by our rule | not |\n' + '|---' * 6 + '|\n'
+    """The counts per library, and a table of each library's networks, in markdown."""
+    head = '| library | networks | passed | by the table | by our rule | failed |\n' + '|---' * 6 + '|\n'
     counts, lists = '', ''
     for library in LIBRARIES:
         own = {name.partition('/')[2]: row for name, row in rows.items() if name.startswith(f'{library}/')}
@@ -359,7 +357,7 @@ def tables(rows: dict[str, dict[str, Any]]) -> tuple[str, str]:
         first = next(iter(own.values()))
         version = f'{library} {first["version"]}, torch {first["torch"]}'
         counts += f'| {version} | {len(own)} | {len(right)} | {by[0]} | {by[1]} | {len(own) - len(right)} |\n'
-        lists += f'\n## {library}\n\n| network | images | places | one of them | layout | by |\n' + '|---' * 6 + '|\n'
+        lists += f'\n## {library}\n\n| network | images | places | example place | layout | by |\n' + '|---' * 6 + '|\n'
         for name, row in own.items():
             size = ' x '.join(map(str, row.get('size', [])))
             if row['wrong']:
@@ -372,9 +370,9 @@ def tables(rows: dict[str, dict[str, Any]]) -> tuple[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', default='*', metavar='PATTERN', help="of 'library/name'; more than one with commas")
-    parser.add_argument('--again', choices=('', 'wrong', 'all'), default='', help='which rows to measure once more')
-    parser.add_argument('--table', action='store_true', help='measure nothing, write the tables')
+    parser.add_argument('--only', default='*', metavar='PATTERN', help="patterns of 'library/name', comma-separated")
+    parser.add_argument('--again', choices=('', 'wrong', 'all'), default='', help='which rows to measure again')
+    parser.add_argument('--table', action='store_true', help='only write the tables')
     parser.add_argument('--out', type=Path, default=HERE, help='the folder (default: benchmarks/results/reach)')
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -385,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     order = {name: index for index, (name, _) in enumerate(cases())}
     rows = {name: rows[name] for name in sorted(rows, key=lambda name: order.get(name, len(order)))}
     lines = ''.join(json.dumps(row) + '\n' for row in rows.values())
-    (options.out / 'reach.jsonl').write_text(lines, encoding='utf-8')  # the last row of each
+    (options.out / 'reach.jsonl').write_text(lines, encoding='utf-8')  # only the last row of each
     counts, lists = tables(rows)
     text = f'# How far `insert` reaches\n\nMeasured by `python benchmarks/reach.py`. {ABOUT}\n\n{counts}{lists}'
     (options.out / 'README.md').write_text(text, encoding='utf-8')
@@ -396,10 +394,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 ABOUT = """The call is `insert(model, 'se')` without `where`, on a CPU, with random
-weights and two images. A network counts as right if its outputs stay equal to the bit in eval and in train mode, all
-gradients of one training step are finite and every alpha has one, the attention changes the outputs once alpha is 0.7,
-and `remove` leaves the network as it was. Of a network that is wrong, or got none,
-the row has the fault instead of a place."""
+weights and two images. A network passes if its outputs stay equal bit for bit in eval and in train mode, all gradients of
+one training step are finite and every alpha has one, the attention changes the outputs once alpha is 0.7, and `remove`
+restores the network. If a network fails or gets no attention, its row has the error instead of a place."""
 
 
 if __name__ == '__main__':
