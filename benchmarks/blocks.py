@@ -1,8 +1,8 @@
 """Time attention blocks, forward and forward + backward, in multiples of one copy of their input.
 
-A block reads and writes x a few times and computes little, so its cost is counted in copies: `x.clone()`, one read and
-one write of x, is measured beside every block, in turn with it, and each time is the median over the rounds divided by
-the clone's median. What drifts on a shared machine drifts for both.
+A block reads and writes x a few times and computes little. So its cost is given in copies: `x.clone()`, one read and
+one write of x, takes turns with every block, and each figure is the block's median over the rounds divided by the
+clone's median. Drift on a shared machine affects both.
 
     python benchmarks/blocks.py --quick                              # a minute: eager, two shapes, a small batch
     python benchmarks/blocks.py                                      # every shape, eager and compiled, fp32, NCHW
@@ -10,8 +10,7 @@ the clone's median. What drifts on a shared machine drifts for both.
     python benchmarks/blocks.py --blocks sase avg_max,mlp,affine,p_norm,avg,conv3x3_x2 channel/avg,mlp --shapes 64x14x14
     python benchmarks/blocks.py --device cuda --dtype bf16 --layout channels_last nchw --minutes 9 --out gpu
 
-What each figure is, and what it is not, is in benchmarks/README.md. Needs torch and timm; without sase_blocks it still
-times the blocks of timm.
+benchmarks/README.md explains each figure. Needs torch and timm. Without sase_blocks it still times timm's blocks.
 """
 
 from __future__ import annotations
@@ -53,19 +52,19 @@ from meter import (
 )
 from torch import Tensor, nn
 
-RESNET50 = ('256x56x56', '512x28x28', '1024x14x14', '2048x7x7')  # where the attention of a ResNet-50 sits, at 224 x 224
+RESNET50 = ('256x56x56', '512x28x28', '1024x14x14', '2048x7x7')  # the attention's places in a ResNet-50 at 224 x 224
 TIMM = ('se', 'eca', 'cbam', 'gc')
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 LAYOUTS = {'nchw': torch.contiguous_format, 'channels_last': torch.channels_last}
 MODES = ('eager', 'compiled')
 GROUPS = ('blocks', 'timm', 'primitives')
-# Compiled against eager, ||a - b|| / ||b||. A wrong kernel is off by far more; rounding alone stays far below.
+# Compiled against eager, ||a - b|| / ||b||. A wrong kernel exceeds this by far, and rounding stays far below.
 TOLERANCE = {'fp32': 1e-3, 'bf16': 5e-2, 'fp16': 1e-2}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something to time: `build(channels, (H, W))` makes the module, `reads` says what it takes of a (B, C, H, W) x."""
+    """A module to time: `build(channels, (H, W))` builds it, `reads` says what it reads of a (B, C, H, W) x."""
 
     name: str
     build: Callable[[int, tuple[int, int]], nn.Module]
@@ -74,7 +73,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Case:
-    """One setting that every candidate is timed in."""
+    """One setting in which every candidate is timed."""
 
     shape: tuple[int, int, int]
     batch: int
@@ -115,7 +114,7 @@ class Row:
 
 
 def candidates(names: list[str]) -> list[Candidate]:
-    """Turn names and groups into candidates, in order and without repeats; ValueError lists what there is."""
+    """Turn names and groups into candidates, in order and without repeats; ValueError lists the known ones."""
     known: dict[str, Candidate] = {
         f'timm/{name}': Candidate(f'timm/{name}', partial(build_timm, name)) for name in TIMM
     }
@@ -155,20 +154,20 @@ def candidates(names: list[str]) -> list[Candidate]:
                 f'unknown block {name!r}; expected a group ({", ".join(GROUPS)}), a name ({", ".join(known)}), '
                 "'channel/SQUEEZE,EXCITE', 'spatial/SQUEEZE,EXCITE' or a genotype of six names with commas between"
             )
-    for candidate in chosen.values():  # a wrong name in a genotype is an error now and not an hour later
+    for candidate in chosen.values():  # a wrong name in a genotype fails now instead of an hour later
         candidate.build(8, (8, 8))
     return list(chosen.values())
 
 
 def build_timm(name: str, channels: int, feat_size: tuple[int, int]) -> nn.Module:
-    """A block of timm's, as a timm ResNet builds it."""
+    """One of timm's blocks, as a timm ResNet builds it."""
     from timm.layers import create_attn
 
     return create_attn(name, channels)
 
 
 def build_block(block: str, channels: int, feat_size: tuple[int, int]) -> nn.Module:
-    """A block of ours by name, or of a genotype's text."""
+    """One of our blocks, by name or by a genotype's text."""
     from sase_blocks import create_block
 
     return create_block(block, channels, feat_size=feat_size)
@@ -193,7 +192,7 @@ def build_primitive(primitive: Callable[..., nn.Module], channels: int, feat_siz
 
 
 class Subject:
-    """One candidate in one mode, ready to be called."""
+    """One candidate in one mode, ready to call."""
 
     def __init__(self, candidate: Candidate, mode: str, case: Case, x: Tensor) -> None:
         channels, height, width = case.shape
@@ -207,7 +206,7 @@ class Subject:
         self.x = x if candidate.reads == 'map' else torch.randn(sizes[candidate.reads], device=x.device, dtype=x.dtype)
         self.x_grad = self.x.detach().requires_grad_()
         self.inputs = [self.x_grad, *(p for p in module.parameters() if p.requires_grad)]
-        # Two modules over the same parameters: switching one between train and eval would be timed, and recompiled.
+        # Two modules with shared parameters: switching one between train and eval would be timed, and recompile.
         self.inference = clone_module(module).eval()
         self.run, self.run_inference = self.module, self.inference
         if mode == 'compiled':
@@ -245,7 +244,7 @@ def measure(
 ) -> list[Row]:
     """Time every candidate in every mode in one case."""
     if 'compiled' in options.mode:
-        torch._dynamo.reset()  # eight graphs are dynamo's limit for one function, after which it silently stays eager
+        torch._dynamo.reset()  # after eight graphs of one function, dynamo silently stays eager
     torch.manual_seed(options.seed)
     channels, height, width = case.shape
     x = torch.randn(case.batch, channels, height, width, device=options.device, dtype=DTYPES[case.dtype])
@@ -277,7 +276,7 @@ def measure(
             row.kept_for_backward_x = kept_bytes(partial(subject.run, subject.x_grad), excluded) / x_bytes
             if options.device == 'cuda':
                 row.peak_x = peak_bytes(subject.forward_backward) / x_bytes
-        except Exception as error:  # one block that cannot run, out of memory say, must not cost the whole run
+        except Exception as error:  # a block that cannot run (out of memory) must not end the whole run
             row.failure = f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
             continue
         subjects.append((row, subject))
@@ -348,14 +347,14 @@ def table(rows: list[Row], copy_rate: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three digits, or a dash where there is nothing, or nothing that holds (NaN)."""
+    """Three digits, or a dash for None and NaN."""
     if value is None or value != value:
         return '-'
     return f'{value:.0f}' if value >= 100 else f'{value:.3g}'
 
 
 def figure(result: dict[str, Any], path: Path) -> None:
-    """Draw the ratios: a line a block, a column a pass, a row a dtype and layout; small dots are shapes, large medians.
+    """Draw the ratios by block, pass, dtype and layout. Small dots are shapes, large dots their median.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -434,7 +433,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
 
 
 def describe(options: argparse.Namespace, argv: list[str], clock: Clock, copy_rate: float) -> dict[str, Any]:
-    """Where, with what and how the figures came about."""
+    """The machine, versions and command behind the figures."""
 
     def version(package: str) -> str | None:
         try:
@@ -480,7 +479,7 @@ def shape_of(text: str) -> tuple[int, int, int]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The options, defaults filled in for the device."""
+    """The options, with the device's defaults."""
     summary, _, details = (__doc__ or '').partition('\n\n')
     parser = argparse.ArgumentParser(
         prog='blocks.py', description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -492,11 +491,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument('--batch', type=int, help='images (default: 32 on a CPU, 256 on a GPU, 8 with --quick)')
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['fp32'])
     parser.add_argument('--layout', nargs='+', choices=LAYOUTS, default=['nchw'])
-    parser.add_argument('--mode', nargs='+', choices=MODES, help='default: both, eager alone with --quick')
+    parser.add_argument('--mode', nargs='+', choices=MODES, help='default: both, only eager with --quick')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--rounds', type=int, help='samples of every figure (default: 11 on a CPU, 41 on a GPU)')
+    parser.add_argument('--rounds', type=int, help='samples per figure (default: 11 on a CPU, 41 on a GPU)')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--minutes', type=float, help='start no further case after this time; the rest is listed')
+    parser.add_argument('--minutes', type=float, help='start no new case after this time, and list the rest')
     parser.add_argument('--quick', action='store_true', help='about a minute: eager, first and last shape, batch 8')
     parser.add_argument(
         '--out', type=Path, default=Path('runs/bench'), metavar='PREFIX', help='PREFIX.json, PREFIX.png'
@@ -515,7 +514,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if gpu and not torch.cuda.is_available():
         parser.error('--device cuda: torch finds no CUDA device here; --device cpu runs without')
     if importlib.util.find_spec('sase_blocks') is None:
-        print('sase_blocks is not installed: only the blocks of timm are timed (pip install -e .)', file=sys.stderr)
+        print("sase_blocks is not installed: timing only timm's blocks (pip install -e .)", file=sys.stderr)
         options.blocks = [name for name in options.blocks if name not in ('blocks', 'primitives')] or ['timm']
     try:
         options.chosen = candidates(options.blocks)
@@ -555,7 +554,7 @@ def main(argv: list[str] | None = None) -> int:
             for row in rows
         )
         result['rows'] += [asdict(row) for row in rows]
-        written.write_text(json.dumps(result, indent=1) + '\n')  # after every case: a run that is stopped leaves a file
+        written.write_text(json.dumps(result, indent=1) + '\n')  # after every case, for runs that are stopped
     if result['left_out']:
         written.write_text(json.dumps(result, indent=1) + '\n')
         print(f'left out after {options.minutes:g} minutes: {"; ".join(result["left_out"])}')

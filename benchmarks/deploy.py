@@ -1,17 +1,17 @@
-"""What deployment does to a network: time, deviation and size, of torch and onnxruntime, batch norms folded, in int8.
+"""Deployment of a network: time, deviation and size in torch and onnxruntime, with folded batch norms and in int8.
 
     python benchmarks/deploy.py                                         # some minutes: two networks
     python benchmarks/deploy.py --models resnet50_sase --batch 8        # any timm model, at its own image size
     python benchmarks/deploy.py --models digits:se digits:sase          # ResNet-20 with a block, trained here on digits
-    python benchmarks/deploy.py --models resnet50_sase --checkpoint F   # with weights of your own
+    python benchmarks/deploy.py --models resnet50_sase --checkpoint F   # with your own weights
 
-Each network runs, on one thread of the CPU, as it is and with `fuse`, in torch and in onnxruntime, and quantised to
-int8 by onnxruntime (8-bit activations, 7-bit weights: see docs/export.md). The ways take turns, and times are medians.
+Each network runs on one CPU thread, with and without `fuse`, in torch and in onnxruntime, and quantised to int8 by
+onnxruntime (8-bit activations, 7-bit weights: see docs/export.md). They take turns, and times are medians.
 
-`digits:NAME` is resnet20_cifar with the block NAME, trained for two epochs on scikit-learn's digits, and its top-1
-agreement and accuracy are over 360 test images. Any other model has random weights unless --checkpoint is given, its
-batch norms have the statistics of crops of scikit-learn's two photographs, and its images are other crops of them:
-deviations then are those of a network of that depth and width, and top-1 agreement means little.
+`digits:NAME` is resnet20_cifar with the block NAME, trained for two epochs on scikit-learn's digits. Its top-1
+agreement and accuracy are over 360 test images. Without --checkpoint, any other model has random weights. Its batch
+norms have the statistics of crops of scikit-learn's two photographs, and its images are other crops of them. Deviations
+are then typical for its depth and width, and top-1 agreement means little.
 
 Needs the extras export and demo.
 """
@@ -45,7 +45,7 @@ HEADER = ('network', 'way', 'ms', 'ratio', 'max deviation', 'mean', 'top-1 agree
 
 
 class Subject(NamedTuple):
-    """A network in eval mode, with images (N, C, H, W) to calibrate by and to compare on, and their classes if any."""
+    """A network in eval mode, with images (N, C, H, W) for calibration and comparison, and their classes if any."""
 
     name: str
     model: nn.Module
@@ -87,7 +87,7 @@ def crops(count: int, size: int, seed: int) -> Tensor:
 
 
 def timm_model(name: str, size: int | None, checkpoint: str | None, count: int) -> Subject:
-    """Any timm model, with given weights or with random ones and the statistics of photographs."""
+    """Any timm model, with given weights, or with random ones and the statistics of photographs."""
     torch.manual_seed(0)
     model = timm.create_model(name)
     size = size or model.pretrained_cfg['input_size'][-1]
@@ -97,7 +97,7 @@ def timm_model(name: str, size: int | None, checkpoint: str | None, count: int) 
         return Subject(name, model.eval(), calibration, images, None)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        nn.init.uniform_(norm.weight, 0.5, 1.0)  # the last of a branch starts at 0, where attention would be idle
+        nn.init.uniform_(norm.weight, 0.5, 1.0)  # the last of a branch starts at 0, which would hide the attention
         norm.momentum = None  # an average over all batches
     with torch.no_grad():
         for batch in calibration.split(16):
@@ -106,7 +106,7 @@ def timm_model(name: str, size: int | None, checkpoint: str | None, count: int) 
 
 
 def quantise(file: Path, out: Path, calibration: Tensor) -> None:
-    """The recipe of docs/export.md: static, per channel, in a way that every x86 CPU computes right."""
+    """The recipe of docs/export.md: static, per channel, correct on every x86 CPU."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -126,7 +126,7 @@ def quantise(file: Path, out: Path, calibration: Tensor) -> None:
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         reduce_range=True,  # 7-bit weights: without VNNI, 8 bits overflow the 16-bit sums of pairs
-        # onnxruntime's int8 softmax of a single value is 0: EMA has them below 64 channels.
+        # onnxruntime's int8 softmax of a single value is 0, which EMA has below 64 channels.
         nodes_to_exclude=[node.name for node in onnx.load(file).graph.node if node.op_type == 'Softmax'],
     )
 
@@ -144,12 +144,12 @@ def onnx_runner(file: Path) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def measure(subject: Subject, batch: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
-    """One row a way of running the network: time, deviation from torch as it is, agreement, size."""
+    """One row per way to run the network: time, deviation from plain torch, agreement, size."""
     fused = copy.deepcopy(subject.model)
     print(f'{subject.name}: {fuse(fused)}'.replace('\n', ' '), file=sys.stderr)
     size = tuple(subject.images.shape[1:])
     files = {name: folder / f'{name}.onnx' for name in ('onnxruntime', 'onnxruntime, fused', 'onnxruntime, int8')}
-    # Not checked on noise, which a deep network of random weights makes infinite, but on the images below.
+    # Checked on the images below, because a deep network with random weights makes noise infinite.
     export_onnx(subject.model, files['onnxruntime'], size, check=False)
     export_onnx(fused, files['onnxruntime, fused'], size, check=False)
     quantise(files['onnxruntime, fused'], files['onnxruntime, int8'], subject.calibration)
@@ -210,11 +210,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--size', type=int, help="image size of timm models (default: the model's own)")
     parser.add_argument('--checkpoint', help='weights for the timm models')
     parser.add_argument('--batch', type=int, default=1)
-    parser.add_argument('--images', type=int, default=64, help='images that timm models are compared on')
+    parser.add_argument('--images', type=int, default=64, help='images to compare timm models on')
     parser.add_argument('--rounds', type=int, default=15)
-    parser.add_argument('--epochs', type=int, default=2, help='of training on the digits')
-    parser.add_argument('--limit', type=int, help='use that many of the digits')
-    parser.add_argument('--out', type=Path, help='write all figures into this JSON file')
+    parser.add_argument('--epochs', type=int, default=2, help='epochs of training on the digits')
+    parser.add_argument('--limit', type=int, help='use only this many digits')
+    parser.add_argument('--out', type=Path, help='write all figures to this JSON file')
     options = parser.parse_args(argv)
     if min(options.batch, options.images, options.rounds, options.epochs) < 1:
         parser.error('--batch, --images, --rounds and --epochs must be at least 1')

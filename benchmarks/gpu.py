@@ -1,14 +1,14 @@
-"""Everything that a GPU must show, in one go: the tests marked gpu, then the benchmarks. Up to ten minutes.
+"""All GPU tests and benchmarks in one go: the tests marked gpu, then the benchmarks. Up to ten minutes.
 
     python benchmarks/gpu.py                               # `make gpu`: all steps but the compiled ones, into gpu_out/
     python benchmarks/gpu.py --compile                     # `make gpu-compile`: the compiled ones, which take long
-    python benchmarks/gpu.py --only search-1 search-2      # some of the steps
-    python benchmarks/gpu.py --device cpu --quick          # small sizes on a CPU: to see that it works
+    python benchmarks/gpu.py --only search-1 search-2      # some steps
+    python benchmarks/gpu.py --device cpu --quick          # a trial with small sizes on a CPU
 
-Any Python that has torch, timm, einops, accelerate, pytest and onnxruntime will do; the package need not be installed,
-and without Optuna the TrioNet search is skipped. A step that fails, or takes longer than its limit, does not stop the
-others. Into --out go what each step measured, all that it printed (STEP.log) and summary.json (summary-compiled.json),
-which is written anew after each step. Exits with 1 unless all steps passed.
+Any Python with torch, timm, einops, accelerate, pytest and onnxruntime will do. You need not install the package, and
+without Optuna the TrioNet search is skipped. If a step fails or exceeds its time limit, the others still run. --out
+gets each step's figures and output (STEP.log) and summary.json (summary-compiled.json), which is rewritten after each
+step. Exits with 1 unless all steps pass.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Step:
 
 
 def gpu_tests(quick: bool, device: str) -> Step:
-    # The file by name: another module that cannot be imported, for want of a library, would end the whole collection.
-    # Warnings of other versions than those of `make test` are no errors here.
+    # Only this file, because a module that misses a library would end the whole collection. Warnings are not errors
+    # here, because the versions may differ from those of `make test`.
     arguments = ['-m', 'pytest', '-m', 'gpu', '-q', '-p', 'no:cacheprovider', '-W', 'default']
     arguments += ['tests/test_gpu.py', '--junitxml={out}/tests.xml']
     if quick:
         arguments += ['-k', 'local_routes or axial or sandwich']
     elif device == 'cuda' and importlib.util.find_spec('xdist'):
-        arguments += ['-n', '4']  # most of the time goes into compiling kernels, on the CPU
+        arguments += ['-n', '4']  # most of the time goes into compiling kernels on the CPU
     return Step('tests', tuple(arguments), 'tests.xml', 240)
 
 
@@ -66,7 +66,7 @@ def of_blocks(name: str, options: str, limit: float) -> Step:
 
 
 def steps_of(device: str, quick: bool, compiled: bool) -> list[Step]:
-    """What is run, in this order. The limits of a plain run add up to ten minutes."""
+    """The steps in order. The limits of a plain run add up to ten minutes."""
     on, both = f'--device {device}', '--dtype fp32 bf16'
     one, tiny = '--quick --rounds 1', '--blocks sase timm/se --shapes 8x6x5 --batch 2 --rounds 4'
     attention, search = f'{one} --batch 1', one
@@ -82,7 +82,7 @@ def steps_of(device: str, quick: bool, compiled: bool) -> list[Step]:
         ]
     layers, blocks, supernet = attention, tiny, '--batch 4 --rounds 1 --networks 0'
     if not quick:
-        # A layer has kernels of its own for every size and window, whose compilation takes longer than their figures.
+        # A layer has separate kernels for every size and window, and compiling them takes longer than timing them.
         attention, layers = f'{both} --rounds 11', f'{both} --rounds 11 --sizes 28 --kernels 7'
         search, blocks = '--batch 128 --warmup 3 --rounds 21', f'{both} --minutes 0.7'
         supernet = '--space imagenet --batch 128 --networks 2'
@@ -98,9 +98,9 @@ def steps_of(device: str, quick: bool, compiled: bool) -> list[Step]:
 
 
 def run_step(step: Step, out: Path, device: str, factor: float = 1.0) -> dict[str, Any]:
-    """Run a program to its end or its limit; print what it says, and write that to its log, as it comes."""
+    """Run a program to its end or its time limit, and copy its output to the terminal and its log as it comes."""
     file, log = out / step.file, out / f'{step.name}.log'
-    file.unlink(missing_ok=True)  # or an old one would pass for what this run made
+    file.unlink(missing_ok=True)  # an old one would pass as this run's result
     command = [sys.executable, *(text.format(out=out) for text in step.arguments)]
     paths = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
     environment = {
@@ -132,7 +132,7 @@ def run_step(step: Step, out: Path, device: str, factor: float = 1.0) -> dict[st
             code = process.wait()
         finally:
             timer.cancel()
-            kill(process)  # what it started and left behind, or all of it after an interrupt
+            kill(process)  # leftover children, or all of it after an interrupt
     passed = code == 0 and file.exists()
     return {
         'name': step.name,
@@ -146,7 +146,7 @@ def run_step(step: Step, out: Path, device: str, factor: float = 1.0) -> dict[st
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """A process and all that it started, which are a session of their own."""
+    """Kill a process and its children, which are a separate session."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -158,7 +158,7 @@ def line_of(result: dict[str, Any]) -> str:
 
 
 def run(steps: list[Step], out: Path, device: str, factor: float = 1.0, summary_file: str = 'summary.json') -> int:
-    """Run all steps whatever becomes of each; print a line a step at the end. -> the exit code."""
+    """Run all steps, print a line per step at the end, and return the exit code."""
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {'command': shlex.join(sys.argv), **machine(device), 'steps': []}
@@ -184,11 +184,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument('--out', type=Path, default=Path('gpu_out'), metavar='DIR', help='default: gpu_out')
     parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda')
-    parser.add_argument('--quick', action='store_true', help='small sizes and a part of the tests')
-    parser.add_argument('--compile', action='store_true', help='the compiled steps in place of the others')
-    parser.add_argument('--only', nargs='+', metavar='STEP', help='some of the steps, by name')
+    parser.add_argument('--quick', action='store_true', help='small sizes and fewer tests')
+    parser.add_argument('--compile', action='store_true', help='the compiled steps instead of the others')
+    parser.add_argument('--only', nargs='+', metavar='STEP', help='only these steps')
     parser.add_argument(
-        '--limit-factor', type=float, default=1.0, metavar='F', help="times each step's limit, for a slower device"
+        '--limit-factor', type=float, default=1.0, metavar='F', help='multiply time limits, for a slower device'
     )
     options = parser.parse_args(argv)
     steps = steps_of(options.device, options.quick, options.compile)

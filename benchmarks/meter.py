@@ -1,4 +1,4 @@
-"""The meter of the benchmarks: clocks, calls timed in turns, and what is counted without a clock."""
+"""Shared by the benchmarks: clocks, calls timed in turns, and counts that need no clock."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class CpuClock:
-    """CPU time of this thread: other processes on the machine do not count. For one torch thread only."""
+    """CPU time of this thread, without other processes on the machine. For one torch thread only."""
 
     what = 'CPU time of one thread'
 
@@ -31,14 +31,14 @@ class CpuClock:
         return lambda: seconds
 
     def finish(self) -> None:
-        """Nothing is in flight on a CPU."""
+        """Nothing to wait for on a CPU."""
 
 
 class CudaClock:
-    """Time between two device events, each sample after a write larger than the cache, so that x comes from memory.
+    """Time between two device events, after a write larger than the cache, so that x comes from memory.
 
-    That write also gives the host a lead over the device, so that the launch of the first kernel is not measured; where
-    a block's kernels are shorter than their launches, the gaps between them are.
+    During that write the host runs ahead of the device, so the first kernel's launch is not measured. If a block's
+    kernels are shorter than their launches, the gaps between them are.
     """
 
     what = 'time between device events, cold cache'
@@ -64,7 +64,7 @@ Clock = CpuClock | CudaClock
 def interleaved(
     calls: dict[str, Callable[[], object]], clock: Clock, rounds: int, warmup: int
 ) -> dict[str, list[float]]:
-    """Seconds of every call in every round; a round makes each call once, and the order turns from round to round."""
+    """Seconds of every call in every round. A round makes each call once, in an order that rotates."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for index in range(-warmup, rounds):
@@ -86,7 +86,7 @@ def spread(seconds: list[float]) -> float:
 
 
 def copy_bandwidth(clock: Clock, device: str, rounds: int = 11) -> float:
-    """Bytes a second of a large copy, bytes read plus bytes written: the ceiling for everything here."""
+    """Bytes per second of a large copy, bytes read plus bytes written: the upper bound for all benchmarks."""
     source = torch.randn((2**30 if device == 'cuda' else 2**27) // 4, device=device)
     target = torch.empty_like(source)
     seconds = interleaved({'copy': lambda: target.copy_(source)}, clock, rounds, warmup=3)['copy']
@@ -97,7 +97,7 @@ def copy_bandwidth(clock: Clock, device: str, rounds: int = 11) -> float:
 
 
 class CountBytes(TorchDispatchMode):
-    """Sum the bytes of the tensors that each eager operator reads and writes; views move none."""
+    """Sum the bytes of the tensors that each eager operator reads and writes. Views move none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class CountBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         aliases = [ret.alias_info for ret in func._schema.returns]
         view = any(info is not None and not info.is_write for info in aliases)
-        if view or func._schema.name == 'aten::_unsafe_view':  # this one is a view that its schema does not own up to
+        if view or func._schema.name == 'aten::_unsafe_view':  # a view, but not in its schema
             return result
         leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
         self.bytes += sum(distinct_bytes(leaf) for leaf in leaves if isinstance(leaf, Tensor))
@@ -115,16 +115,16 @@ class CountBytes(TorchDispatchMode):
 
 
 def distinct_bytes(tensor: Tensor) -> int:
-    """Bytes of the distinct elements: an expanded dimension is read once."""
+    """Bytes of the distinct elements, with an expanded dimension read once."""
     sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or size == 0]
     return torch.Size(sizes).numel() * tensor.element_size()
 
 
 @contextlib.contextmanager
 def inductor_bytes() -> Iterator[Callable[[], int | None]]:
-    """Count what inductor says its kernels read and write, for what is compiled inside; None where it does not say.
+    """Bytes that inductor reports its kernels read and write, for code compiled inside; None if it reports nothing.
 
-    torch counts only for a logger at INFO, and nothing is counted for a graph that comes from a cache.
+    torch counts only for a logger at INFO, and not for a graph from a cache.
     """
     try:
         from torch._functorch import config as functorch_config
@@ -147,7 +147,7 @@ def inductor_bytes() -> Iterator[Callable[[], int | None]]:
 
 
 def kept_bytes(call: Callable[[], object], excluded: set[int]) -> int:
-    """Bytes that autograd keeps between forward and backward: distinct storages, x among them, parameters not."""
+    """Bytes that autograd keeps between forward and backward: distinct storages, with x, without parameters."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -157,13 +157,13 @@ def kept_bytes(call: Callable[[], object], excluded: set[int]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()  # alive until all is counted, or a freed storage's address could come again
+        result = call()  # keep it alive while counting, or a new storage could reuse a freed address
     del result
     return sum(storages.values())
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """CUDA memory at its highest during the call, above what was held before it."""
+    """Peak CUDA memory during the call, above the memory before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -173,13 +173,13 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def relative_error(outputs: tuple[Tensor, ...], references: tuple[Tensor, ...]) -> float:
-    """The largest ||a - b|| / ||b|| of the pairs."""
+    """The largest ||a - b|| / ||b|| over the pairs."""
     pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(outputs, references, strict=True)]
     return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name, as the system reports it."""
     with contextlib.suppress(OSError):
         for line in Path('/proc/cpuinfo').read_text().splitlines():
             if line.startswith('model name'):

@@ -394,9 +394,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 ABOUT = """The call is `insert(model, 'se')` without `where`, on a CPU, with random
-weights and two images. A network passes if its outputs stay equal bit for bit in eval and in train mode, all gradients of
-one training step are finite and every alpha has one, the attention changes the outputs once alpha is 0.7, and `remove`
-restores the network. If a network fails or gets no attention, its row has the error instead of a place."""
+weights and two images. A network passes if its outputs stay equal bit for bit in eval and in train mode, all gradients
+of one training step are finite and every alpha has one, the attention changes the outputs once alpha is 0.7, and
+`remove` restores the network. If a network fails or gets no attention, its row has the error instead of a place."""
 
 
 if __name__ == '__main__':

@@ -1,11 +1,11 @@
-"""The search put to the test on CIFAR-10: published against fair mixing, several seeds, random labels, from scratch.
+"""A test of the search on CIFAR-10: published against fair mixing, several seeds, random labels, from scratch.
 
     python benchmarks/sase_search.py --data cifar10 --protocol paper                  on a GPU: the paper's 100 epochs
     python benchmarks/sase_search.py --data cifar10 --protocol reduced --cpu          on a CPU: a subset, few epochs
 
-DIR holds train/CLASS/*.png (or jpg) and test/CLASS/*. Every step is resumable: the same command again does what is
-missing, and --ray runs many of them at once. Into --out go the runs; into --results, which is
-small enough to keep, the settings, the results as JSON, the tables and the pictures.
+DIR holds train/CLASS/*.png (or jpg) and test/CLASS/*. Every step is resumable: the same command runs only the missing
+ones, and --ray runs many at once. --out gets the runs. --results, which is small enough to keep, gets the settings, the
+results as JSON, the tables and the pictures.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Protocol:
 
 PROTOCOLS = {
     'paper': Protocol(None, None, '2', 100, 128, 3e-4, (0, 1, 2), 200, 128, 3),
-    # The logits' learning rate is ten times the paper's, for they take fewer than a hundredth of its steps.
+    # The logits' learning rate is ten times the paper's, because they take less than a hundredth of its steps.
     'reduced': Protocol(100, 50, '1', 4, 25, 3e-3, (0, 1, 2), 12, 32, 2, hessian_every=4),
-    'tiny': Protocol(4, 2, '1', 1, 10, 3e-3, (0, 1), 1, 10, 1, 1),  # to see that it runs
+    'tiny': Protocol(4, 2, '1', 1, 10, 3e-3, (0, 1), 1, 10, 1, 1),  # only a trial
 }
 
 
@@ -66,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--data', required=True, metavar='DIR', help='CIFAR-10 as class folders')
     parser.add_argument('--protocol', choices=tuple(PROTOCOLS), default='reduced')
     parser.add_argument('--out', default='runs/sase_search', metavar='DIR', help='folder of the runs')
-    parser.add_argument('--results', metavar='DIR', help='folder of what is kept (default: results in --out)')
-    parser.add_argument('--ray', metavar='ADDRESS', help='the runs on a Ray cluster: auto, HOST:PORT or local')
-    parser.add_argument('--cpu', action='store_true', help='use the CPU though there is a GPU')
+    parser.add_argument('--results', metavar='DIR', help='folder of the results to keep (default: results in --out)')
+    parser.add_argument('--ray', metavar='ADDRESS', help='run on a Ray cluster: auto, HOST:PORT or local')
+    parser.add_argument('--cpu', action='store_true', help='use the CPU even if there is a GPU')
     parser.add_argument('--workers', type=int, default=1, help='processes that load images (default: 1)')
     options = parser.parse_args(argv)
     protocol = PROTOCOLS[options.protocol]
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def subset(source: Path, target: Path, protocol: Protocol) -> Path:
-    """The first images of each class by name, as links; the whole data set where the protocol wants all."""
+    """Links to the first images of each class by name, or the whole data set if the protocol uses all."""
     if protocol.per_class is None:
         return source
     for split, count in (('train', protocol.per_class), ('test', protocol.test_per_class)):
@@ -124,7 +124,7 @@ def subset(source: Path, target: Path, protocol: Protocol) -> Path:
             place.mkdir(parents=True, exist_ok=True)
             files = sorted(folder.iterdir())[:count]
             if count is not None and len(files) < count:
-                sys.exit(f'{folder} holds {len(files)} images, the protocol takes {count} of each class')
+                sys.exit(f'{folder} holds {len(files)} images, the protocol needs {count} of each class')
             for file in files:
                 if not (place / file.name).exists():
                     (place / file.name).symlink_to(file.resolve())
@@ -139,7 +139,7 @@ def keep(
     evaluation: dict[str, Any],
     out: Path,
 ) -> None:
-    """Write what is worth keeping of the runs."""
+    """Write the results worth keeping."""
     from sase_blocks.viz import plot_evaluation, save_figure
 
     text = []
@@ -166,7 +166,7 @@ def keep(
 
 
 def strip(result: dict[str, Any]) -> dict[str, Any]:
-    """Genotypes, logits and agreement of the searches, without what all of them share."""
+    """Genotypes, logits and agreement of the searches, without their common settings."""
     kept = ('genotype', 'verdict', 'logits', 'edges', 'warnings', 'epoch')
     return {
         'genotype': result['genotype'],

@@ -1,11 +1,11 @@
-"""What several processes cost a SASE search: reductions and bytes a step, seconds measured and predicted.
+"""The cost of several processes in a SASE search: reductions and bytes per step, seconds measured and predicted.
 
     python benchmarks/scaling.py                       two processes (gloo) on this machine's CPU
     python benchmarks/scaling.py --order 2 --steps 5
     python benchmarks/scaling.py --processes 8 --device cuda   NCCL, on a machine with 8 GPUs
 
-One process computes the joint batch; then its share of it, with the batch norms that K processes need; then K
-processes do a share each and reduce. The model is
+One process computes the joint batch, then its share with the batch norms that K processes need. Then K processes
+compute one share each and reduce. The model is
 
     seconds(K) = seconds of a share alone + reductions * latency + bytes / bandwidth
 
@@ -39,9 +39,9 @@ from sase_blocks.search.sync_batch_norm import synchronize_norms
 
 
 def work(rank: int, world: int, store: str, options: argparse.Namespace, batch: int, grouped: bool, out: str) -> None:
-    """Steps of the search with ``batch`` images in this process; the first process writes what it measured.
+    """Steps of the search with ``batch`` images in this process. The first process writes its measurements.
 
-    ``grouped``: in a process group, perhaps of one, with the synchronised batch norms and their arithmetic.
+    ``grouped``: in a process group (of one or more), with the synchronised batch norms and their arithmetic.
     """
     torch.set_num_threads(1)
     device = torch.device('cuda', rank) if options.device == 'cuda' else torch.device('cpu')
@@ -107,7 +107,7 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
 def measure(
     world: int, options: argparse.Namespace, batch: int, copies: int = 1, grouped: bool = True
 ) -> dict[str, float]:
-    """One group of ``world`` processes, ``copies`` of it side by side; the first copy's figures."""
+    """Run ``copies`` groups of ``world`` processes side by side, and return the first one's figures."""
     context = torch.multiprocessing.get_context('spawn')
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -130,17 +130,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--processes', type=int, default=2, metavar='K')
     parser.add_argument('--order', choices=ORDERS, default='1')
-    parser.add_argument('--batch', type=int, default=64, help='images a step over all processes (default: 64)')
+    parser.add_argument('--batch', type=int, default=64, help='images per step over all processes (default: 64)')
     parser.add_argument('--steps', type=int, default=10)
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
-    parser.add_argument('--json', metavar='FILE', help='write the figures there, too')
+    parser.add_argument('--json', metavar='FILE', help='also write the figures to FILE')
     options = parser.parse_args(argv)
     os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
     k = options.processes
     if k < 2 or options.batch % k:
         parser.error(f'--batch {options.batch} must be a multiple of --processes {k}, at least 2')
     whole = measure(1, options, options.batch, grouped=False)
-    # As many of them at a time as the group has processes: they share the machine's caches and memory in the same way.
+    # As many at a time as the group has processes, so that they share the machine's caches and memory the same way.
     share = measure(1, options, options.batch // k, copies=k if options.device == 'cpu' else 1)
     group = measure(k, options, options.batch // k)
     predicted = share['seconds'] + group['reductions'] * group['latency'] + group['bytes'] / group['bandwidth']

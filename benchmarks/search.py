@@ -1,17 +1,17 @@
 """Time a step of the SASE search, and count what its attention keeps for the backward pass.
 
 A step is one update of the logits and one of the weights, on the paper's network (ResNet-20, 32 x 32 images, its 7
-operations an edge). Orders: 1, first order; 2, exact second order, against the authors' unrolled step, which takes a
-finite difference.
+operations per edge). Order 1 is the first order. Order 2 compares the exact second order with the authors' unrolled
+step, which uses a finite difference.
 
     python benchmarks/search.py --quick                            # a minute: batch 16, plain and shared
-    python benchmarks/search.py --authors DIR                      # with the authors' own code, beside ours
+    python benchmarks/search.py --authors DIR                      # the authors' code too
     python benchmarks/search.py --authors DIR --compile --order 1  # compiled: some minutes before the first figure
     python benchmarks/search.py --device cuda --batch 128 --compile --json search.json
 
-DIR is a checkout of https://github.com/pusheng0902/SASE. Their code demands CUDA; on a CPU its calls of ``.cuda()``
-are made to do nothing, from outside. The forms take turns, and each figure is the median over the rounds. On a CPU the
-clock is the process's CPU time with one thread; on a GPU it is the time between two device events around a step.
+DIR is a checkout of https://github.com/pusheng0902/SASE. Their code requires CUDA, so on a CPU this script patches
+``.cuda()`` to do nothing. The forms take turns, and each figure is the median over the rounds. On a CPU the clock is
+the process's CPU time with one thread. On a GPU it is the time between two device events around a step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import sase_blocks  # noqa: F401  (its models are timm's after this)
+import sase_blocks  # noqa: F401  (registers the models with timm)
 from sase_blocks.search.sase.bilevel import VirtualStep, logits_gradient
 from sase_blocks.search.sase.network import SearchNetwork
 from sase_blocks.search.sase.space import SearchSpace
@@ -91,7 +91,7 @@ class Ours:
         self.optimizer.step()
 
     def kept(self, x: Tensor) -> int:
-        """Bytes that the attention keeps in one forward pass of the network."""
+        """Bytes that the attention keeps in one forward of the network."""
         return kept_in(self.attention, lambda: self.network(x))
 
 
@@ -104,7 +104,7 @@ class Authors:
             torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
         sys.path.insert(0, str(folder))
         torch.manual_seed(options.seed)
-        warnings.filterwarnings('ignore', category=UserWarning)  # their calls are of an older torch
+        warnings.filterwarnings('ignore', category=UserWarning)  # their code is for an older torch
         network, architect = (importlib.import_module(name) for name in ('model_search_attention', 'architect'))
         self.network = network.Network(10).to(options.device).train()
         self.attention = [m for m in self.network.modules() if type(m).__name__ == 'Attention']
@@ -127,7 +127,7 @@ class Authors:
 
 
 def kept_in(modules: list[nn.Module], call: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct storages that autograd keeps inside ``modules``, their inputs among them; no parameters."""
+    """Bytes of the distinct storages that autograd keeps inside ``modules``, with inputs, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
     storages: dict[int, int] = {}
     hooks: list[Any] = []
@@ -147,7 +147,7 @@ def kept_in(modules: list[nn.Module], call: Callable[[], Tensor]) -> int:
 
     handles = [m.register_forward_pre_hook(enter) for m in modules] + [m.register_forward_hook(leave) for m in modules]
     try:
-        result = call()  # alive until all is counted, or a freed storage's address could come again
+        result = call()  # keep it alive while counting, or a new storage could reuse a freed address
         total = sum(storages.values())
         del result
     finally:
@@ -193,7 +193,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     training, held_out = batch(), batch()
     rows = []
     for order in options.order:
-        # Double backward does not pass through compiled code.
+        # Compiled code has no double backward.
         names = [name for name in subjects if order == '1' or 'compiled' not in name]
         samples: dict[str, list[float]] = {name: [] for name in names}
         first: dict[str, float] = {}
@@ -223,7 +223,7 @@ def map_bytes(batch: int) -> int:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures as text, ratios to the authors' code where it ran and to the plain form otherwise."""
+    """The figures as text, with ratios to the authors' code if it ran, and otherwise to the plain form."""
     kept, rows = result['kept_bytes'], result['rows']
     reference = 'authors' if 'authors' in kept else 'plain'
     lines = [f'{"order":6}{"form":20}{"s a step":>10}{"min..max":>16}{"times faster":>14}{"kept, MB":>10}{"part":>7}']
@@ -250,17 +250,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog='search.py', description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--authors', type=Path, metavar='DIR', help="a checkout of the authors' repository")
-    parser.add_argument('--compile', action='store_true', help='a compiled form too, for order 1')
+    parser.add_argument('--compile', action='store_true', help='also a compiled form, for order 1')
     parser.add_argument('--order', nargs='+', choices=ORDERS, default=list(ORDERS))
     parser.add_argument('--fair', action='store_true', help="fair mixing (default: the authors' mixture)")
     parser.add_argument('--channels-last', action='store_true', help='our network in channels_last')
     parser.add_argument('--batch', type=int, help='images (default: 64, 16 with --quick)')
-    parser.add_argument('--rounds', type=int, help='samples of every figure (default: 7, 3 with --quick)')
-    parser.add_argument('--warmup', type=int, default=1, help='rounds before them (default: 1)')
+    parser.add_argument('--rounds', type=int, help='samples per figure (default: 7, 3 with --quick)')
+    parser.add_argument('--warmup', type=int, default=1, help='rounds before these (default: 1)')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--quick', action='store_true', help='about a minute')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write every figure there')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write all figures to FILE')
     options = parser.parse_args(argv)
     options.batch = options.batch if options.batch is not None else 16 if options.quick else 64
     options.rounds = options.rounds if options.rounds is not None else 3 if options.quick else 7

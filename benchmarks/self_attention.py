@@ -1,22 +1,22 @@
-"""Time self-attention, forward and forward + backward, and count the memory that it keeps and reaches.
+"""Time self-attention, forward and forward + backward, and count its kept and peak memory.
 
-Two groups, each beside the unfold formulation (k x k copies of k and v, which the public codes of stand-alone
-self-attention make), measured in turn with it, all figures as medians and as ratios to it:
+There are two groups. Each takes turns with the unfold formulation (k x k copies of k and v, as in the public code of
+stand-alone self-attention), and all figures are medians and ratios to it:
 
-    attention   from q, k and v to the result: every route of `local_attention` that the device has, and NATTEN where it
-                is installed (which has no relative term: it computes less)
+    attention   from q, k and v to the result: every route of `local_attention` on the device, and NATTEN if it is
+                installed (it has no relative term, so it computes less)
     layers      from x, with the projections: LocalSelfAttention, timm's HaloAttn and BottleneckAttn, and
-                AxialSelfAttention by its routes and with its batch norm over maps, as the authors' code has it
+                AxialSelfAttention by its routes and with a batch norm over maps, as in the authors' code
 
     python benchmarks/self_attention.py --quick                  # a minute: 28 x 28, k = 7
     python benchmarks/self_attention.py --json attention.json    # 56, 28, 14 with k = 3, 5, 7
     python benchmarks/self_attention.py --sizes 28 --kernels 7 --compile
     python benchmarks/self_attention.py --device cuda --dtype bf16 fp32 --batch 64 --json gpu.json
 
-Attention by itself must read q, k and v and write the result, and backward read these four and one gradient and write
-three: these fewest bytes are counted, and on a GPU each time is set against a copy of as many bytes.
+Attention alone must read q, k and v and write the result, and backward must read these four and one gradient and write
+three. This script counts these fewest bytes, and on a GPU it compares each time with a copy of as many bytes.
 
-benchmarks/README.md says what the columns are. Exits with 1 if a route differs from unfold.
+benchmarks/README.md explains the columns. Exits with 1 if a route differs from unfold.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ TOLERANCE = {'fp32': 1e-4, 'bf16': 5e-2, 'fp16': 1e-2}
 
 @dataclass
 class Row:
-    """One candidate in one setting. Ratios are to unfold of the same group; above 1 is faster, below 1 less memory."""
+    """One candidate in one setting. Ratios are to the same group's unfold: above 1 is faster, below 1 less memory."""
 
     group: str
     name: str
@@ -89,7 +89,7 @@ class Row:
     forward_backward_times_faster: float | None = None
     kept: float | None = None  # between forward and backward, in sizes of x (or of q)
     kept_of_unfold: float | None = None
-    peak: float | None = None  # of forward + backward, above what was there before, in sizes of x (or of q)
+    peak: float | None = None  # of forward + backward, above the memory before, in sizes of x (or of q)
     peak_of_unfold: float | None = None
     fewest_forward_bytes: int | None = None  # of attention: q, k, v and y, each once
     fewest_forward_backward_bytes: int | None = None
@@ -103,7 +103,7 @@ class Row:
 
 
 def unfold_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor) -> Tensor:
-    """The formulation with k x k copies of k and v. Shapes as in `local_attention`, the term on the query alone."""
+    """The formulation with k x k copies of k and v. Shapes as in `local_attention`, relative term only on the query."""
     b, h, d, height, width = q.shape
     size = relative.shape[3]
     table = torch.cat([relative[0, 0][:, :, None].expand(-1, -1, size), relative[0, 1][:, None].expand(-1, size, -1)])
@@ -134,7 +134,7 @@ class Unfold(LocalSelfAttention):
 
 
 def axial_with_maps(channels: int, size: int) -> nn.Module:
-    """AxialSelfAttention with a batch norm over the maps of the logits, the formula as it is written."""
+    """AxialSelfAttention with a batch norm over the maps of the logits, directly as the formula."""
     layer = AxialSelfAttention(channels, HEADS, size)
     for axis in (layer.height, layer.width):
         axis.logit_norm = nn.BatchNorm2d(3 * HEADS)  # type: ignore[assignment]
@@ -142,7 +142,7 @@ def axial_with_maps(channels: int, size: int) -> nn.Module:
 
 
 def halo(channels: int, size: int, kernel: int) -> nn.Module:
-    """timm's, with blocks of 7 and the halo of this window: all queries of a block see the whole block and its halo."""
+    """timm's, with blocks of 7 and this window's halo. All queries of a block see the whole block and its halo."""
     layer: nn.Module = HaloAttn(
         channels, num_heads=HEADS, dim_head=channels // HEADS, block_size=7, halo_size=kernel // 2
     )
@@ -150,7 +150,7 @@ def halo(channels: int, size: int, kernel: int) -> nn.Module:
 
 
 def bottleneck(channels: int, size: int) -> nn.Module:
-    """timm's: every position attends to every other."""
+    """timm's, in which every position attends to every other."""
     layer: nn.Module = BottleneckAttn(channels, feat_size=(size, size), num_heads=HEADS, dim_head=channels // HEADS)
     return layer
 
@@ -184,7 +184,7 @@ def layers(channels: int, size: int, kernel: int) -> dict[str, Callable[[], nn.M
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most bytes that were alive at once of what operators made, on any device; what one makes inside is unseen."""
+    """Peak bytes of the operators' results alive at once, on any device. Misses memory used inside an operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 def highest(call: Callable[[], object], device: str) -> int:
-    """The peak of a call: the allocator's on CUDA, what operators return on a CPU."""
+    """The peak of a call: the allocator's on CUDA, the operators' results on a CPU."""
     if device == 'cuda':
         return peak_bytes(call)
     with PeakBytes() as count:
@@ -225,7 +225,7 @@ def highest(call: Callable[[], object], device: str) -> int:
 
 
 class Subject:
-    """A function with its inputs, forward alone and with all gradients."""
+    """A function with its inputs, forward only and with all gradients."""
 
     def __init__(self, run: Callable[..., Tensor], inputs: list[Tensor], leaves: list[Tensor], inference: Any = None):
         self.run, self.inputs, self.leaves = run, inputs, leaves
@@ -306,7 +306,7 @@ def measure(group: str, size: int, kernel: int, dtype: str, options: argparse.Na
                 if group == 'attention' and name in LOCAL_ROUTES:
                     row.error = error_of(subject, subjects['unfold'][1])
                 subjects[label] = row, subject
-            except Exception as error:  # one candidate that does not run costs its own row alone
+            except Exception as error:  # a candidate that does not run loses only its own row
                 row.failure = f'{type(error).__name__}: {error}'.splitlines()[0]
     calls: dict[str, Callable[[], object]] = {}
     for name, (_, subject) in subjects.items():
@@ -357,7 +357,7 @@ def table(rows: list[Row]) -> str:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The options, defaults filled in for the device."""
+    """The options, with the device's defaults."""
     summary, _, details = (__doc__ or '').partition('\n\n')
     parser = argparse.ArgumentParser(
         prog='self_attention.py',
@@ -365,14 +365,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('--sizes', nargs='+', type=int, help='of the map (default: 56 28 14)')
-    parser.add_argument('--kernels', nargs='+', type=int, help='of the window (default: 3 5 7)')
+    parser.add_argument('--sizes', nargs='+', type=int, help='map sizes (default: 56 28 14)')
+    parser.add_argument('--kernels', nargs='+', type=int, help='window sizes (default: 3 5 7)')
     parser.add_argument('--groups', nargs='+', choices=('attention', 'layers'), default=['attention', 'layers'])
     parser.add_argument('--batch', type=int, help='images (default: 4 on a CPU, 64 on a GPU)')
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['fp32'])
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--rounds', type=int, help='samples of every figure (default: 5 on a CPU, 21 on a GPU)')
-    parser.add_argument('--compile', action='store_true', help='each also compiled; minutes on a slow core')
+    parser.add_argument('--rounds', type=int, help='samples per figure (default: 5 on a CPU, 21 on a GPU)')
+    parser.add_argument('--compile', action='store_true', help='also compile each; takes minutes on a slow core')
     parser.add_argument('--quick', action='store_true', help='28 x 28 with k = 7 alone')
     parser.add_argument('--json', type=Path, metavar='FILE', help='all figures, machine, versions and command')
     options = parser.parse_args(argv)

@@ -1,11 +1,11 @@
-"""What a network of a supernet costs in it, beside the same network extracted: one forward, one training step.
+"""Cost of a network inside its supernet and extracted: one forward, one training step.
 
     python benchmarks/supernet.py                                     the cifar space, 64 images of 32 px
     python benchmarks/supernet.py --space imagenet --batch 8
     python benchmarks/supernet.py --space imagenet --batch 128 --device cuda --json supernet.json
 
-Both take turns in every round, and the medians of the rounds are compared; 'activate' is what making the network costs,
-once for each. Networks: the ends of the space and random ones.
+Both take turns in every round, and each figure is the median over the rounds. 'activate' is the cost of building the
+network, once for each. The networks are the largest, the smallest and random ones.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--space', default='cifar', help="'cifar', 'imagenet' or a JSON file (default: cifar)")
     parser.add_argument('--batch', type=int, default=64, help='images (default: 64)')
-    parser.add_argument('--rounds', type=int, default=9, help='of which the median counts (default: 9)')
-    parser.add_argument('--networks', type=int, default=3, help='random networks besides the ends (default: 3)')
+    parser.add_argument('--rounds', type=int, default=9, help='rounds for the median (default: 9)')
+    parser.add_argument('--networks', type=int, default=3, help='random networks (default: 3)')
     parser.add_argument('--device', default='cpu')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write every figure there')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write all figures to FILE')
     options = parser.parse_args(argv)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def step_of(network: nn.Module, x: torch.Tensor, train: bool) -> Callable[[], No
 
 
 def medians(steps: Sequence[Callable[[], None]], rounds: int) -> list[float]:
-    """Of each, in turns; the first two rounds warm up."""
+    """Time each in turns. The first two rounds warm up."""
     seconds: list[list[float]] = [[] for _ in steps]
     for _ in range(rounds + 2):
         for kept, step in zip(seconds, steps, strict=True):

@@ -1,9 +1,9 @@
-"""Count what compiled attention blocks read and write on a GPU, without one.
+"""Count what compiled attention blocks would read and write on a GPU, without one.
 
-inductor plans its kernels from shapes alone. This script lets it plan for a Hopper GPU (nothing is generated or run)
-and adds up the bytes that the planned kernels read and write, in traversals: one read or one write of x. It needs
-neither a device nor Triton. It uses interfaces of inductor that are not public: they are the same from torch 2.8 to
-2.15, and a newer torch may need a change here.
+inductor plans its kernels from shapes alone. This script makes it plan for a Hopper GPU (nothing is generated or run)
+and sums the bytes that the planned kernels read and write, in traversals: one read or one write of x. It needs neither
+a device nor Triton. It uses private interfaces of inductor, which are the same from torch 2.8 to 2.15. A newer torch
+may need a change here.
 
     python benchmarks/traffic.py                        # at the four ResNet-50 shapes, bf16
     python benchmarks/traffic.py sase se --dtype float32 --shapes 256x56x56
@@ -26,11 +26,11 @@ SHAPES = ('256x56x56', '512x28x28', '1024x14x14', '2048x7x7')
 
 
 class CannotPlan(RuntimeError):
-    """The interfaces of inductor that this script uses are others in the torch that is here."""
+    """The installed torch has other inductor interfaces than this script uses."""
 
 
 class _Hopper:
-    """The properties of an H200 that inductor asks for."""
+    """The properties of an H200 that inductor reads."""
 
     name = 'NVIDIA H200'
     major, minor = 9, 0
@@ -56,9 +56,9 @@ def _as_if_there_were_a_gpu() -> Iterator[None]:
         'torch.cuda._get_device_properties': lambda *_: _Hopper(),
         'torch._C._cuda_init': lambda: None,
         'torch._subclasses.fake_tensor.init_gpu_context': lambda *_: None,  # which would allocate on the device
-        # For half precision it asks the driver for the device. All inputs are contiguous, which every choice keeps.
+        # For half precision it queries the device's driver. All inputs are contiguous, which every choice keeps.
         'torch._C._select_conv_backend': lambda *_, **__: torch._C._ConvBackend.Cudnn,
-        # Not a matter of the package alone: has_triton asks for a device, and remembers the answer from before.
+        # The package alone is not enough: has_triton queries the device and caches the answer.
         'torch._inductor.scheduler.has_triton': lambda *_: True,
     }
     with contextlib.ExitStack() as stack:
@@ -96,10 +96,10 @@ def _planned_bytes(graph: torch.fx.GraphModule, inputs: list[object]) -> int:
 
 
 def traversals(block: nn.Module, x: torch.Tensor) -> tuple[float, float, float]:
-    """Of a compiled training step: traversals of x forward, backward, and sizes of x kept between them.
+    """Traversals of x in a compiled training step, forward and backward, and sizes of x kept between them.
 
     Raises:
-        CannotPlan: inductor's own interfaces are others in the torch that is here.
+        CannotPlan: the installed torch has other inductor interfaces.
     """
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
@@ -126,7 +126,7 @@ def traversals(block: nn.Module, x: torch.Tensor) -> tuple[float, float, float]:
     kept = sum(t.numel() * t.element_size() for t in tensors)
     try:
         forward, backward = (_planned_bytes(graph, inputs) for graph, inputs in captured)
-    except Exception as error:  # of any kind: what is private has no contract
+    except Exception as error:  # of any kind, because private interfaces have no contract
         text = (str(error).strip().splitlines() or [''])[0]
         raise CannotPlan(
             f'torch {torch.__version__} does not plan without a GPU as benchmarks/traffic.py asks it to '

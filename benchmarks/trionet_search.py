@@ -1,14 +1,14 @@
-"""Does a supernet rank networks as training alone does, and does the search find one? On CIFAR-10, by four supernets.
+"""Does a supernet rank networks like standalone training, and does the search find one? Four supernets on CIFAR-10.
 
     python benchmarks/trionet_search.py --data cifar10 --protocol full                 on a GPU
     python benchmarks/trionet_search.py --data cifar10 --protocol reduced --cpu        on a CPU: a subset, few epochs
 
-Supernets with and without Hierarchical Sampling, with and without Multi-head Sharing, with the same seed and steps. A
-dozen networks (the pure ones, then random ones) are trained alone; Kendall's tau compares their accuracy with each
-supernet's score. Then what each search found, and the pure networks at the same limit, are trained alone as well.
+This trains supernets with and without Hierarchical Sampling, with and without Multi-head Sharing, with the same seed
+and steps. It also trains a dozen standalone networks (the pure ones, then random ones), and Kendall's tau compares
+their accuracy with each supernet's score. Then it trains each search's result and the pure networks at the same limit.
 
-DIR holds train/CLASS/*.png (or jpg) and test/CLASS/*. The same command again does what is missing, and
---ray runs scoring and trainings on many machines. Into --out go the runs; into --results what is worth keeping.
+DIR holds train/CLASS/*.png (or jpg) and test/CLASS/*. The same command runs only what is missing, and --ray runs
+scoring and trainings on many machines. --out gets the runs, --results what is worth keeping.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ VARIANTS = {
     'neither': {'sampling': 'uniform', 'sharing': 'plain'},
 }
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-DRAWS = 401  # stream of random numbers, see derive_seed
+DRAWS = 401  # random stream, see derive_seed
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Protocol:
     seeds: tuple[int, ...]
     lr: float = 0.004
     alone_lr: float = 0.004
-    drawn: int = 2  # networks a step, besides the largest and the smallest
+    drawn: int = 2  # random networks per step, besides the largest and the smallest
     variants: tuple[str, ...] = tuple(VARIANTS)
 
 
@@ -78,7 +78,7 @@ SMALL = {
 PROTOCOLS = {
     'full': Protocol(None, None, None, '30M', 200, 256, 400, 50, 24, 100, 128, (0, 1, 2)),
     'reduced': Protocol(100, 50, SMALL, '3M', 12, 32, 30, 10, 12, 12, 32, (0,), drawn=1, variants=tuple(VARIANTS)[:3]),
-    'tiny': Protocol(4, 2, SMALL, '3M', 1, 8, 4, 3, 4, 1, 8, (0,), variants=('both',)),  # to see that it runs
+    'tiny': Protocol(4, 2, SMALL, '3M', 1, 8, 4, 3, 4, 1, 8, (0,), variants=('both',)),  # only a trial
 }
 
 
@@ -87,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--data', required=True, metavar='DIR', help='CIFAR-10 as class folders')
     parser.add_argument('--protocol', choices=tuple(PROTOCOLS), default='reduced')
     parser.add_argument('--out', default='runs/trionet_search', metavar='DIR', help='folder of the runs')
-    parser.add_argument('--results', metavar='DIR', help='folder of what is kept (default: results in --out)')
-    parser.add_argument('--cpu', action='store_true', help='use the CPU though there is a GPU')
+    parser.add_argument('--results', metavar='DIR', help='folder of the results to keep (default: results in --out)')
+    parser.add_argument('--cpu', action='store_true', help='use the CPU even if there is a GPU')
     parser.add_argument('--workers', type=int, default=1, help='processes that load images (default: 1)')
-    parser.add_argument('--ray', metavar='ADDRESS', help='runs on a Ray cluster: auto, HOST:PORT or local')
+    parser.add_argument('--ray', metavar='ADDRESS', help='run on a Ray cluster: auto, HOST:PORT or local')
     options = parser.parse_args(argv)
     ray = Ray(options.ray, 0 if options.cpu else None) if options.ray else None
     protocol = PROTOCOLS[options.protocol]
@@ -125,7 +125,7 @@ def config_of(out: Path, name: str) -> Path:
 
 
 def choose(space: TrioSpace, found: Mapping[str, Mapping[str, Any]], protocol: Protocol) -> dict[str, str]:
-    """What is trained alone, by name: pure networks under the limit, random ones, and what was found."""
+    """The standalone networks by name: pure ones under the limit, random ones, and the searches' results."""
     chosen = {f'only {name}': entry['architecture'] for name, entry in next(iter(found.values()))['pure'].items()}
     rng = np.random.default_rng(derive_seed(0, DRAWS))
     while len(chosen) < protocol.networks:
@@ -136,7 +136,7 @@ def choose(space: TrioSpace, found: Mapping[str, Mapping[str, Any]], protocol: P
 
 
 def score(folder: Path, data: Path, networks: Mapping[str, str], cpu: bool) -> dict[str, float]:
-    """Held-out accuracy of each network with the weights of one supernet."""
+    """Held-out accuracy of each network with one supernet's weights."""
     device = torch.device('cuda' if torch.cuda.is_available() and not cpu else 'cpu')
     supernet = load_supernet(folder).to(device)
     size = supernet.space.image_sizes[-1]
@@ -202,7 +202,7 @@ def report(
     scores: Mapping[str, Mapping[str, float]],
     alone: Mapping[str, Sequence[float]],
 ) -> None:
-    """Tables on the terminal, and what is worth keeping."""
+    """Print the tables, and write the results worth keeping."""
     from scipy.stats import kendalltau  # extra search
 
     names = [name for name in networks if alone[name]]

@@ -1,17 +1,15 @@
-"""Faster R-CNN and Mask R-CNN (torchvision) on an FPN over any timm ResNet of ours, trained on a COCO-format folder.
+"""Faster R-CNN and Mask R-CNN (torchvision) on an FPN over any of our ResNets, trained on a COCO-format folder.
 
     python examples/coco_detection.py --data coco/train2017 --annotations coco/annotations/instances_train2017.json \\
         --val-data coco/val2017 --val-annotations coco/annotations/instances_val2017.json \\
         --checkpoint pnorm_imgnet_r50.pth --mask --epochs 12 --batch-size 16 --out runs/mask_sase
 
-The schedule is detection's usual one of 12 epochs, which the SASE paper's COCO runs have, too: SGD at 0.02 for 16
-images a step (in proportion to --batch-size), a linear warm-up, a tenth after 2/3 and 11/12 of the steps, shorter side
-800 px.
+The schedule is detection's usual one of 12 epochs, as in the SASE paper's COCO runs: SGD at 0.02 for 16 images per step
+(scaled with --batch-size), a linear warm-up, a tenth after 2/3 and 11/12 of the steps, shorter side 800 px.
 
-With --checkpoint (a file of the SASE authors, of `sase-blocks train`, or a plain ResNet's) the stem and the first stage
-stay as they are, and so does every batch norm that came with the file, for two images a GPU are too few to renew its
-statistics. Without it everything is trained. One process, on a GPU if there is one.
-pip install "sase-blocks[ecosystem]"
+With --checkpoint (a file of the SASE authors, of `sase-blocks train`, or a plain ResNet's), the stem and the first
+stage are frozen. So is every batch norm in the file, because two images per GPU are too few to update its statistics.
+Without it everything is trained. Runs in one process, on a GPU if there is one. pip install "sase-blocks[ecosystem]"
 """
 
 from __future__ import annotations
@@ -49,10 +47,10 @@ Target = dict[str, Tensor]
 class CocoFolder(Dataset[tuple[Tensor, Target]]):
     """Images of a folder with their objects from a COCO annotation file: (3, H, W) in 0..1, and torchvision's target.
 
-    Crowds and boxes below one pixel are no training objects. Labels count the categories of the file from 1.
+    Training skips crowds and boxes below one pixel. Labels number the file's categories from 1.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, no COCO annotations in it, an image that is missing.
+        FileNotFoundError, ValueError: no such file, no COCO annotations in it, or a missing image.
     """
 
     def __init__(self, folder: str, annotations: str, *, masks: bool, only_with_objects: bool) -> None:
@@ -99,7 +97,7 @@ class CocoFolder(Dataset[tuple[Tensor, Target]]):
 
 
 def open_coco(path: str) -> COCO:
-    """pycocotools' index of an annotation file, without its prints, and with what many tools leave out filled in."""
+    """pycocotools' index of an annotation file, without its prints. Fills in fields that many tools leave out."""
     try:
         content = json.loads(Path(path).read_text())
     except ValueError as error:
@@ -129,13 +127,13 @@ def create_detector(
     model_args: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> FasterRCNN:
-    """A detector for ``num_classes`` (the background among them) on all stages of a timm ResNet.
+    """A detector for ``num_classes`` (including the background) on all stages of a timm ResNet.
 
     Args:
         name: a model with stages layer1, layer2, ...: resnet50_sase, resnet101_se, resnet20_cifar, resnet50, ...
-        checkpoint: weights of the backbone; freezes the stem, the first stage and the batch norms that it brings.
-        model_args: of the model, such as ``{'attn_stages': [3, 4]}``.
-        **kwargs: of torchvision's detector, such as ``min_size``.
+        checkpoint: backbone weights; freezes the stem, the first stage and the batch norms in the file.
+        model_args: the model's arguments, such as ``{'attn_stages': [3, 4]}``.
+        **kwargs: arguments of torchvision's detector, such as ``min_size``.
     """
     body = build_model(name, num_classes=0, **(model_args or {}))
     stages = [entry for entry in body.feature_info if entry['module'].startswith('layer')]
@@ -155,7 +153,7 @@ def create_detector(
         [entry['num_chs'] for entry in stages],
         out_channels=256,
     )
-    # One size of anchor a level, 8 times its stride, as in the FPN paper: 32, 64, ... for a ResNet-50.
+    # One anchor size per level, 8 times its stride, as in the FPN paper: 32, 64, ... for a ResNet-50.
     strides = [entry['reduction'] for entry in stages]
     sizes = tuple((8 * stride,) for stride in [*strides, 2 * strides[-1]])
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
@@ -165,7 +163,7 @@ def create_detector(
 
 
 def flipped(image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """Image and objects mirrored left to right."""
+    """Mirror image and objects left to right."""
     width = image.shape[-1]
     target = {**target, 'boxes': target['boxes'] * torch.tensor([-1, 1, -1, 1]) + torch.tensor([width, 0, width, 0])}
     target['boxes'] = target['boxes'][:, [2, 1, 0, 3]]
@@ -175,12 +173,12 @@ def flipped(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """The factor of the learning rate: a linear warm-up; a tenth after 2/3, a hundredth after 11/12 of the steps."""
+    """The learning rate's factor: a linear warm-up, a tenth after 2/3, a hundredth after 11/12 of the steps."""
     return min(1.0, (step + 1) / warmup) * 0.1 ** ((step >= steps * 2 / 3) + (step >= steps * 11 / 12))
 
 
 def train(model: FasterRCNN, data: CocoFolder, args: argparse.Namespace, device: torch.device) -> None:
-    """All epochs, from the checkpoint on with --resume; everything random is a function of the seed and the epoch."""
+    """Train all epochs, from the checkpoint on with --resume. Random draws depend only on the seed and the epoch."""
     last = Path(args.out) / 'last.pt'
     free = {'resume', 'workers', 'data', 'annotations', 'val_data', 'val_annotations', 'out'}
     settings = {k: v for k, v in vars(args).items() if k not in free}
@@ -194,7 +192,7 @@ def train(model: FasterRCNN, data: CocoFolder, args: argparse.Namespace, device:
         saved = read_checkpoint(last, device)
         other = [f'{k} was {saved["settings"].get(k)!r}' for k, v in settings.items() if saved['settings'].get(k) != v]
         if other:
-            raise ValueError(f'{last} is of a run with other settings: {", ".join(other)}')
+            raise ValueError(f'{last} is from a run with other settings: {", ".join(other)}')
         model.load_state_dict(saved['model'])
         optimizer.load_state_dict(saved['optimizer'])
         start = saved['epoch']
@@ -240,7 +238,7 @@ def train(model: FasterRCNN, data: CocoFolder, args: argparse.Namespace, device:
 
 
 def tuple_of_lists(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    """A batch: images differ in size, so they are not stacked."""
+    """A batch, not stacked, because images differ in size."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
 
@@ -286,7 +284,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option('--data', required=True, metavar='DIR', help='folder with the images')
-    option('--annotations', required=True, metavar='FILE', help='their objects, COCO format')
+    option('--annotations', required=True, metavar='FILE', help='their objects in COCO format')
     option('--val-data', metavar='DIR', help='images to evaluate on (default: the training images)')
     option('--val-annotations', metavar='FILE', help='their objects')
     option('--mask', action='store_true', help='Mask R-CNN; the annotations need segmentations')
@@ -299,12 +297,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option('--out', default='runs/coco', metavar='DIR', help='folder of last.pt (default: runs/coco)')
     option('--resume', action='store_true', help='continue the run in --out')
     option('--epochs', type=int, default=12, help='(default: 12)')
-    option('--batch-size', type=int, default=2, help='images a step (default: 2)')
-    option('--lr', type=float, help='learning rate (default: 0.02 for 16 images a step, in proportion)')
-    option('--warmup', type=int, default=500, help='steps in which the learning rate rises (default: 500)')
-    option('--clip-grad', type=float, default=0.0, help='largest norm of the gradient (default: 0, no limit)')
-    option('--min-size', type=int, default=800, help='px of the shorter side of an image (default: 800)')
-    option('--max-size', type=int, default=1333, help='most px of the longer side (default: 1333)')
+    option('--batch-size', type=int, default=2, help='images per step (default: 2)')
+    option('--lr', type=float, help='learning rate (default: 0.02 for 16 images per step, scaled with --batch-size)')
+    option('--warmup', type=int, default=500, help='warm-up steps of the learning rate (default: 500)')
+    option('--clip-grad', type=float, default=0.0, help='maximum gradient norm (default: 0, no limit)')
+    option('--min-size', type=int, default=800, help='shorter side of an image in px (default: 800)')
+    option('--max-size', type=int, default=1333, help='maximum longer side in px (default: 1333)')
     option('--bf16', action='store_true', help='mixed precision')
     option('--workers', type=int, default=4, help='processes that load images (default: 4)')
     option('--seed', type=int, default=0, help='(default: 0)')

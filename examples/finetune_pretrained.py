@@ -1,12 +1,11 @@
-"""SASE in a trained network, without wrecking it: python examples/finetune_pretrained.py
+"""SASE in a trained network, without harming it: python examples/finetune_pretrained.py
 
-A small ResNet learns handwritten digits from half of the images. Then training goes on with all of them in three ways:
-as it is, with SASE inserted as the identity, and with SASE inserted at its paper's initialisation. Three seeds; a table
-and a figure, in about six minutes of one core (extra "demo"). `--pretrained resnet18` begins with timm's ImageNet
-weights instead of random ones (a download), `--quick` only shows that the program runs.
+A small ResNet learns handwritten digits from half of the images. Then training continues with all of them in three
+ways: unchanged, with SASE inserted as the identity, and with SASE inserted with its paper's initialisation. Three seeds
+give a table and a figure in about six minutes on one core (extra "demo"). `--pretrained resnet18` starts from timm's
+ImageNet weights instead of random ones (a download), `--quick` is only a trial.
 
-What it can show is what happens at the insertion and soon after. Which network is better in the end is no question for
-1,797 images.
+This shows what happens at the insertion and soon after. 1,797 images cannot tell which network is better in the end.
 """
 
 import argparse
@@ -44,7 +43,7 @@ def test(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float
 
 
 def train(model, optimizer, images, labels, steps, seed, look=lambda step: None) -> None:
-    """``steps`` steps on random batches; ``look(step)`` is called before the first, and from time to time."""
+    """Train ``steps`` steps on random batches. Calls ``look(step)`` before the first, and from time to time."""
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
@@ -61,7 +60,7 @@ def train(model, optimizer, images, labels, steps, seed, look=lambda step: None)
 
 
 def run(seed: int, first_steps: int, steps: int, pretrained: str | None = None) -> dict[str, list[tuple]]:
-    """For each way of going on: (step, accuracy, loss) on the test images, from the moment of the insertion on."""
+    """For each way to continue: (step, accuracy, loss) on the test images, from the insertion on."""
     digits = load_digits()
     half = len(digits.train_labels) // 2
     torch.manual_seed(seed)
@@ -104,7 +103,7 @@ def table(curves: list[dict[str, list[tuple]]]) -> str:
 
 
 def draw(curves: list[dict[str, list[tuple]]], path: Path) -> None:
-    """Loss and accuracy on the test images over the steps: thin every seed, thick the mean."""
+    """Plot test loss and accuracy over the steps: thin lines for seeds, thick for the mean."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -135,9 +134,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, default=Path('finetune_pretrained.png'), help='the figure')
     parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument('--first-steps', type=int, default=300, help='before the insertion')
+    parser.add_argument('--first-steps', type=int, default=300, help='steps before the insertion')
     parser.add_argument('--steps', type=int, default=150, help='after it')
-    parser.add_argument('--pretrained', metavar='MODEL', help='a timm model whose weights are downloaded')
+    parser.add_argument('--pretrained', metavar='MODEL', help='a timm model; downloads its weights')
     parser.add_argument('--quick', action='store_true', help='one seed, a few steps')
     args = parser.parse_args()
     if args.quick:

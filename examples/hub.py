@@ -1,10 +1,10 @@
-"""Saving to the Hugging Face Hub and loading back: python examples/hub.py [--push USER/NAME]
+"""Save to the Hugging Face Hub and load back: python examples/hub.py [--push USER/NAME]
 
-1. A whole model, timm's way: a folder with weights, a config.json that holds the genotype and the stages, and a model
-   card. ``timm.create_model('local-dir:FOLDER', pretrained=True)`` reads it, and 'hf-hub:USER/NAME' once it is pushed.
+1. A whole model, as in timm: a folder with weights, a config.json with the genotype and the stages, and a model card.
+   ``timm.create_model('local-dir:FOLDER', pretrained=True)`` reads it, or 'hf-hub:USER/NAME' once it is pushed.
 2. A single block, through huggingface_hub's PyTorchModelHubMixin.
 
-Nothing here is sent anywhere without --push. pip install "sase-blocks[ecosystem]"
+Nothing is uploaded without --push. pip install "sase-blocks[ecosystem]"
 """
 
 import argparse
@@ -27,7 +27,7 @@ tags: [image-classification, timm, sase-blocks]
 ---
 # {title}
 
-`{name}` with `{args}`. The models are registered by `import sase_blocks`, without which timm does not know the name:
+`{name}` with `{args}`. `import sase_blocks` registers the models, without it timm does not know the name:
 
 ```python
 # pip install sase-blocks
@@ -41,17 +41,17 @@ model = timm.create_model('hf-hub:{title}', pretrained=True)
 BLOCK_CARD = """---
 {{ card_data }}
 ---
-An attention block of sase-blocks. `pip install sase-blocks`, `import sase_blocks`, and the class `HubBlock` of its
-examples/hub.py reads it: `HubBlock.from_pretrained(...)`.
+An attention block of sase-blocks. To load it, `pip install sase-blocks`, `import sase_blocks`, and use the class
+`HubBlock` of its examples/hub.py: `HubBlock.from_pretrained(...)`.
 """
 
 
 def save_model(model: nn.Module, name: str, args: dict[str, Any], folder: Path, title: str) -> None:
-    """Write a timm model's weights, its configuration and its card into a folder.
+    """Write a timm model's weights, configuration and card to a folder.
 
     Args:
-        model: what ``timm.create_model(name, **args)`` built, trained since.
-        args: plain strings and numbers, since they are written as JSON: a genotype as its text, ``str(genotype)``.
+        model: a model from ``timm.create_model(name, **args)``, trained or not.
+        args: plain strings and numbers, because they are saved as JSON. Pass a genotype as its text, ``str(genotype)``.
         title: USER/NAME on the Hub.
     """
     timm.models.save_for_hf(model, folder, model_args=args, safe_serialization=True)

@@ -1,6 +1,6 @@
-"""Training with Lightning on scikit-learn's handwritten digits: python examples/lightning_digits.py
+"""Train with Lightning on scikit-learn's handwritten digits: python examples/lightning_digits.py
 
-Nothing of ours but the model's name. pip install "sase-blocks[ecosystem]"
+Only the model's name is ours. pip install "sase-blocks[ecosystem]"
 """
 
 import lightning as L

@@ -1,10 +1,10 @@
-"""SASE in a network of your own, two ways, on random data: python examples/own_backbone.py
+"""SASE in your own network, two ways, on random data: python examples/own_backbone.py
 
-1. A small CNN written here calls the block where it wants attention.
-2. torchvision's ResNet is not written here: its block's class is swapped for one that calls the block. Every name of a
-   pretrained state dict stays what it was, which wrapping the last batch norm in a Sequential would not keep.
+1. Your own CNN calls the block where it needs attention.
+2. For torchvision's ResNet, replace its block's class with one that calls the attention. State-dict keys keep their
+   names, which wrapping the last batch norm in a Sequential would change.
 
-Where to put it: after the last normalisation of a residual branch, before the shortcut is added.
+Put it after the last normalisation of a residual branch, before the shortcut is added.
 """
 
 import torch
@@ -57,7 +57,7 @@ def add_attention(model: ResNet) -> ResNet:
 
 
 def train_a_little(name: str, model: nn.Module, steps: int = 5) -> None:
-    """A few steps on one random batch, to see that gradients flow: the loss falls."""
+    """A few steps on one random batch, to show that gradients flow and the loss falls."""
     images, labels = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     losses = []

@@ -1,7 +1,7 @@
 """Structured pruning of a network with attention, by torch-pruning: python examples/prune_channels.py
 
-torch-pruning knows a network from its gradients and would look into the blocks, whose insides it misreads. Here every
-block is one layer to it, which keeps its channels and is cut down by ``keep_channels`` with the layer before it.
+torch-pruning traces a network by its gradients and misreads the inside of the blocks. So this example presents every
+block as one layer that keeps its channels. ``keep_channels`` prunes it together with the layer before it.
 pip install "sase-blocks[ecosystem]"
 """
 
@@ -17,7 +17,7 @@ from sase_blocks.blocks import AttentionModule
 
 
 class BlockPruner(tp.BasePruningFunc):
-    """A block as one layer, with as many channels out as in."""
+    """A block as one layer with equal input and output channels."""
 
     def prune_out_channels(self, layer: Any, idxs: list[int]) -> nn.Module:
         keep_channels(layer, sorted(set(range(layer.channels)) - set(idxs)))
@@ -30,9 +30,9 @@ class BlockPruner(tp.BasePruningFunc):
 
 
 def make_pruner(model: nn.Module, x: Tensor, **options: Any) -> tp.pruner.BasePruner:
-    """torch-pruning's magnitude pruner; options as of that one. Call ``step()`` of it."""
+    """torch-pruning's magnitude pruner, with its options. Call its ``step()``."""
     blocks = [module for module in model.modules() if isinstance(module, AttentionModule)]
-    # While the network is traced, a block gives what it gets: all that there is to know of its channels.
+    # While torch-pruning traces the network, each block returns its input, which tells all about its channels.
     hooks = [block.register_forward_hook(lambda block, inputs, y: 1 * inputs[0]) for block in blocks]
     pruners = dict.fromkeys(map(type, blocks), BlockPruner())
     importance = tp.importance.MagnitudeImportance()
@@ -48,7 +48,7 @@ def main() -> None:
     insert(model, 'se')
     x = torch.randn(2, 3, 64, 64)
     before = sum(p.numel() for p in model.parameters())
-    # With sge, ema or ela give round_to=, too: their groups need a multiple, which an error names.
+    # With sge, ema or ela also pass round_to=, because their groups need a multiple, which the error names.
     make_pruner(model, x, pruning_ratio=0.5, ignored_layers=[model.fc]).step()
     after = sum(p.numel() for p in model.parameters())
     model(x).sum().backward()

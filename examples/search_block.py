@@ -1,11 +1,11 @@
 """The SASE search from Python, and its block in other networks: python examples/search_block.py
 
-Searches on scikit-learn's handwritten digits, two minutes on two cores (extras "search" and "demo"), or with
-`--data DIR` on your images, in train/CLASS/*. What is found goes into our ResNets by `genotype=FILE` and into networks
-of timm that know nothing of it by `insert`. `--tiny` only shows that the program runs.
+This searches on scikit-learn's handwritten digits, two minutes on two cores (extras "search" and "demo"), or with
+`--data DIR` on your images in train/CLASS/*. The found block goes into our ResNets by `genotype=FILE`, and into plain
+timm networks by `insert`. `--tiny` is only a trial.
 
-A short search on 1,797 images finds a block, not the best one. What tells a finding from noise (several seeds, random
-labels, training from scratch) is `sase-blocks search sase --seeds 0,1,2,3 --null --evaluate 5`.
+A short search on 1,797 images finds a block, not the best one. To separate findings from noise (several seeds, random
+labels, training from scratch), use `sase-blocks search sase --seeds 0,1,2,3 --null --evaluate 5`.
 """
 
 import argparse
@@ -22,11 +22,11 @@ BACKBONES = ('mobilenetv3_small_050', 'convnext_atto', 'regnety_002')  # with pr
 
 
 def digits(limit: int | None) -> tuple[Tensor, Tensor, list[str]]:
-    """What ``search`` takes in place of a folder: images (N, 1, 16, 16) in uint8, labels (N,), names of the classes."""
+    """Input for ``search`` instead of a folder: images (N, 1, 16, 16) in uint8, labels (N,), class names."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    # 12 x 12 and a margin, so that random crops leave most of a digit in the picture.
+    # 12 x 12 and a margin, so that random crops keep most of a digit.
     images = F.interpolate(torch.from_numpy(bunch.images).float()[:, None], size=12, mode='bilinear')
     images = F.pad(images * (255 / 16), (2, 2, 2, 2)).round().to(torch.uint8)
     return images[:limit], torch.from_numpy(bunch.target)[:limit], [str(name) for name in bunch.target_names]
@@ -37,25 +37,25 @@ def main() -> None:
     parser.add_argument('--data', help='folder with train/CLASS/* in it (default: the digits)')
     parser.add_argument('--img-size', type=int, default=16, help='px; for photographs 32 or more')
     parser.add_argument('--epochs', type=int, default=10)
-    parser.add_argument('--out', default='runs/search_block', help='what an interrupted search left here is continued')
+    parser.add_argument('--out', default='runs/search_block', help='folder; an interrupted search in it continues')
     parser.add_argument('--tiny', action='store_true', help='200 images, one epoch, a small space')
     args = parser.parse_args()
 
-    # 1. The settings: the paper's, but for what a short search on small images needs.
+    # 1. The settings are the paper's, except for those that a short search on small images needs.
     images = None if args.data else digits(200 if args.tiny else None)
     config = SearchConfig(
         data=args.data or 'digits',
         out=args.out,
         resume=True,
-        # 7 operations on each of six edges; a subset is written down like this.
+        # A subset of the 7 operations on each of six edges.
         space='channel_squeeze=avg,avg_std; channel_excite=conv3,affine; gate_excite=affine; '
         'gated_squeeze=avg,p_norm; spatial_squeeze=avg_std; spatial_excite=conv3x3,affine'
         if args.tiny
         else 'paper',
-        model='resnet20_cifar',  # the network that is searched in: any timm model that insertion knows
+        model='resnet20_cifar',  # the search network: any timm model that insertion knows
         model_args={'layers': [1, 1, 1], **({} if args.data else {'in_chans': 1})},
         img_size=args.img_size,
-        hflip=0.5 if args.data else 0.0,  # a mirrored digit is none
+        hflip=0.5 if args.data else 0.0,  # a mirrored digit is no digit
         epochs=1 if args.tiny else args.epochs,
         batch_size=32 if args.tiny else 64,
         lr=0.05,
@@ -64,17 +64,17 @@ def main() -> None:
         tensorboard=False,
     )
 
-    # 2. The search. It prints a line an epoch and leaves genotype.json and pictures of the block in args.out.
+    # 2. The search prints a line per epoch and writes genotype.json and pictures of the block to args.out.
     result = search(config, images)
     print(f'\nfound on {len(result["data"]["classes"])} classes: {result["genotype"]}')
     print('edge              operation    probability  margin to the next')
-    for edge, state in result['edges'][0].items():  # of the only block; with per_stage=True one entry a stage
+    for edge, state in result['edges'][0].items():  # the only block; with per_stage=True one entry per stage
         print(f'{edge:18}{state["leader"]:13}{state["probability"]:11.2f}{state["margin"]:20.2f}')
     print(result['verdict'])
     for warning in result['warnings']:
         print('warning:', warning)
 
-    # 3. In our networks: any model with genotype=..., by the file. `sase-blocks train --genotype FILE` does the same.
+    # 3. In our networks: any model takes the file as genotype=... `sase-blocks train --genotype FILE` does the same.
     file = f'{args.out}/genotype.json'
     small = timm.create_model('resnet20_cifar', genotype=file, num_classes=len(result['data']['classes']))
     large = timm.create_model('resnet50_sase', genotype=file)
@@ -83,7 +83,7 @@ def main() -> None:
         count = sum(p.numel() for p in model.parameters())
         print(f'{name} with the found block: {tuple(outputs.shape)}, {count:,} parameters')
 
-    # 4. In networks of others, by the text. They give the same outputs as before and learn from there.
+    # 4. In other networks, by the text. Their outputs are the same as before, and training continues from there.
     for name in BACKBONES:
         model = timm.create_model(name, num_classes=10).eval()
         x = torch.randn(2, 3, 64, 64)

@@ -1,9 +1,9 @@
-"""The TrioNet search from Python, and what becomes of the network: python examples/search_network.py
+"""The TrioNet search from Python, and uses of the found network: python examples/search_network.py
 
-Searches a network of convolutions and attentions under two limits on scikit-learn's handwritten digits, three minutes
-on two cores (extras "search" and "demo"), or with `--data DIR` on your images, in train/CLASS/* and val/CLASS/*. One
-supernet serves both limits. Then the found network is a classifier, a backbone with features, and a source of blocks
-for a network written by hand. `--tiny` only shows that the program runs.
+This searches for a network of convolutions and attention under two limits on scikit-learn's handwritten digits, three
+minutes on two cores (extras "search" and "demo"), or with `--data DIR` on your images in train/CLASS/* and val/CLASS/*.
+One supernet serves both limits. The found network then serves as a classifier, as a feature backbone, and as a source
+of blocks for a hand-written network. `--tiny` is only a trial.
 
 1,797 images and a short search say nothing about which operator is better.
 """
@@ -26,11 +26,11 @@ TEST_IMAGES = 360
 
 
 def digits(limit: int | None) -> tuple[Tensor, Tensor, list[str]]:
-    """What ``search`` takes in place of a folder: images (N, 1, 16, 16) in uint8, labels (N,), names of the classes."""
+    """Input for ``search`` instead of a folder: images (N, 1, 16, 16) in uint8, labels (N,), class names."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    # 12 x 12 and a margin, so that random crops leave most of a digit in the picture.
+    # 12 x 12 and a margin, so that random crops keep most of a digit.
     images = F.interpolate(torch.from_numpy(bunch.images).float()[:, None], size=12, mode='bilinear')
     images = F.pad(images * (255 / 16), (2, 2, 2, 2)).round().to(torch.uint8)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit]
@@ -38,7 +38,7 @@ def digits(limit: int | None) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def write_space(out: Path, image_size: int) -> TrioSpace:
-    """A space of one's own, as a file in ``out``: what may vary, stage by stage. The first stage is of convolutions."""
+    """Write our own space to a file in ``out``: the choices of each stage. The first stage has only convolutions."""
     space = TrioSpace(
         image_sizes=(image_size,),
         stem=16,
@@ -57,7 +57,7 @@ def write_space(out: Path, image_size: int) -> TrioSpace:
 
 
 class HandMade(nn.Module):
-    """A network written by hand around the blocks of the found network's last stage."""
+    """A hand-written network around the blocks of the found network's last stage."""
 
     def __init__(self, found: Architecture, num_classes: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class HandMade(nn.Module):
                     width=block.width,
                     kernel_size=block.kernel_size,
                     heads=found.heads,
-                    size=8,  # of the map; axial attention takes others, too
+                    size=8,  # of the map; axial attention also accepts others
                 )
                 for block in stage.blocks
             )
@@ -91,7 +91,7 @@ def use(architecture: Path, weights: Path, num_classes: int, in_chans: int) -> N
     model = timm.create_model('trionet', **shape, num_classes=num_classes, checkpoint_path=str(weights)).eval()
     print(f'classifier with its weights: {tuple(x.shape)} -> {tuple(model(x).shape)}')
 
-    # checkpoint_path knows nothing of the names that features_only gives to modules; a pretrained file does.
+    # features_only renames modules, which a pretrained file allows and checkpoint_path does not.
     overlay = {'file': str(weights), 'input_size': tuple(x.shape[1:])}
     backbone = timm.create_model(
         'trionet', **shape, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay
@@ -110,13 +110,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', help='folder with train/CLASS/* and val/CLASS/* in it (default: the digits)')
     parser.add_argument('--img-size', type=int, default=16, help='px; for photographs 32 or more, and larger limits')
-    parser.add_argument('--max-macs', nargs='+', default=['1.5M', '0.8M'], help='the limits, one search for each')
-    parser.add_argument('--epochs', type=int, default=10, help='of the supernet')
-    parser.add_argument('--out', type=Path, default=Path('runs/search_network'), help='what is there is continued')
+    parser.add_argument('--max-macs', nargs='+', default=['1.5M', '0.8M'], help='the limits, with one search for each')
+    parser.add_argument('--epochs', type=int, default=10, help='epochs of the supernet')
+    parser.add_argument('--out', type=Path, default=Path('runs/search_network'), help='folder; a run in it continues')
     parser.add_argument('--tiny', action='store_true', help='260 images, one epoch, few networks')
     args = parser.parse_args()
 
-    # 1. The space, and the data: images for the search, and others for one test of each network that is found.
+    # 1. The space, and the data: images for the search, and others for one test of each found network.
     space = write_space(args.out, args.img_size)
     print(f'the space holds {space.size:,} networks')
     images = test = None
@@ -125,7 +125,7 @@ def main() -> None:
         held = 60 if args.tiny else TEST_IMAGES
         images, test = (x[held:], y[held:], classes), (x[:held], y[:held])
 
-    # 2. A search for each limit. The first one trains the supernet; the others find it in args.out and only search.
+    # 2. A search for each limit. The first trains the supernet. The others load it from args.out and only search.
     found: dict[str, dict[str, Any]] = {}
     for limit in args.max_macs:
         config = TrioConfig(
@@ -134,11 +134,11 @@ def main() -> None:
             resume=True,
             space=str(args.out / 'space.json'),
             max_macs=limit,
-            hflip=0.5 if args.data else 0.0,  # a mirrored digit is none
-            fraction=0.8,  # of the images trains the supernet; the rest scores networks
+            hflip=0.5 if args.data else 0.0,  # a mirrored digit is no digit
+            fraction=0.8,  # of the images to train the supernet; the rest to score networks
             epochs=1 if args.tiny else args.epochs,
             batch_size=32 if args.tiny else 64,
-            opt='adamw',  # learns more than SGD in few steps
+            opt='adamw',  # better than SGD in few steps
             lr=0.006,
             weight_decay=0.05,
             networks=1,
@@ -150,13 +150,13 @@ def main() -> None:
             tensorboard=False,
         )
         found[limit] = search(config, images, test)
-        # The next search writes files of the same names.
+        # The next search writes files with the same names.
         for name in ('architecture.json', 'network.pt', 'front.png', 'architecture.png'):
             file = args.out / name
             if file.exists():
                 file.replace(args.out / f'{file.stem}-{limit}{file.suffix}')
 
-    # 3. What was found: under each limit, and of networks with one operator wherever the space allows it.
+    # 3. The networks found under each limit, and those with one operator wherever the space allows it.
     print(f'\n{"limit":>6}  {"network":12}{"MACs":>8}{"parameters":>12}{"held-out %":>12}{"test %":>9}')
     for limit, result in found.items():
         rows = {'found': result, **{f'all {operator}': entry for operator, entry in result['pure'].items()}}
@@ -166,7 +166,7 @@ def main() -> None:
             macs = f'{cost["macs"] / 1e6:.2f}M'
             print(f'{limit:>6}  {name:12}{macs:>8}{cost["parameters"]:12,}{entry["score"]:12.2f}{tested}')
 
-    # 4. The one under the first limit, in use.
+    # 4. Use the network found under the first limit.
     limit = args.max_macs[0]
     print(f'\nthe network under {limit}: {found[limit]["architecture"]}')
     use(

@@ -1,6 +1,6 @@
 """Semantic segmentation with segmentation_models_pytorch on a SASE backbone: python examples/segmentation.py
 
-Any model that timm knows is an encoder there under ``tu-NAME``, ours too once sase_blocks is imported. The images are
+Every timm model is an encoder there under ``tu-NAME``, and so are ours after ``import sase_blocks``. The images are
 drawn here: discs, squares and triangles on noise, one class each. pip install "sase-blocks[ecosystem]"
 """
 
@@ -16,7 +16,7 @@ CLASSES = ('background', 'disc', 'square', 'triangle')
 
 
 def draw_images(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images (count, 3, size, size) and their classes (count, size, size): one shape of each class an image."""
+    """Images (count, 3, size, size) and their classes (count, size, size), with one shape of each class per image."""
     images = 0.3 * torch.randn(count, 3, size, size, generator=generator)
     labels = torch.zeros(count, size, size, dtype=torch.long)
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing='ij')
@@ -31,13 +31,13 @@ def draw_images(count: int, size: int, generator: torch.Generator) -> tuple[Tens
                 3: (dy <= radius) & (2 * dx.abs() - dy <= radius),
             }[shape]
             label[inside] = shape
-            # Bright, with a tint of its own that says nothing about the shape.
+            # Bright, with a random tint independent of the shape.
             image[:, inside] += 1 + torch.rand(3, 1, generator=generator)
     return images, labels
 
 
 def mean_iou(logits: Tensor, labels: Tensor) -> float:
-    """Intersection over union, the mean over the classes: logits (B, K, H, W), labels (B, H, W)."""
+    """Mean intersection over union over the classes: logits (B, K, H, W), labels (B, H, W)."""
     counts = smp.metrics.get_stats(logits.argmax(1), labels, mode='multiclass', num_classes=len(CLASSES))
     return float(smp.metrics.iou_score(*counts, reduction='macro'))
 
@@ -45,9 +45,9 @@ def mean_iou(logits: Tensor, labels: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--arch', default='Unet', help='Unet, DeepLabV3Plus, FPN, ... (default: Unet)')
-    parser.add_argument('--encoder', default='resnet50_sase', help='any model of timm (default: resnet50_sase)')
-    parser.add_argument('--steps', type=int, default=12, help='steps of training (default: 12)')
-    parser.add_argument('--batch-size', type=int, default=8, help='images a step (default: 8)')
+    parser.add_argument('--encoder', default='resnet50_sase', help='any timm model (default: resnet50_sase)')
+    parser.add_argument('--steps', type=int, default=12, help='training steps (default: 12)')
+    parser.add_argument('--batch-size', type=int, default=8, help='images per step (default: 8)')
     parser.add_argument('--size', type=int, default=64, help='height and width in px, a multiple of 32 (default: 64)')
     parser.add_argument('--seed', type=int, default=0, help='seed of weights and images (default: 0)')
     args = parser.parse_args()
@@ -55,8 +55,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    # encoder_weights=None: there are no pretrained weights of these models to download. Further arguments are the
-    # encoder's, such as attn_stages=(3, 4) or genotype='se'.
+    # encoder_weights=None, because these models have no weights to download. Other arguments go to the encoder, such as
+    # attn_stages=(3, 4) or genotype='se'.
     model = smp.create_model(args.arch, f'tu-{args.encoder}', encoder_weights=None, classes=len(CLASSES)).to(device)
     dice, cross_entropy = smp.losses.DiceLoss('multiclass'), torch.nn.CrossEntropyLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -1,12 +1,12 @@
 """Our models inside Hugging Face transformers, on random data: python examples/transformers_backbone.py
 
-Three doors, all through timm's registry, so that `import sase_blocks` has to come first:
+There are three ways, all through timm's registry, so `import sase_blocks` must come first:
 
-1. ``TimmBackbone``: feature maps of the stages, as its detectors and segmenters take them.
-2. A model on that backbone: UPerNet here; DETR, Mask2Former and others take the same ``backbone_config``.
-3. ``AutoModelForImageClassification``: saved and loaded with the genotype in its config.json.
+1. ``TimmBackbone`` returns the stages' feature maps for transformers' detectors and segmenters.
+2. A model on that backbone is UPerNet here. DETR, Mask2Former and others take the same ``backbone_config``.
+3. ``AutoModelForImageClassification`` is saved and loaded with the genotype in its config.json.
 
-A backbone's configuration has no place for a genotype: register a name for it. pip install "sase-blocks[ecosystem]"
+A backbone's configuration cannot hold a genotype, so register a name for it. pip install "sase-blocks[ecosystem]"
 """
 
 import tempfile
@@ -30,7 +30,7 @@ def main() -> None:
     images = torch.randn(2, 3, 64, 64)
 
     register_resnet('resnet50_mine', 'avg_std,conv5,affine,p_norm,avg_max,conv7x7', attn_stages=(3, 4))
-    # use_pretrained_backbone=False: transformers 4 would else ask timm for weights.
+    # Without use_pretrained_backbone=False, transformers 4 would ask timm for weights.
     config = TimmBackboneConfig(backbone='resnet50_mine', out_indices=[1, 2, 3, 4], use_pretrained_backbone=False)
     backbone = TimmBackbone(config).eval()
     with torch.no_grad():
