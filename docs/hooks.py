@@ -1,8 +1,8 @@
-"""Hooks of MkDocs (mkdocs.yml): the pages of the site that are no file in docs/.
+"""MkDocs hooks (mkdocs.yml) that add the site's pages from outside docs/.
 
-README, CONTRIBUTING, CHANGELOG, benchmarks/README and the examples stay where GitHub shows them and become pages; links
-between them are rewritten. The gallery is made from the table of blocks, each drawn, counted and timed on the machine
-that builds the site. Nothing generated is written into the repository.
+README, CONTRIBUTING, CHANGELOG, benchmarks/README and the examples stay where GitHub shows them, and become pages with
+rewritten links. The gallery draws, counts and times each block on the machine that builds the site. Nothing generated
+is written to the repository.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sase_blocks.blocks import BLOCKS, block_graph
 
 ROOT = Path(__file__).parent.parent
 
-# Files of the repository that are pages of the site under another name.
+# Files of the repository that become pages under another name.
 PAGES = {
     'README.md': 'index.md',
     'CONTRIBUTING.md': 'contributing.md',
@@ -32,26 +32,26 @@ PAGES = {
     **{f'examples/{path.name}': f'examples/{path.stem}.md' for path in sorted((ROOT / 'examples').glob('*.py'))},
 }
 CHANNELS = (64, 256, 1024)
-SIZE = 56  # height and width of the map that MACs and time are for
+SIZE = 56  # height and width of the map for MACs and time
 BATCH = 8
 GALLERY = """# Gallery
 
-Every block of `list_blocks()`, drawn and counted: what it is and how it differs stands in [Blocks](blocks.md), the
-operations in [Primitives](primitives.md). MACs are those of convolutions and matrix products for one map of 56 x 56;
-squeezes are none of these and cost time all the same.
+The graph and cost of every block in `list_blocks()`. [Blocks](blocks.md) describes the blocks, and
+[Primitives](primitives.md) the operations. MACs count convolutions and matrix products for one map of 56 x 56. Squeezes
+are neither, but also take time.
 
 | block | parameters, C = 256 | MACs, C = 256 | time / SE |
 |---|---:|---:|---:|
 {rows}
 
-Time: a forward pass of {batch} maps of 256 x 56 x 56 in multiples of that of SE, eager, one thread of {machine}, torch
-{torch}, measured when this page was built. Compiled blocks stand in [Benchmarks](benchmarks.md).
+Time is a forward pass of {batch} maps of 256 x 56 x 56 relative to SE, eager, on one thread of {machine}, torch
+{torch}, measured when this page was built. For compiled blocks, see [Benchmarks](benchmarks.md).
 
 {sections}"""
 
 
 def on_config(config: Any) -> Any:
-    """Put the examples into the navigation, and rebuild for them in `mkdocs serve`."""
+    """Add the examples to the navigation, and make `mkdocs serve` watch the pages' sources."""
     examples = [page for page in PAGES.values() if page.startswith('examples/')]
     config.nav.insert(2, {'Examples': [{f'{Path(page).stem}.py': page} for page in examples]})
     config.watch += [str(ROOT / source) for source in PAGES]
@@ -73,7 +73,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Fill in what is generated, and make the links of the repository links of the site."""
+    """Fill in the generated parts, and turn the repository's links into the site's."""
     if page.file.src_uri == 'reference.md':
         markdown = markdown.replace('<!-- public names -->', public_names())
     return site_links(markdown, page.file.src_uri)
@@ -86,9 +86,9 @@ def example_page(source: str, code: str) -> str:
 
 
 def site_links(markdown: str, page: str) -> str:
-    """Links as GitHub takes them, from a file of the repository, as links between pages of the site.
+    """Turn links between files of the repository, as on GitHub, into links between the site's pages.
 
-    A link to a file that is no page keeps its text alone. Code is left as it is.
+    A link to a file without a page keeps only its text. Code is unchanged.
     """
     source = next((source for source, name in PAGES.items() if name == page), f'docs/{page}')
 
@@ -110,12 +110,12 @@ def site_links(markdown: str, page: str) -> str:
 
 
 def public_names() -> str:
-    """mkdocstrings' directives for whatever the package exports."""
+    """mkdocstrings' directives for all names that the package exports."""
     return '\n\n'.join(f'::: {public_path(name)}' for name in sase_blocks.__all__)
 
 
 def public_path(name: str) -> str:
-    """Where an exported name is defined, for a function may have the name of the file it is in."""
+    """The full path of an exported name, because a function may have its module's name."""
     thing = getattr(sase_blocks, name)
     return f'{thing.__module__}.{thing.__qualname__}'
 
@@ -129,7 +129,7 @@ def drawing(name: str) -> str:
 
     from sase_blocks.viz import draw_block
 
-    # A fixed salt and no date, so that the same block is the same file.
+    # A fixed salt and no date, so that the same block gives the same file.
     with mpl.rc_context({'svg.hashsalt': name}):
         figure = draw_block(name)
         buffer = io.StringIO()
@@ -139,7 +139,7 @@ def drawing(name: str) -> str:
 
 
 def cost(name: str, channels: int) -> tuple[int, int]:
-    """Parameters, and MACs of one map of 56 x 56 in convolutions and matrix products."""
+    """Parameters, and MACs of convolutions and matrix products for one map of 56 x 56."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device('meta'):
@@ -165,17 +165,17 @@ def times(channels: int = 256) -> dict[str, float]:
 
 
 def machine() -> str:
-    """The processor, as far as the system tells."""
+    """The processor, as far as the system reports it."""
     cpuinfo = Path('/proc/cpuinfo')
     names = re.findall(r'model name\s*: (.*)', cpuinfo.read_text()) if cpuinfo.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def gallery(seconds: dict[str, float]) -> str:
-    """The page of all blocks: a table of their costs and a section for each.
+    """The gallery page: a table of all blocks' costs and a section for each.
 
     Args:
-        seconds: the time of each block.
+        seconds: each block's time.
     """
     rows, sections = [], []
     for name in BLOCKS:
@@ -200,6 +200,6 @@ def gallery(seconds: dict[str, float]) -> str:
 
 
 def paper(name: str) -> str:
-    """The first paragraph of a block's docstring, its arXiv number a link."""
+    """The first paragraph of a block's docstring, with its arXiv number as a link."""
     text = inspect.cleandoc(BLOCKS[name].__doc__ or '').split('\n\n')[0].replace('\n', ' ')
     return re.sub(r'arXiv (\d{4}\.\d{4,5})', r'[arXiv \1](https://arxiv.org/abs/\1)', text)
