@@ -7,8 +7,8 @@
 | ``SPATIAL_SQUEEZE`` | (B, C, H, W) -> (B, 1, H, W) | a feature map |
 | ``SPATIAL_EXCITE`` | (B, 1, H, W) -> (B, 1, H, W) | a spatial squeeze |
 
-The operations and their order are those of SASE (arXiv 2411.08333); ``cls.paper_key`` is the authors' name for each.
-``EXTENDED_SETS`` holds the same four sets with the primitives of other published blocks behind the paper's.
+The operations and their order come from SASE (arXiv 2411.08333). ``cls.paper_key`` is the authors' name for each.
+``EXTENDED_SETS`` adds the primitives of other published blocks to the paper's in the same four sets.
 """
 
 import difflib
@@ -148,7 +148,7 @@ SETS: dict[str, Mapping[str, type[Primitive]]] = {
 }
 
 
-# The paper's sets and, behind them, what other published blocks need: a second, larger search space.
+# The paper's sets plus the primitives of other published blocks: a second, larger search space.
 EXTENDED_CHANNEL_SQUEEZE: dict[str, type[ChannelSqueeze]] = {
     **CHANNEL_SQUEEZE,
     'max': ChannelMax,
@@ -201,7 +201,7 @@ def primitive_name(set_name: str, name: object) -> str:
     """The name of a primitive in one of the four extended sets, from its name or the paper's key.
 
     Raises:
-        ValueError: no such primitive; the text lists the valid names and suggests the nearest.
+        ValueError: no such primitive. The message lists the valid names and suggests the nearest.
     """
     table = EXTENDED_SETS[set_name]
     if isinstance(name, str):

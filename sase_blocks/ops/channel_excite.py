@@ -1,10 +1,9 @@
 """Channel excitations: (B, C, 1, 1) -> (B, C, 1, 1), from squeezed statistics to an attention over channels.
 
-First the seven of SASE (arXiv 2411.08333, the channel excitation set), in its order; then those that other published
-blocks need (``EXTENDED_SETS``), each from the paper it names. ``gated`` says whether the output is a gate already: the
-MLP has none at the end, as in the SASE authors' code. What differs: weights in front of a
-ReLU start with a non-negative sum, so that no branch is born dead, and overflow inside a stack of fp16 convolutions
-saturates.
+First come the seven of SASE (arXiv 2411.08333, the channel excitation set) in its order, then those of other published
+blocks (``EXTENDED_SETS``), each from the paper it names. ``gated`` says whether the output is already a gate. The MLP's
+is not, as in the SASE authors' code. Our changes: weights before a ReLU start with a non-negative sum, so that no
+branch starts dead, and overflow inside a stack of fp16 convolutions saturates.
 """
 
 import math
@@ -24,7 +23,7 @@ from .normalization import BatchNorm2d
 from .primitive import Primitive, turn_positive_
 
 torch.fx.wrap('saturate')
-torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
+torch.fx.wrap('check_features')  # must be wrapped in each module that calls it
 
 
 def channel_affine(q: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -53,7 +52,7 @@ class ChannelExcite(Primitive):
     Raises in ``forward``: ValueError for another rank or number of channels, TypeError for a non-floating input.
     """
 
-    gated: ClassVar[bool] = True  # whether the output is a gate already; if not, a composition adds a sigmoid
+    gated: ClassVar[bool] = True  # whether the output is already a gate; if not, a composition adds a sigmoid
 
     def forward(self, q: Tensor) -> Tensor:
         check_features(q, self.current_channels())
@@ -65,9 +64,9 @@ class ChannelExcite(Primitive):
 
 
 class ChannelConv(ChannelExcite):
-    """One or more 1-d convolutions along C, ReLU between them, a sigmoid at the end; no biases. As in ECA for one."""
+    """One or more 1-d convolutions along C without biases, ReLU between them, then a sigmoid. One is as in ECA."""
 
-    kernel_sizes: ClassVar[tuple[int, ...]] = (3,)  # empty: one, of ECA's size for the channels
+    kernel_sizes: ClassVar[tuple[int, ...]] = (3,)  # empty: one kernel of ECA's size for the channels
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
@@ -111,8 +110,8 @@ class ChannelMLP(ChannelExcite):
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
         hidden = max(1, channels // self.reduction)
-        # Linear layers, not 1x1 convolutions: the same numbers, and a wide convolution in the graph makes a compiler
-        # copy x into channels_last first, which is two more traversals of it.
+        # Linear layers give the same numbers as 1x1 convolutions. But a wide convolution in the graph makes a compiler
+        # first copy x into channels_last, two more traversals of it.
         self.fc1 = Linear(channels, hidden, bias=False, device=device, dtype=dtype)
         self.fc2 = Linear(hidden, channels, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
@@ -160,7 +159,7 @@ class ChannelConv3Double(ChannelConv):
 class ChannelAffine(ChannelExcite):
     """sigmoid(weight * q + bias) per channel, started at 1 and 0 ('affine').
 
-    The parameters are 1-d, so that optimisers which leave 1-d parameters out of weight decay leave these out.
+    The parameters are 1-d, so that optimisers that exclude 1-d parameters from weight decay exclude these.
     """
 
     paper_key = 'affine'
@@ -187,7 +186,7 @@ class ChannelAffine(ChannelExcite):
 
 
 class ChannelIdentity(ChannelExcite):
-    """The statistic itself, for a squeeze that has learned enough; a composition makes it a gate."""
+    """The statistic itself, for a squeeze that has its own weights. A composition makes it a gate."""
 
     gated = False
 
@@ -215,7 +214,7 @@ class ChannelNorm(ChannelExcite):
 class ChannelNormTanh(ChannelExcite):
     """Channel normalisation and tanh gate of the gated channel transformation (arXiv 1909.11519, section 3).
 
-    The gate is 1 + tanh(...), in (0, 2); its parameters start at zero, hence at a gate of 1.
+    The gate is 1 + tanh(...), in (0, 2). Its parameters start at zero, so the gate starts at 1.
     """
 
     per_channel: ClassVar[dict[str, int]] = {'weight': 0, 'bias': 0}
@@ -255,7 +254,7 @@ class ChannelFC(ChannelExcite):
         self.fc.reset_parameters()
 
     def excite(self, q: Tensor) -> Tensor:
-        # A hard sigmoid, written out: torch's own has no second derivative, which a second-order search takes.
+        # A hard sigmoid, written out, because torch's has no second derivative, which a second-order search needs.
         return ((self.fc(q.flatten(1)) + 3).clamp(0, 6) / 6)[:, :, None, None]
 
 
@@ -266,7 +265,7 @@ class ChannelConvECA(ChannelConv):
 
 
 class ChannelConvCircular(ChannelConv):
-    """ECA's convolution with the channels in a ring; timm's circular ECA, not the paper's."""
+    """ECA's convolution with circular padding: timm's circular ECA, not in the paper."""
 
     kernel_sizes = ()
 
@@ -303,7 +302,7 @@ class ChannelConvMLP(ChannelExcite):
 
 
 class ChannelMLPHalf(ChannelMLP):
-    """C -> max(1, C // 2) -> C without biases or a gate at the end: scSE (arXiv 1803.02579, section 2.1)."""
+    """C -> max(1, C // 2) -> C without biases or a final gate: scSE (arXiv 1803.02579, section 2.1)."""
 
     paper_key = None
     reduction = 2
@@ -312,7 +311,7 @@ class ChannelMLPHalf(ChannelMLP):
 class ChannelMLPNorm(ChannelExcite):
     """C -> C // 16 -> layer norm -> ReLU -> C with biases, no gate: the transform of GCNet (1904.11492, section 3.3).
 
-    The second layer starts as any other; timm and the authors' code start it at zero where its result is added.
+    The second layer has the default initialisation. timm and the authors' code start it at zero if its result is added.
     """
 
     gated = False

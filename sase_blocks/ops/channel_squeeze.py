@@ -1,10 +1,10 @@
-"""Channel squeezes: (B, C, H, W) -> (B, C, 1, 1), one number a channel, taken over H and W.
+"""Channel squeezes: (B, C, H, W) -> (B, C, 1, 1), one number per channel, taken over H and W.
 
-First the seven of SASE (arXiv 2411.08333, the channel squeeze set), in its order; then those that other published
-blocks need (``EXTENDED_SETS``), each from the paper it names. What differs from the SASE authors' code:
-roots have a finite gradient at 0, deviations of a single position are 0 instead of NaN, sums run in fp32 for fp16 and
-bf16 inputs, group counts below 2 are allowed, any image size is taken, and the two weights of a mixer start at 1/2
-(theirs are drawn with a random sign, which kills the ReLU behind them in about half of the draws).
+First come the seven of SASE (arXiv 2411.08333, the channel squeeze set) in its order, then those of other published
+blocks (``EXTENDED_SETS``), each from the paper it names. Differences from the SASE authors' code: roots have a finite
+gradient at 0, deviations of a single position are 0 instead of NaN, sums run in fp32 for fp16 and bf16 inputs, group
+counts below 2 and any image size are allowed, and the two weights of a mixer start at 1/2 (theirs start with random
+signs, which kills the next ReLU in about half of the draws).
 """
 
 import math
@@ -23,7 +23,7 @@ from .normalization import BatchNorm2d
 from .primitive import Primitive, contract_rows, pooling_matrix, project, scaled_gram
 from .statistics import avg_max, avg_plus_max, avg_skew, avg_std
 
-torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
+torch.fx.wrap('check_features')  # must be wrapped in each module that calls it
 torch.fx.wrap('avg_max')
 torch.fx.wrap('avg_skew')
 torch.fx.wrap('avg_std')
@@ -33,8 +33,8 @@ torch.fx.wrap('avg_std')
 def channel_l2_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """L2 norm over H and W of the instance-normalised, affine map. weight, bias: (C,).
 
-    Instance norm leaves mean 0 and variance v / (v + eps), so the sum of squares has the closed form
-    HW * (weight^2 v / (v + eps) + bias^2) and one variance is all that is read from x.
+    Instance norm gives mean 0 and variance v / (v + eps), so the sum of squares has the closed form
+    HW * (weight^2 v / (v + eps) + bias^2) and needs only one variance of x.
     """
     v = torch.var(widen(x), dim=(2, 3), correction=0, keepdim=True)
     w, b = widen(weight).reshape(1, -1, 1, 1), widen(bias).reshape(1, -1, 1, 1)
@@ -52,7 +52,7 @@ def channel_p_norm(x: Tensor) -> Tensor:
 def channel_covariance(x: Tensor, groups: int) -> Tensor:
     """Covariance, over the positions, of ``groups`` averages of neighbouring channels.
 
-    (B, C, H, W) -> (B, groups, groups), in fp32 for half inputs. Divided by groups - 1 as the authors do (at least 1).
+    (B, C, H, W) -> (B, groups, groups), in fp32 for half inputs. Divided by groups - 1 (at least 1), as by the authors.
     """
     flat = widen(x).flatten(2)
     if x.shape[1] % groups == 0:
@@ -124,7 +124,7 @@ class ChannelPNorm(ChannelSqueeze):
 
 
 class MixedChannelSqueeze(ChannelSqueeze):
-    """Base of the squeezes that mix two statistics by two weights, the same for all channels."""
+    """Base of the squeezes that mix two statistics with two weights, shared by all channels."""
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
@@ -165,8 +165,8 @@ class ChannelAvgSkew(MixedChannelSqueeze):
 class ChannelSecondOrder(ChannelSqueeze):
     """Covariance of channel groups, batch norm, row convolution, ReLU, 1x1 convolution ('2nd-order pooling').
 
-    The C channels are averaged to max(1, C // 4) groups; row g of the covariance becomes one number through its own
-    kernel, and a linear map takes the groups back to C.
+    The C channels are averaged to max(1, C // 4) groups. Each row of the covariance becomes one number through its own
+    kernel, and a linear layer maps the groups back to C.
     """
 
     paper_key = '2nd-order pooling'
@@ -185,7 +185,7 @@ class ChannelSecondOrder(ChannelSqueeze):
 
     def reset_parameters(self) -> None:
         self.norm.reset_parameters()
-        nn.init.kaiming_uniform_(self.row_weight, a=math.sqrt(5))  # as torch's convolutions
+        nn.init.kaiming_uniform_(self.row_weight, a=math.sqrt(5))  # as in torch's convolutions
         self.fc.reset_parameters()
 
     def squeeze(self, x: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class ChannelSecondOrder(ChannelSqueeze):
 
 # ---- beyond the paper's set ----
 
-# The sixteen frequencies (row, column) that FcaNet found best on ImageNet, in units of a 7 x 7 spectrum.
+# FcaNet's sixteen best frequencies (row, column) on ImageNet, in units of a 7 x 7 spectrum.
 DCT_FREQUENCIES = (
     (0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0),
     (5, 0), (1, 6), (3, 0), (0, 4), (0, 6), (0, 3), (3, 5), (2, 2),
@@ -212,7 +212,7 @@ def dct_basis(frequencies: Tensor, size: int) -> Tensor:
 
 
 def octal_digits(numbers: list[int], like: Tensor) -> Tensor:
-    """The eight octal digits of each number, the lowest first, as one tensor: (8 N,). fp32 holds their 24 bits."""
+    """The eight octal digits of each number, lowest first, as one tensor: (8 N,). fp32 holds their 24 bits."""
     power = torch.pow(8.0, torch.arange(8, device=like.device, dtype=like.dtype))
     shifted = torch.cat([torch.floor(number / power) for number in numbers])
     return shifted - 8 * torch.floor(shifted / 8)
@@ -220,12 +220,12 @@ def octal_digits(numbers: list[int], like: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def channel_dct(x: Tensor, rows: list[int], columns: list[int], height: int, width: int) -> Tensor:
-    """One of sixteen DCT coefficients a channel: channel c of C has the frequency number c * 16 // C.
+    """One of sixteen DCT coefficients per channel: channel c of C has frequency number c * 16 // C.
 
-    x (B, C, H, W) is average-pooled to height x width first where it has another size; frequencies count in units of a
-    7 x 7 spectrum, so those of a larger map are multiplied by height // 7 and width // 7. rows, columns: the sixteen
-    frequencies as the octal digits of two numbers, the first one lowest: a tensor of them would be copied from the host
-    at every call, which stops a CUDA graph. -> (B, C, 1, 1).
+    If x (B, C, H, W) has another size, it is first average-pooled to height x width. Frequencies are in units of a 7 x
+    7 spectrum, so those of a larger map are multiplied by height // 7 and width // 7. rows, columns: the sixteen
+    frequencies as the octal digits of two numbers, lowest first, because a tensor would be copied from the host at
+    every call, which breaks a CUDA graph. -> (B, C, 1, 1).
     """
     wide = widen(x)
     u = octal_digits(rows, wide) * max(1, height // 7)
@@ -233,7 +233,7 @@ def channel_dct(x: Tensor, rows: list[int], columns: list[int], height: int, wid
     pool_h = pooling_matrix(x.shape[2], height, wide)
     pool_w = pooling_matrix(x.shape[3], width, wide)
     of_channel = torch.arange(x.shape[1], device=x.device) * 16 // x.shape[1]
-    # Sums of products, not matrix products: autocast would run those in half precision.
+    # Sums of products, because autocast would run matrix products in half precision.
     weight_h = (dct_basis(u, height)[:, :, None] * pool_h).sum(1)[of_channel]  # (C, H)
     weight_w = (dct_basis(v, width)[:, :, None] * pool_w).sum(1)[of_channel]  # (C, W)
     weight = weight_h[:, :, None] * weight_w[:, None, :]
@@ -270,14 +270,14 @@ def channel_attention_pool(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class ChannelMax(ChannelSqueeze):
-    """Global max pooling, beside the mean in CBAM (arXiv 1807.06521, eq. 2)."""
+    """Global max pooling, used with the mean in CBAM (arXiv 1807.06521, eq. 2)."""
 
     def squeeze(self, x: Tensor) -> Tensor:
         return x.amax((2, 3), keepdim=True)
 
 
 class ChannelAvgPlusMax(ChannelSqueeze):
-    """(mean + maximum) / 2, no weights; timm's light CBAM."""
+    """(mean + maximum) / 2 without weights, as in timm's light CBAM."""
 
     def squeeze(self, x: Tensor) -> Tensor:
         return avg_plus_max(x, [2, 3])
@@ -286,7 +286,7 @@ class ChannelAvgPlusMax(ChannelSqueeze):
 class ChannelAttentionPool(ChannelSqueeze):
     """Attention pooling of GCNet (arXiv 1904.11492, section 3.3): the mean weighted by a softmax over all positions.
 
-    Without the bias that timm and the authors' code have: a softmax does not depend on it.
+    Omits the bias of timm and the authors' code, because the softmax cancels it.
     """
 
     per_channel: ClassVar[dict[str, int]] = {'weight': 0}
@@ -320,7 +320,7 @@ class ChannelStyle(ChannelSqueeze):
         return self.weight.shape[0]
 
     def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as torch's linear layers
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as in torch's linear layers
 
     def squeeze(self, x: Tensor) -> Tensor:
         return channel_style(x, self.weight)
@@ -350,8 +350,8 @@ class ChannelL2(ChannelSqueeze):
 class ChannelDCT(ChannelSqueeze):
     """Multi-spectral pooling of FcaNet (arXiv 2012.11879, section 3), with its sixteen best frequencies.
 
-    The spectrum is that of a ``feat_size`` map, 7 x 7 by default; a map of another size is average-pooled to it, as in
-    the authors' code. Ours: any number of channels, of which each sixteenth has one frequency.
+    The spectrum has the size ``feat_size``, 7 x 7 by default. Maps of another size are average-pooled to it, as in the
+    authors' code. Our addition: any number of channels, with one frequency for each sixteenth.
     """
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
@@ -368,8 +368,8 @@ class ChannelDCT(ChannelSqueeze):
 class ChannelGSoP(ChannelSqueeze):
     """Second-order pooling of GSoP-Net (arXiv 1811.12006, section 3), as in the authors' code.
 
-    A 1x1 convolution, batch norm and ReLU take x to c = min(128, C) channels; their c x c covariance over the
-    positions is batch-normalised, each row becomes four numbers by its own kernel, and a linear map gives C.
+    A 1x1 convolution, batch norm and ReLU reduce x to c = min(128, C) channels. Their c x c covariance over the
+    positions is batch-normalised, each row becomes four numbers through its own kernel, and a linear layer gives C.
     """
 
     per_channel: ClassVar[dict[str, int]] = {'reduce': 1, 'fc': 0}
@@ -391,7 +391,7 @@ class ChannelGSoP(ChannelSqueeze):
     def reset_parameters(self) -> None:
         for layer in (self.reduce, self.reduce_norm, self.norm, self.fc):
             layer.reset_parameters()
-        bound = 1 / math.sqrt(self.row_weight.shape[2])  # as torch's convolutions of this fan in
+        bound = 1 / math.sqrt(self.row_weight.shape[2])  # as in torch's convolutions with this fan-in
         nn.init.uniform_(self.row_weight, -bound, bound)
         nn.init.uniform_(self.row_bias, -bound, bound)
 

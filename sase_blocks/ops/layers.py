@@ -1,8 +1,8 @@
-"""A convolution and a linear layer that are no ``nn.Conv2d`` and no ``nn.Linear``, for what stands in other networks.
+"""A convolution and a linear layer that do not subclass ``nn.Conv2d`` and ``nn.Linear``, for blocks in other networks.
 
-timm's networks draw the weights of every ``nn.Conv2d`` and many ``nn.Linear`` that they find anew, those of an
-attention in their slot too, and set biases to zero (VoVNet also where there is none, and fails). Most of them call
-nothing afterwards by which a block could bring back its own initialisation, so they must not find these.
+timm's networks reinitialise every ``nn.Conv2d`` and many ``nn.Linear``, also in their attention slots, and zero their
+biases (VoVNet fails if there is none). Most call nothing afterwards that could restore a block's initialisation, so
+they must not recognise these layers.
 """
 
 import math
@@ -16,11 +16,11 @@ from torch.nn.modules.utils import _pair
 
 
 class Conv2d(_ConvNd):
-    """``nn.Conv2d`` with padding by zeros, which starts and computes as that one. (B, C_in, H, W) -> (B, C, H', W').
+    """Initialises and computes like ``nn.Conv2d`` with zero padding. (B, C_in, H, W) -> (B, C, H', W').
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as of ``nn.Conv2d``; an int or
-            a pair of ints where it takes both.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in ``nn.Conv2d``, where an
+            int may replace a pair.
         device, dtype: of the parameters.
     """
 
@@ -59,7 +59,7 @@ class Conv2d(_ConvNd):
 
 
 class Linear(nn.Module):
-    """``nn.Linear``, which starts and computes as that one. Shape: (..., in_features) -> (..., out_features)."""
+    """Initialises and computes like ``nn.Linear``. Shape: (..., in_features) -> (..., out_features)."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, device: Any = None, dtype: Any = None

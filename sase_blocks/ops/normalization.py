@@ -1,4 +1,4 @@
-"""Batch and group norm for small maps: torch's, except where torch has nothing to normalise by or would overflow."""
+"""Batch and group norm for small maps: torch's, except where torch lacks values to normalise or would overflow."""
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,12 @@ def batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """``F.batch_norm`` in fp32 (or fp64) whatever the parameters' dtype, the result in the dtype of ``weight``.
+    """``F.batch_norm`` in fp32 (or fp64) whatever the parameters' dtype, with the result in the dtype of ``weight``.
 
-    A covariance of large activations does not fit fp16, its normalised form does. A single value per channel, which
-    has no variance, is normalised by the running statistics. A norm that has lost these (test-time adaptation and
-    ``torch.func.replace_all_batch_norm_modules_`` take them away) goes by its batch in both modes, as torch's does; a
-    single value per channel is then its own mean, and becomes the bias.
+    A covariance of large activations does not fit fp16, but its normalised form does. A single value per channel has no
+    variance, so the running statistics normalise it. Without running statistics (test-time adaptation and
+    ``torch.func.replace_all_batch_norm_modules_`` remove them), both modes use the batch, as in torch. A single value
+    per channel is then its own mean, and becomes the bias.
     """
     x, w, b = widen(x), widen(weight), widen(bias)
     if running_mean is None or running_var is None:
@@ -34,7 +34,7 @@ def batch_norm(
     mean, var = widen(running_mean), widen(running_var)
     if training and x.numel() > x.shape[1]:
         y = F.batch_norm(x, mean, var, w, b, True, momentum, eps)
-        if running_mean.dtype != mean.dtype:  # half parameters: the statistics were updated in copies
+        if running_mean.dtype != mean.dtype:  # half parameters: only copies of the statistics were updated
             running_mean.copy_(mean)
             running_var.copy_(narrow(var, running_var))
     else:
@@ -42,19 +42,19 @@ def batch_norm(
     return narrow(y, weight)
 
 
-@register_notrace_module  # timm's FX tools keep it whole, as they keep torch's, so that train() and eval() still work
+@register_notrace_module  # timm's FX tools keep it whole like torch's, so that train() and eval() still work
 class BatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` that also takes one value per channel (batch 1 on a 1 x 1 map) in training mode.
+    """``nn.BatchNorm2d`` that also accepts one value per channel (batch 1 on a 1 x 1 map) in training mode.
 
-    torch raises there, since the batch's variance is undefined; here that batch is normalised as in eval mode and
-    leaves the running statistics alone. The arithmetic is in fp32 for fp16 and bf16.
+    torch raises an error there, because the batch's variance is undefined. This one normalises that batch as in eval
+    mode and keeps the running statistics. The arithmetic is in fp32 for fp16 and bf16.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # a plain mean over all batches, as torch.optim.swa_utils.update_bn asks for
+            if self.momentum is None:  # a plain mean over all batches, as torch.optim.swa_utils.update_bn needs
                 momentum = 1.0 / float(self.num_batches_tracked)
         return batch_norm(
             input,
@@ -69,13 +69,13 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """What a batch norm does in eval mode, y = scale * x + shift, in float64. -> (C,), (C,)."""
+    """Scale and shift of a batch norm in eval mode, y = scale * x + shift, in float64. -> (C,), (C,)."""
     scale = norm.weight.detach().double() * torch.rsqrt(norm.running_var.double() + norm.eps)  # type: ignore[union-attr]
     return scale, norm.bias.detach().double() - scale * norm.running_mean.double()  # type: ignore[union-attr]
 
 
 class ChannelShift(nn.Module):
-    """y = x + bias, one number a channel: what is left of a batch norm whose scale is in the weights before it.
+    """y = x + bias, one number per channel: the rest of a batch norm whose scale is folded into the weights before it.
 
     Shape: (B, C, H, W) -> (B, C, H, W). bias: (C,).
     """
@@ -89,7 +89,7 @@ class ChannelShift(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """``nn.GroupNorm`` that also takes one value per group (which it turns into the bias), where torch raises."""
+    """``nn.GroupNorm`` that also accepts one value per group, which becomes the bias. torch raises an error there."""
 
     def forward(self, input: Tensor) -> Tensor:
         return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)

@@ -1,7 +1,7 @@
-"""What every primitive has in common: the constructor, and the arithmetic that several share.
+"""The constructor that all primitives share, and arithmetic that several share.
 
-A primitive is built as ``Op(channels, feat_size=None, *, device=None, dtype=None)``, whichever of the four sets it
-belongs to, so that a set is a plain dict and a genotype is six names.
+A primitive of any set has the signature ``Op(channels, feat_size=None, *, device=None, dtype=None)``, so that a set is
+a plain dict and a genotype is six names.
 """
 
 from abc import ABC, abstractmethod
@@ -19,17 +19,17 @@ class Primitive(nn.Module, ABC):
 
     Args:
         channels: channels C of the feature map, at least 1.
-        feat_size: (H, W) that per-position parameters are laid out for; an int for a square. Needed by the classes
-            with ``needs_feat_size``; the others ignore it. Any other size is accepted in ``forward``.
+        feat_size: (H, W) of per-position parameters, or an int for a square. Required by classes with
+            ``needs_feat_size`` and ignored by others. ``forward`` accepts any other size.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: channels below 1, a feat_size below 1, or feat_size missing where it is needed.
+        ValueError: channels or feat_size below 1, or a required feat_size is missing.
     """
 
     paper_key: ClassVar[str | None] = None  # the SASE authors' name for this operation
     needs_feat_size: ClassVar[bool] = False
-    # The parameters and layers with an entry for each channel, and the axis on which it is, for ``keep_channels``.
+    # For ``keep_channels``: the parameters and layers with an entry per channel, and that entry's axis.
     per_channel: ClassVar[dict[str, int]] = {}
 
     def __init__(
@@ -51,23 +51,23 @@ class Primitive(nn.Module, ABC):
         self.feat_size = None if feat_size is None else check_feat_size(feat_size, name)
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew."""
+        """Reinitialise the parameters."""
 
     def current_channels(self) -> int:
-        """The channels that the parameters are for; a pruned layer has fewer than it was built with. 0: any number."""
+        """The channels in the parameters, fewer after pruning than at construction. 0: any number."""
         return 0
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters with more than one dimension that take no weight decay, by timm's convention.
+        """Names of the parameters with more than one dimension that get no weight decay, by timm's convention.
 
-        They are those per position and biases: their twins per channel are 1-d and take none either.
+        These are per-position parameters and biases. Those per channel are 1-d and get none either.
         """
         return set()
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """See the base of each set."""
+        """See the base class of each set."""
 
     def extra_repr(self) -> str:
         channels = f'{self.current_channels() or self.channels}'
@@ -75,11 +75,11 @@ class Primitive(nn.Module, ABC):
 
 
 def no_weight_decay(model: nn.Module) -> set[str]:
-    """Names of the parameters of ``model`` that take no weight decay although they have more than one dimension.
+    """Names of the parameters of ``model`` that get no weight decay although they have more than one dimension.
 
-    They are what the network and the modules in it name in a method ``no_weight_decay()``, timm's convention. timm's
-    optimisers ask the network alone, which knows nothing of an attention that was put into it. Our models pass this on;
-    for any other give it to timm:
+    The network and its modules list them in a method ``no_weight_decay()``, by timm's convention. timm's optimisers ask
+    only the network, which does not know about inserted attention. Our models pass the names on. For any other model,
+    pass them to timm:
 
         groups = timm.optim.param_groups_weight_decay(model, 0.05, no_weight_decay_list=no_weight_decay(model))
         optimizer = timm.optim.create_optimizer_v2(groups, opt='adamw', lr=1e-3)
@@ -88,26 +88,26 @@ def no_weight_decay(model: nn.Module) -> set[str]:
         model: any module.
 
     Returns:
-        Names as in ``model.named_parameters()``, or timm's patterns of them.
+        Names as in ``model.named_parameters()``, or timm's patterns for them.
     """
     own = getattr(model, 'no_weight_decay', None)
     return children_without_decay(model) | (set(own()) if callable(own) else set())
 
 
 def children_without_decay(model: nn.Module) -> set[str]:
-    """``no_weight_decay`` of all that is in ``model``, for that method of ``model`` itself."""
+    """``no_weight_decay`` of all modules in ``model``, for the same method of ``model`` itself."""
     return {f'{name}.{part}' for name, child in model.named_children() for part in no_weight_decay(child)}
 
 
 def mix(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """Two maps into one, as a 2-to-1 1x1 convolution without bias does. ``weight``: (2,)."""
+    """Mix two maps into one, like a 2-to-1 1x1 convolution without bias. ``weight``: (2,)."""
     return weight[0] * a + weight[1] * b
 
 
 def scaled_gram(z: Tensor) -> Tensor:
-    """z @ z^T for (B, N, P), through values of at most 1: autocast would run the product in fp16 and overflow.
+    """z @ z^T for (B, N, P), on values of at most 1, because autocast would run the product in fp16 and overflow.
 
-    The scale is a constant for the gradient, which is exact: the product does not depend on it.
+    The gradient treats the scale as a constant. It stays exact, because the product does not depend on the scale.
     """
     n = z.shape[2]
     scale = z.detach().abs().amax((1, 2), keepdim=True).clamp_min(1e-15)
@@ -116,9 +116,9 @@ def scaled_gram(z: Tensor) -> Tensor:
 
 
 def contract_rows(rows: Tensor, weight: Tensor) -> Tensor:
-    """Each row of (B, N, N) with a kernel of its own: sum_j weight[i, j] rows[b, i, j]. -> (B, N).
+    """Apply a separate kernel to each row of (B, N, N): sum_j weight[i, j] rows[b, i, j]. -> (B, N).
 
-    The authors' grouped (N, 1) convolution, as the product it is: a grouped convolution of this shape is slow.
+    This is the authors' grouped (N, 1) convolution as a product, because a grouped convolution of this shape is slow.
     """
     return (rows * weight).sum(2)
 
@@ -126,7 +126,7 @@ def contract_rows(rows: Tensor, weight: Tensor) -> Tensor:
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """The weighted sum of the channels, (B, C, H, W) -> (B, 1, H, W), in fp32 for half inputs. weight: (C,).
 
-    What a 1x1 convolution to one map computes, as a reduction: a compiler merges it with its neighbours.
+    Equals a 1x1 convolution to one map, but as a reduction, which a compiler fuses with its neighbours.
     """
     return (widen(x) * widen(weight).reshape(1, -1, 1, 1)).sum(1, keepdim=True)
 
@@ -134,8 +134,8 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 def pooling_matrix(n_in: int, n_out: int, like: Tensor) -> Tensor:
     """Adaptive average pooling of ``n_in`` values to ``n_out`` as a matrix (n_out, n_in).
 
-    The windows are torch's: from floor(i n_in / n_out) to ceil((i + 1) n_in / n_out). As a product the pooling exports
-    to ONNX for sizes that change; ``F.adaptive_avg_pool2d`` gives wrong numbers there at any size but the traced one.
+    The windows are torch's: from floor(i n_in / n_out) to ceil((i + 1) n_in / n_out). As a product, the pooling exports
+    to ONNX with dynamic sizes. ``F.adaptive_avg_pool2d`` gives wrong numbers there at any size but the traced one.
     """
     i = torch.arange(n_out, device=like.device)[:, None]
     j = torch.arange(n_in, device=like.device)[None, :]
@@ -145,7 +145,7 @@ def pooling_matrix(n_in: int, n_out: int, like: Tensor) -> Tensor:
 
 
 def adaptive_avg_pool(x: Tensor, height: int, width: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, height, width), as ``F.adaptive_avg_pool2d``."""
+    """(B, C, H, W) -> (B, C, height, width), like ``F.adaptive_avg_pool2d``."""
     rows, columns = pooling_matrix(x.shape[2], height, x), pooling_matrix(x.shape[3], width, x)
     return rows @ x @ columns.transpose(0, 1)
 
@@ -154,8 +154,8 @@ def adaptive_avg_pool(x: Tensor, height: int, width: int) -> Tensor:
 def turn_positive_(weight: Tensor) -> Tensor:
     """Flip, in place, each output row (first axis) that sums to less than 0.
 
-    Ours. The one- and two-weight layers here feed a ReLU; drawn with a random sign, up to 42 % of the authors' mixers
-    and 26 % of their triple convolutions are dead at birth. Rows keep the distribution of their magnitudes.
+    Our addition. The one- and two-weight layers here feed a ReLU. With random signs, up to 42 % of the authors' mixers
+    and 26 % of their triple convolutions start dead. Rows keep the distribution of their magnitudes.
     """
     sums = weight.sum(dim=tuple(range(1, weight.dim())), keepdim=True)
     return weight.mul_(torch.where(sums < 0, -1.0, 1.0).to(weight.dtype))

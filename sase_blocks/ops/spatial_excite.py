@@ -1,9 +1,9 @@
 """Spatial excitations: (B, 1, H, W) -> (B, 1, H, W), from squeezed statistics to an attention over positions.
 
-First the seven of SASE (arXiv 2411.08333, the spatial excitation set), in its order; all end in a sigmoid and have no
-biases but the affine one. Then those that other published blocks need (``EXTENDED_SETS``). What differs: weights in
-front of a ReLU start with a non-negative sum, overflow inside a stack of fp16 convolutions saturates, and the per-
-position parameters are interpolated for a map of another size.
+First come the seven of SASE (arXiv 2411.08333, the spatial excitation set) in its order. All end in a sigmoid, and only
+the affine one has a bias. Then come those of other published blocks (``EXTENDED_SETS``). Our changes: weights before a
+ReLU start with a non-negative sum, overflow inside a stack of fp16 convolutions saturates, and per-position parameters
+are interpolated for maps of another size.
 """
 
 from abc import abstractmethod
@@ -20,7 +20,7 @@ from .normalization import BatchNorm2d
 from .primitive import Primitive, turn_positive_
 from .spatial_squeeze import resize_map
 
-torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
+torch.fx.wrap('check_features')  # must be wrapped in each module that calls it
 torch.fx.wrap('resize_map')
 torch.fx.wrap('saturate')
 
@@ -36,11 +36,11 @@ class SpatialExcite(Primitive):
     Raises in ``forward``: ValueError for another rank or for more than one channel, TypeError for a non-floating input.
     """
 
-    gated: ClassVar[bool] = True  # whether the output is a gate already; if not, a composition adds a sigmoid
+    gated: ClassVar[bool] = True  # whether the output is already a gate; if not, a composition adds a sigmoid
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
-        self.maps = 1  # statistics that it reads, stacked along the channels
+        self.maps = 1  # number of input statistics, stacked along the channels
 
     def forward(self, s: Tensor) -> Tensor:
         check_features(s, self.maps)
@@ -52,14 +52,14 @@ class SpatialExcite(Primitive):
 
 
 class SpatialConv(SpatialExcite):
-    """One or two convolutions of one channel, same padding, a sigmoid at the end; no biases."""
+    """One or two convolutions of one channel without biases, same padding, then a sigmoid."""
 
     kernel_sizes: ClassVar[tuple[tuple[int, int], ...]] = ((3, 3),)
     relu_between: ClassVar[bool] = False
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
-        self.with_relu = self.relu_between  # TorchScript sees attributes of the instance only
+        self.with_relu = self.relu_between  # TorchScript sees only instance attributes
         self.convs = nn.ModuleList(
             Conv2d(1, 1, (kh, kw), padding=(kh // 2, kw // 2), bias=False, device=device, dtype=dtype)
             for kh, kw in self.kernel_sizes
@@ -127,7 +127,7 @@ class SpatialConv3Double(SpatialConv):
 class SpatialAffine(SpatialExcite):
     """sigmoid(weight * s + bias) per position, started at 1 and 0 ('affine').
 
-    Needs ``feat_size``; the H x W parameters are interpolated for a map of another size.
+    Requires ``feat_size``. The H x W parameters are interpolated for maps of another size.
     """
 
     paper_key = 'affine'
@@ -155,7 +155,7 @@ class SpatialAffine(SpatialExcite):
 
 
 class SpatialIdentity(SpatialExcite):
-    """The statistic itself, for a squeeze that has learned enough; a composition makes it a gate."""
+    """The statistic itself, for a squeeze that has its own weights. A composition makes it a gate."""
 
     gated = False
 
@@ -180,9 +180,9 @@ class SpatialNorm(SpatialExcite):
 
 
 class SpatialConv7Norm(SpatialExcite):
-    """One 7 x 7 convolution from ``maps`` statistics, batch norm and a sigmoid: CBAM's (arXiv 1807.06521, eq. 3).
+    """One 7 x 7 convolution from ``maps`` statistics, batch norm and a sigmoid, as in CBAM (arXiv 1807.06521, eq. 3).
 
-    The formula has no batch norm; the authors' code and timm have it. ``forward`` takes (B, maps, H, W).
+    The batch norm is in the authors' code and timm, but not in the formula. ``forward`` takes (B, maps, H, W).
     """
 
     def __init__(

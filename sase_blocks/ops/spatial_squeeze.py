@@ -1,9 +1,9 @@
-"""Spatial squeezes: (B, C, H, W) -> (B, 1, H, W), one number a position, taken over C.
+"""Spatial squeezes: (B, C, H, W) -> (B, 1, H, W), one number per position, taken over C.
 
-First the seven of SASE (arXiv 2411.08333, the spatial squeeze set), in its order, with the same repairs as the channel
-squeezes (see there); then those that other published blocks need (``EXTENDED_SETS``). Each takes an optional ``gate``
-(B, C, 1, 1) and then squeezes ``gate * x``; the p-norm does so without forming the product, which spares a compiled
-backward pass a traversal of x.
+First come the seven of SASE (arXiv 2411.08333, the spatial squeeze set) in its order, with the same changes as the
+channel squeezes (see there), then those of other published blocks (``EXTENDED_SETS``). With an optional ``gate``
+(B, C, 1, 1), they squeeze ``gate * x``. The p-norm does not form this product, which saves one traversal of x in a
+compiled backward pass.
 """
 
 import math
@@ -24,7 +24,7 @@ from .statistics import avg_max, avg_plus_max, avg_skew, avg_std
 
 torch.fx.wrap('narrow')
 torch.fx.wrap('project')
-torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
+torch.fx.wrap('check_features')  # must be wrapped in each module that calls it
 torch.fx.wrap('avg_max')
 torch.fx.wrap('avg_skew')
 torch.fx.wrap('avg_std')
@@ -32,7 +32,7 @@ torch.fx.wrap('avg_std')
 
 @torch.fx.wrap
 def apply_gate(x: Tensor, gate: Tensor | None) -> Tensor:
-    """gate * x, or x itself without a gate. The product is fp32 in fp16, where an ungated excitation overflows it."""
+    """gate * x, or x without a gate. For fp16 the product is fp32, because an ungated excitation would overflow it."""
     if gate is None:
         return x
     return gate.float() * x.float() if x.dtype == torch.float16 else gate * x
@@ -40,9 +40,9 @@ def apply_gate(x: Tensor, gate: Tensor | None) -> Tensor:
 
 @torch.fx.wrap
 def resize_map(map: Tensor, x: Tensor) -> Tensor:
-    """A per-position parameter (H, W) as (1, 1, H', W') for the size of ``x``, bilinear where it differs.
+    """A per-position parameter (H, W) as (1, 1, H', W'), interpolated bilinearly to the size of ``x``.
 
-    At the same size it is exact; a branch for that case would pin an exported network to the size it was traced at.
+    It is exact at the same size. A branch for that case would fix an exported network to its traced size.
     """
     return F.interpolate(map[None, None], size=(x.shape[2], x.shape[3]), mode='bilinear', align_corners=False)
 
@@ -59,7 +59,7 @@ def spatial_l2_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) 
 @torch.fx.wrap
 def spatial_p_norm(x: Tensor, gate: Tensor | None = None) -> Tensor:
     """4-norm over C of x, or of gate * x as (sum gate^4 x^4)^(1/4). gate: (B, C, 1, 1)."""
-    # bf16 has the range for a fourth power, so only its sum needs fp32; fp16 needs fp32 throughout.
+    # The fourth power fits bf16's range, so only its sum needs fp32. fp16 needs fp32 throughout.
     square = x.float().square() if x.dtype == torch.float16 else x.square()
     fourth = square * square
     if gate is not None:
@@ -73,7 +73,7 @@ def spatial_p_norm(x: Tensor, gate: Tensor | None = None) -> Tensor:
 def spatial_covariance(x: Tensor, grid: int) -> Tensor:
     """Covariance, over the channels, of the positions of x pooled to grid x grid.
 
-    (B, C, H, W) -> (B, grid^2, grid^2), in fp32 for half inputs, divided by grid^2 - 1 as the authors do.
+    (B, C, H, W) -> (B, grid^2, grid^2), in fp32 for half inputs, divided by grid^2 - 1 as by the authors.
     """
     z = widen(adaptive_avg_pool(x, grid, grid)).flatten(2).transpose(1, 2)  # (B, P, C)
     z = z - z.mean(2, keepdim=True)
@@ -113,7 +113,7 @@ class SpatialAvg(SpatialSqueeze):
 class SpatialL2Norm(SpatialSqueeze):
     """L2 norm over C of the layer-normalised map ('L2-norm'), affine per position.
 
-    Needs ``feat_size``; the H x W parameters are interpolated for a map of another size.
+    Requires ``feat_size``. The H x W parameters are interpolated for maps of another size.
     """
 
     paper_key = 'L2-norm'
@@ -152,7 +152,7 @@ class SpatialPNorm(SpatialSqueeze):
 
 
 class MixedSpatialSqueeze(SpatialSqueeze):
-    """Base of the squeezes that mix two statistics by two weights, the same for all positions."""
+    """Base of the squeezes that mix two statistics with two weights, shared by all positions."""
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
@@ -193,7 +193,7 @@ class SpatialAvgSkew(MixedSpatialSqueeze):
 class SpatialSecondOrder(SpatialSqueeze):
     """Covariance of an 8 x 8 grid of positions, batch norm, row convolution, ReLU, 1x1 ('2nd-order pooling').
 
-    Each of the 64 rows of the covariance becomes one number; the 64 numbers are an 8 x 8 map, pooled to H x W.
+    Each of the covariance's 64 rows becomes one number. The 64 numbers form an 8 x 8 map, pooled to H x W.
     """
 
     paper_key = '2nd-order pooling'
@@ -209,7 +209,7 @@ class SpatialSecondOrder(SpatialSqueeze):
 
     def reset_parameters(self) -> None:
         self.norm.reset_parameters()
-        nn.init.kaiming_uniform_(self.row_weight, a=math.sqrt(5))  # as torch's convolutions
+        nn.init.kaiming_uniform_(self.row_weight, a=math.sqrt(5))  # as in torch's convolutions
         self.fc.reset_parameters()
 
     def squeeze(self, x: Tensor) -> Tensor:
@@ -222,14 +222,14 @@ class SpatialSecondOrder(SpatialSqueeze):
 
 
 class SpatialMax(SpatialSqueeze):
-    """Maximum over the channels, beside the mean in CBAM (arXiv 1807.06521, eq. 3)."""
+    """Maximum over the channels, used with the mean in CBAM (arXiv 1807.06521, eq. 3)."""
 
     def squeeze(self, x: Tensor) -> Tensor:
         return x.amax(1, keepdim=True)
 
 
 class SpatialAvgPlusMax(SpatialSqueeze):
-    """(mean + maximum) / 2, no weights; timm's light CBAM."""
+    """(mean + maximum) / 2 without weights, as in timm's light CBAM."""
 
     def squeeze(self, x: Tensor) -> Tensor:
         return avg_plus_max(x, [1])
@@ -249,7 +249,7 @@ class SpatialProject(SpatialSqueeze):
         return self.weight.shape[0]
 
     def reset_parameters(self) -> None:
-        bound = 1 / math.sqrt(self.weight.shape[0])  # as torch's convolutions
+        bound = 1 / math.sqrt(self.weight.shape[0])  # as in torch's convolutions
         nn.init.uniform_(self.weight, -bound, bound)
 
     def squeeze(self, x: Tensor) -> Tensor:
@@ -259,8 +259,8 @@ class SpatialProject(SpatialSqueeze):
 class SpatialDilated(SpatialSqueeze):
     """The dilated bottleneck of BAM (arXiv 1807.06514, eq. 4): 1x1 to C // 16, two 3x3 of dilation 4, 1x1 to one map.
 
-    ReLU stands after the first three, as in the authors' code; the paper's formula does not write it. Its batch norm
-    is the excitation ``norm``.
+    A ReLU follows the first three, as in the authors' code but not in the paper's formula. Its batch norm is the
+    excitation ``norm``.
     """
 
     per_channel: ClassVar[dict[str, int]] = {'convs.0': 1}

@@ -1,7 +1,7 @@
-"""Statistics of a map over the dimensions that are squeezed: (2, 3) in a channel squeeze, (1,) in a spatial one.
+"""Statistics of a map over the squeezed dimensions: (2, 3) in a channel squeeze, (1,) in a spatial one.
 
-Each keeps the squeezed dimensions at size 1. Two of them in one map are mixed by two weights and pass a ReLU, the pairs
-of SASE (arXiv 2411.08333). For fp16 and bf16 inputs the sums run in fp32.
+Each keeps the squeezed dimensions at size 1. The pairs of SASE (arXiv 2411.08333) mix two statistics with two weights,
+then apply a ReLU. For fp16 and bf16 inputs the sums run in fp32.
 """
 
 import torch
@@ -13,7 +13,7 @@ from .primitive import mix
 
 
 def squeezed_size(x: Tensor, dims: list[int]) -> int:
-    """The number of values of ``x`` that one statistic over ``dims`` is taken of."""
+    """The number of values of ``x`` in one statistic over ``dims``."""
     n = 1
     for dim in dims:
         n = n * x.shape[dim]
