@@ -9,9 +9,9 @@
     |-- spatial_squeeze(x) ---+                                                          |
     +------------------------------------------------------------ y = x * (1 + (c + a) / 2)
 
-What differs from the authors' code: y is written as one product, the p-norm takes the gate out of its sum, and the
-2-to-1 convolution is two weights that start at 1/2. All of it is plain torch: a compiler takes it to three
-dependent passes over x. The authors' state dicts map onto this module one to one (``convert.py``).
+Differences from the authors' code: y is one product, the p-norm moves the gate out of its sum, and the 2-to-1
+convolution is two weights that start at 1/2. All of it is plain torch, and a compiler reduces it to three dependent
+passes over x. The authors' state dicts map one to one onto this module (``convert.py``).
 """
 
 from typing import Any
@@ -34,19 +34,19 @@ from .base import AttentionModule, fade_sum
 from .genotype import SASE_GENOTYPE, Genotype
 from .graph import CHANNEL, MAP, SPATIAL, Edge, Graph
 
-torch.fx.wrap('fade_sum')  # wrapping is by the module in which a function is called
+torch.fx.wrap('fade_sum')  # must be wrapped in each module that calls it
 
 
 class AttentionBlock(AttentionModule):
     """The SASE graph with the six operations of ``genotype``.
 
-    Shape: (B, C, H, W) -> (B, C, H, W), any H and W; dtype and memory format are kept.
+    Shape: (B, C, H, W) -> (B, C, H, W), any H and W. Keeps dtype and memory format.
 
     Args:
         channels: C, at least 1.
         genotype: the six operations, or their text form.
-        feat_size: (H, W) or an int, needed by genotypes with per-position parameters (spatial ``l2_norm`` and
-            ``affine``), which are interpolated for any other size.
+        feat_size: (H, W) or an int, required by genotypes with per-position parameters (spatial ``l2_norm`` and
+            ``affine``), which are interpolated for other sizes.
         device, dtype: of the parameters.
 
     Raises:
@@ -88,7 +88,7 @@ class AttentionBlock(AttentionModule):
 
     @torch.no_grad()
     def reparameterize(self) -> None:
-        """For inference, in place: the mixer's batch norm goes into the two weights and a bias."""
+        """For inference: fold the mixer's batch norm into the two weights and a bias, in place."""
         if not isinstance(self.norm, ChannelShift) and self.norm.running_var is not None:
             scale, shift = scale_and_shift(self.norm)
             self.mix_weight.copy_(self.mix_weight * scale)
@@ -106,7 +106,7 @@ class AttentionBlock(AttentionModule):
 
     def gate(self, x: Tensor) -> Tensor:
         c, a = self.gates(x)
-        # Halved and shifted while they are small: the sum is the first thing of the size of x.
+        # Halve and shift the small gates, because their sum has the size of x.
         return (1 + c / 2) + a / 2
 
     def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
@@ -137,10 +137,10 @@ class AttentionBlock(AttentionModule):
 
 
 class SASE(AttentionBlock):
-    """The block that the search of SASE found (arXiv 2411.08333): ``avg_max,mlp,affine,p_norm,avg,conv3x3_x2``.
+    """The block that SASE's search found (arXiv 2411.08333): ``avg_max,mlp,affine,p_norm,avg,conv3x3_x2``.
 
-    In the paper it stands in every bottleneck of ResNet-50/101, after the third batch norm and before the shortcut
-    is added; it fits timm's ``attn_layer=``. Shape: (B, C, H, W) -> (B, C, H, W).
+    In the paper it is in every bottleneck of ResNet-50/101, after the third batch norm and before the shortcut is
+    added. It fits timm's ``attn_layer=``. Shape: (B, C, H, W) -> (B, C, H, W).
 
     Examples:
         >>> SASE(64)(torch.randn(2, 64, 28, 28)).shape

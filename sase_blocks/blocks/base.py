@@ -1,4 +1,4 @@
-"""The one interface of all blocks: channels in the constructor, a gate for x, and y = x * gate."""
+"""The interface of all blocks: channels in the constructor, a gate for x, and y = x * gate."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -11,13 +11,13 @@ from sase_blocks.ops.primitive import children_without_decay
 
 from .graph import Graph
 
-torch.fx.wrap('check_features')  # wrapping is by the module in which a function is called
+torch.fx.wrap('check_features')  # must be wrapped in each module that calls it
 
 
-# Whole in a symbolic trace, in which an alpha that is not given is a proxy.
+# Kept whole in a symbolic trace, where a missing alpha is a proxy.
 @torch.fx.wrap
 def fade(gate: Tensor, alpha: Tensor | None) -> Tensor:
-    """1 + alpha (gate - 1), exactly 1 at alpha = 0 and the gate at 1; the gate where alpha is None."""
+    """1 + alpha (gate - 1), exactly 1 for alpha = 0 and exactly the gate for alpha = 1 or None."""
     if alpha is None:
         return gate
     return torch.lerp(torch.ones_like(alpha, dtype=gate.dtype), gate, alpha.to(gate.dtype))
@@ -25,7 +25,7 @@ def fade(gate: Tensor, alpha: Tensor | None) -> Tensor:
 
 @torch.fx.wrap
 def fade_sum(a: Tensor, b: Tensor, alpha: Tensor | None) -> Tensor:
-    """``fade(a + b, alpha)`` for two that broadcast: alpha meets them while they are small."""
+    """``fade(a + b, alpha)`` for two that broadcast. Applies alpha while they are small."""
     if alpha is None:
         return a + b
     alpha = alpha.to(a.dtype)
@@ -34,7 +34,7 @@ def fade_sum(a: Tensor, b: Tensor, alpha: Tensor | None) -> Tensor:
 
 @torch.fx.wrap
 def fade_product(a: Tensor, b: Tensor, alpha: Tensor | None) -> Tensor:
-    """``fade(a * b, alpha)`` for two that broadcast: alpha meets them while they are small."""
+    """``fade(a * b, alpha)`` for two that broadcast. Applies alpha while they are small."""
     if alpha is None:
         return a * b
     alpha = alpha.to(a.dtype)
@@ -42,16 +42,16 @@ def fade_product(a: Tensor, b: Tensor, alpha: Tensor | None) -> Tensor:
 
 
 class AttentionModule(nn.Module, ABC):
-    """Base of the blocks. Shape: (B, C, H, W) -> (B, C, H, W), any H and W; dtype and memory format are kept.
+    """Base of the blocks. Shape: (B, C, H, W) -> (B, C, H, W), any H and W. Keeps dtype and memory format.
 
-    A subclass is built as ``Block(channels, ..., feat_size=None, *, device=None, dtype=None)`` and gives ``gate``.
+    A subclass is ``Block(channels, ..., feat_size=None, *, device=None, dtype=None)`` and defines ``gate``.
 
     Raises:
         ValueError: bad channels; in ``forward`` another rank or number of channels.
         TypeError: in ``forward``, a non-floating input.
     """
 
-    # The block's own parameters and layers with an entry for each channel, and its axis, for ``keep_channels``.
+    # For ``keep_channels``: the block's own parameters and layers with an entry per channel, and that entry's axis.
     per_channel: ClassVar[dict[str, int]] = {}
 
     def __init__(self, channels: int) -> None:
@@ -59,11 +59,11 @@ class AttentionModule(nn.Module, ABC):
         self.channels = check_channels(channels, type(self).__name__)
 
     def current_channels(self) -> int:
-        """The channels that the parameters are for; pruning makes them fewer. 0: any number, or the parts check it."""
+        """The channels in the parameters, fewer after pruning. 0: any number, or the parts check it."""
         return 0
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew."""
+        """Reinitialise the parameters."""
         for child in self.children():
             for module in child if isinstance(child, nn.ModuleList) else [child]:
                 if hasattr(module, 'reset_parameters'):
@@ -71,30 +71,30 @@ class AttentionModule(nn.Module, ABC):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that take no weight decay, beside vectors: timm's convention, for its optimisers."""
+        """Names of the parameters, besides vectors, that get no weight decay, by timm's convention."""
         return children_without_decay(self)
 
     def zero_init_last(self) -> None:
-        """Called by timm's ResNets at the end of their ``init_weights``: the block is drawn anew with the network.
+        """Reinitialise the block. timm's ResNets call this at the end of their ``init_weights``.
 
-        The name is timm's. The block's own initialisation does not depend on it: no network finds the block's layers
-        (``ops.Conv2d``, ``ops.Linear``).
+        The name is timm's. The block's own initialisation does not depend on it, because no network recognises the
+        block's layers (``ops.Conv2d``, ``ops.Linear``).
         """
         self.reset_parameters()
 
     def reparameterize(self) -> None:
-        """For inference, in place: fold what the block can fold by itself, after which it gives the same.
+        """For inference: fold what only the block can fold, in place, with the same outputs.
 
-        ``fuse`` calls it, and folds batch norms directly behind a convolution or a linear layer in any case. The name
-        is timm's, whose ``reparameterize_model`` calls it, too.
+        ``fuse`` calls it. ``fuse`` itself folds batch norms directly after a convolution or a linear layer. The name is
+        timm's, whose ``reparameterize_model`` also calls it.
         """
 
     @abstractmethod
     def gate(self, x: Tensor) -> Tensor:
-        """The attention for a checked x, of a shape that broadcasts to it."""
+        """The attention for a checked x, in a shape that broadcasts to it."""
 
     def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
-        """1 + alpha (gate - 1), for ``insert``; a sum or a product of small gates needs no pass more for it."""
+        """1 + alpha (gate - 1), for ``insert``. Needs no extra pass for a sum or a product of small gates."""
         return fade(self.gate(x), alpha)
 
     @abstractmethod
@@ -102,7 +102,7 @@ class AttentionModule(nn.Module, ABC):
         """The block as plain data, for drawing."""
 
     def forward(self, x: Tensor, alpha: Tensor | None = None) -> Tensor:
-        """y = x * gate; with an alpha of shape (1,), that of ``insert``, y = x * (1 + alpha (gate - 1))."""
+        """y = x * gate, or with ``insert``'s alpha of shape (1,), y = x * (1 + alpha (gate - 1))."""
         check_features(x, self.current_channels())
         gate = self.gate(x) if alpha is None else self.faded_gate(x, alpha)
         return x * gate.to(x.dtype)

@@ -1,4 +1,4 @@
-"""Compile the attention blocks of a network, and only them, by one call: eager they make 8 to 16 passes over x."""
+"""Compile only the attention blocks of a network. Eager, they make 8 to 16 passes over x."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .base import AttentionModule
 def compile_blocks(model: nn.Module, **kwargs: Any) -> list[str]:
     """Compile every attention block of ``model`` in place with ``nn.Module.compile``; outputs and gradients stay equal.
 
-    No state-dict key changes. dynamo keeps one graph for each shape and mode, and its default limit of 8 is just what
-    four stages in train and eval mode use: the next shape (a last partial batch) would silently run eager. The limit
-    is raised here, for the process, to 64.
+    State-dict keys do not change. dynamo keeps one graph per shape and mode. Four stages in train and eval mode already
+    use its default limit of 8, so the next shape (a last partial batch) would silently run eager. This raises the limit
+    to 64 for the process.
 
     Args:
         model: a network, or a block itself.
@@ -31,7 +31,7 @@ def compile_blocks(model: nn.Module, **kwargs: Any) -> list[str]:
         raise ValueError(
             f'{type(model).__name__} holds no attention block of sase_blocks; compile it whole with torch.compile'
         )
-    import torch._dynamo as dynamo  # loads the compiler stack: only who compiles pays for it
+    import torch._dynamo as dynamo  # loads the compiler stack, so only when needed
 
     limit = 'recompile_limit' if hasattr(dynamo.config, 'recompile_limit') else 'cache_size_limit'
     setattr(dynamo.config, limit, max(getattr(dynamo.config, limit), 64))

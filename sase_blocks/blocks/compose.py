@@ -1,7 +1,7 @@
 """Compositions: a squeeze and an excitation make a gate on x, along the channels, along the positions, or both.
 
-``ChannelAttention(C, 'avg', 'mlp')`` is Squeeze-and-Excitation (arXiv 1709.01507, eq. 2 to 4). A block that people know
-by a name is a row of ``BLOCKS``; every other pair of ``ops.EXTENDED_SETS`` works as well and has no name.
+``ChannelAttention(C, 'avg', 'mlp')`` is Squeeze-and-Excitation (arXiv 1709.01507, eq. 2 to 4). Known blocks have a name
+in ``BLOCKS``. Every other pair of ``ops.EXTENDED_SETS`` also works, without a name.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from .base import AttentionModule, fade, fade_sum
 from .graph import CHANNEL, MAP, SPATIAL, Edge, Graph
 
 for _function in ('check_features', 'fade', 'fade_sum', '_fade_value'):
-    torch.fx.wrap(_function)  # wrapping is by the module in which a function is called
+    torch.fx.wrap(_function)  # must be wrapped in each module that calls it
 
 
 def _names(set_name: str, squeeze: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -41,21 +41,21 @@ def _fade_value(value: Tensor, alpha: Tensor | None) -> Tensor:
 
 
 class ChannelAttention(AttentionModule):
-    """y = x * gate, or x + value, one number a channel. Shape: (B, C, H, W) -> (B, C, H, W).
+    """y = x * gate, or x + value, one number per channel. Shape: (B, C, H, W) -> (B, C, H, W).
 
     Args:
         channels: C, at least 1.
-        squeeze: a name from ``ops.EXTENDED_CHANNEL_SQUEEZE`` or the SASE paper's key; of several names, each statistic
-            goes through the same excitation and the results are added, as in CBAM.
-        excite: a name from ``ops.EXTENDED_CHANNEL_EXCITE`` or the paper's key. One that is no gate (``mlp``) gets a
-            sigmoid here.
+        squeeze: a name from ``ops.EXTENDED_CHANNEL_SQUEEZE`` or the SASE paper's key. With several names, each
+            statistic passes through the same excitation and the results are added, as in CBAM.
+        excite: a name from ``ops.EXTENDED_CHANNEL_EXCITE`` or the paper's key. One without a gate (``mlp``) gets a
+            sigmoid.
         add: y = x + excite(squeeze(x)) without a gate, as in GCNet.
-        feat_size: (H, W), which ``dct`` lays its spectrum out for; the others ignore it.
+        feat_size: (H, W) for the spectrum of ``dct``; the others ignore it.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: bad channels or names, or an excitation that is a gate where its value is to be added or summed; in
-            ``forward`` another rank or number of channels.
+        ValueError: bad channels or names, or a gated excitation whose values would be added or summed; in ``forward``
+            another rank or number of channels.
     """
 
     def __init__(
@@ -120,14 +120,14 @@ class ChannelAttention(AttentionModule):
 
 
 class SpatialAttention(AttentionModule):
-    """y = x * gate, one gate a position. Shape: (B, C, H, W) -> (B, C, H, W).
+    """y = x * gate, one gate per position. Shape: (B, C, H, W) -> (B, C, H, W).
 
     Args:
         channels: C, at least 1.
-        squeeze: a name from ``ops.EXTENDED_SPATIAL_SQUEEZE`` or the SASE paper's key; several names are stacked as the
+        squeeze: a name from ``ops.EXTENDED_SPATIAL_SQUEEZE`` or the SASE paper's key. Several statistics are stacked as
             input maps of the excitation, which must be ``conv7x7_norm``, as in CBAM.
-        excite: a name from ``ops.EXTENDED_SPATIAL_EXCITE`` or the paper's key. One that is no gate gets a sigmoid here.
-        feat_size: (H, W), needed by ``l2_norm`` and ``affine``, which have parameters per position.
+        excite: a name from ``ops.EXTENDED_SPATIAL_EXCITE`` or the paper's key. One without a gate gets a sigmoid.
+        feat_size: (H, W), required by ``l2_norm`` and ``affine``, which have parameters per position.
         device, dtype: of the parameters.
 
     Raises:
@@ -187,14 +187,14 @@ class ParallelAttention(AttentionModule):
         channels: C, at least 1.
         channel: names of a channel squeeze and a channel excitation.
         spatial: names of a spatial squeeze and a spatial excitation.
-        joint: False: y = x * (gate_c + gate_s), a gate of its own for each branch, as in scSE. True:
+        joint: False: y = x * (gate_c + gate_s), a separate gate for each branch, as in scSE. True:
             y = x * (1 + sigmoid(c + s)), one gate of the summed values, as in BAM.
         feat_size: (H, W), for primitives with parameters per position.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: bad channels or names, feat_size missing, or an excitation that is a gate where ``joint`` sums
-            values; in ``forward`` another rank or number of channels.
+        ValueError: bad channels or names, feat_size missing, or a gated excitation where ``joint`` sums values; in
+            ``forward`` another rank or number of channels.
     """
 
     def __init__(
@@ -263,10 +263,10 @@ class ParallelAttention(AttentionModule):
 
 
 class SequentialAttention(nn.Sequential):
-    """Blocks one after the other, an ``nn.Sequential`` that can be drawn anew. Shape: (B, C, H, W) -> (B, C, H, W)."""
+    """Blocks in sequence, an ``nn.Sequential`` that can reinitialise. Shape: (B, C, H, W) -> (B, C, H, W)."""
 
-    __constants__ = ('in_gate',)  # of the two loops TorchScript compiles one
-    in_gate = False  # whether alpha goes to the blocks: set by an identity start; what is appended may not take one
+    __constants__ = ('in_gate',)  # TorchScript compiles only one of the two loops
+    in_gate = False  # whether the blocks take alpha, set by an identity start; appended modules may not take it
 
     def forward(self, x: Tensor, alpha: Tensor | None = None) -> Tensor:
         if self.in_gate:
@@ -278,9 +278,9 @@ class SequentialAttention(nn.Sequential):
         return x
 
     def reset_parameters(self) -> None:
-        """Draw the parameters of all blocks anew.
+        """Reinitialise the parameters of all blocks.
 
-        timm's RepVGG draws every batch norm in its blocks, those of the attention too, and then calls this.
+        timm's RepVGG reinitialises every batch norm in its blocks, also in the attention, and then calls this.
         """
         for block in self:
             block.reset_parameters()  # type: ignore[operator]

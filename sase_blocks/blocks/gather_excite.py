@@ -1,4 +1,4 @@
-"""Gather-Excite (arXiv 1810.12348): each position is gated by its wide neighbourhood."""
+"""Gather-Excite (arXiv 1810.12348): a wide neighbourhood gates each position."""
 
 from typing import Any, ClassVar
 
@@ -15,10 +15,10 @@ from .graph import MAP, Edge, Graph
 
 
 def neighbourhood_matrix(size: int, extent: int, like: Tensor) -> Tensor:
-    """Averages over 2e - 1 positions at every e-th, repeated to the nearest, as a matrix (size, size).
+    """Averages over 2e - 1 positions at every e-th, interpolated to the nearest, as a matrix (size, size).
 
-    Pooling and interpolation in one, for export: the small map between them, whose size may be 1, would pin the
-    exported network to the sizes for which it is, or is not. It costs more traffic than the two steps.
+    For export, this merges pooling and interpolation, because the size of the small map between them may be 1, and an
+    exported network would be fixed to sizes where it is, or is not. It costs more traffic than the two steps.
     """
     i = torch.arange(size, device=like.device)[:, None]
     j = torch.arange(size, device=like.device)[None, :]
@@ -32,17 +32,17 @@ class GatherExcite(AttentionModule):
 
     Args:
         channels: C, at least 1.
-        extent: e, a power of 2 from 2 on; gather gives one value for every e x e positions. Ours is that the global
-            extent is left out: its parametric form has a kernel of the size of the map.
+        extent: e, a power of 2 from 2 on; gather gives one value per e x e positions. The global extent is not
+            supported, because its parametric form needs a kernel of the size of the map.
         parameters: False: average pooling over (2e - 1) x (2e - 1) positions, GE-theta-minus. True: log2(e) depthwise
             3x3 convolutions of stride 2 with batch norm, ReLU between them, GE-theta.
         mlp: 1x1 convolutions C -> max(1, C // 16) -> C with ReLU before the interpolation; with ``parameters`` this is
             GE-theta-plus.
-        feat_size: accepted as by all blocks, not needed.
+        feat_size: ignored; all blocks accept it.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: bad channels or an extent that is no power of 2; in ``forward`` another rank or number of channels.
+        ValueError: bad channels, or extent not a power of 2; in ``forward`` another rank or number of channels.
     """
 
     per_channel: ClassVar[dict[str, int]] = {'gather': 0, 'excite.0': 1, 'excite.2': 0}
@@ -89,11 +89,11 @@ class GatherExcite(AttentionModule):
 
     def gate(self, x: Tensor) -> Tensor:
         size = (x.shape[2], x.shape[3])
-        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out what is under such a line alone
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips code only under such a line
             if not self.parametric and is_exporting():
                 rows = neighbourhood_matrix(size[0], self.extent, x)
                 columns = neighbourhood_matrix(size[1], self.extent, x)
-                # The excitation is of each position alone, so the order does not matter.
+                # The excitation acts on each position separately, so the order does not matter.
                 return torch.sigmoid(self.excite(rows @ x @ columns.transpose(0, 1)))
         g = F.interpolate(self.excite(self.gather(x)), size=size, mode='nearest')
         return torch.sigmoid(g)

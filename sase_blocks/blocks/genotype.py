@@ -15,21 +15,21 @@ from sase_blocks.reading import parse_json, quoted, read_text
 
 @dataclass(frozen=True)
 class Genotype:
-    """Six named operations, one an edge of the block, in the paper's edge order.
+    """Six named operations, one per edge of the block, in the paper's edge order.
 
-    Each argument takes a primitive's name or the paper's key and is stored as the name. The paper chooses from
-    ``ops.SETS``, 7 operations a set; the larger ``ops.EXTENDED_SETS`` are accepted as well.
+    Each argument is a primitive's name or the paper's key, and is stored as the name. The paper chooses from
+    ``ops.SETS``, with 7 operations per set. The larger ``ops.EXTENDED_SETS`` also work.
 
     Args:
         channel_squeeze: edge 0, x -> q, from the channel squeezes.
         channel_excite: edge 1, q -> c, the channel attention, from the channel excitations.
-        gate_excite: edge 2, q -> d, the gate on what edge 3 reads, from the channel excitations.
+        gate_excite: edge 2, q -> d, the gate on the input of edge 3, from the channel excitations.
         gated_squeeze: edge 3, d * x -> s, from the spatial squeezes.
         spatial_squeeze: edge 4, x -> s, from the spatial squeezes.
         spatial_excite: edge 5, s -> a, the spatial attention, from the spatial excitations.
 
     Raises:
-        ValueError: an unknown name; the text lists the valid ones and suggests the nearest.
+        ValueError: an unknown name. The message lists the valid ones and suggests the nearest.
 
     Examples:
         >>> g = Genotype.parse('avg_max,mlp,affine,p_norm,avg,conv3x3_x2')
@@ -68,7 +68,7 @@ class Genotype:
 
     @classmethod
     def of(cls, names: Sequence[str]) -> Genotype:
-        """From six names (or paper keys) in edge order. Raises ValueError for another number of them."""
+        """From six names (or paper keys) in edge order. Raises ValueError for any other number."""
         if isinstance(names, str) or len(names) != len(cls.SET_OF):
             count = 1 if isinstance(names, str) else len(names)
             raise ValueError(f'a genotype has six choices ({", ".join(cls.SET_OF)}), got {count}: {quoted(names)}')
@@ -81,7 +81,7 @@ class Genotype:
 
     @classmethod
     def parse(cls, text: str) -> Genotype:
-        """From the text form (six names or paper keys with commas between) or from JSON.
+        """From the text form (six comma-separated names or paper keys) or from JSON.
 
         Raises:
             ValueError: not six names, an unknown name, or JSON that is not an object of the six edges.
@@ -91,7 +91,7 @@ class Genotype:
         return cls.of([name.strip() for name in text.split(',')])
 
     def to_json(self) -> str:
-        """A JSON object, one key an edge."""
+        """A JSON object, one key per edge."""
         return json.dumps(self.to_dict())
 
     def to_dict(self) -> dict[str, str]:
@@ -114,10 +114,10 @@ class Genotype:
 
     @classmethod
     def read(cls, path: str | Path) -> tuple[Genotype, ...]:
-        """From a file: a genotype as JSON, or a search's result; one, or one for each stage.
+        """From a file with a genotype as JSON or a search's result: one genotype, or one per stage.
 
         Raises:
-            ValueError: no such file, or nothing of this kind in it; the text names the file.
+            ValueError: no such file, or no genotype in it. The message names the file.
         """
         text = read_text(path, 'genotype')
         try:
@@ -129,7 +129,7 @@ class Genotype:
             raise ValueError(f'{path}: {error}') from None
 
     def to_paper(self) -> tuple[str, ...]:
-        """The authors' six keys in edge order. Raises ValueError where an operation is not one of the paper's."""
+        """The authors' six keys in edge order. Raises ValueError if an operation is not one of the paper's."""
         keys = {edge: EXTENDED_SETS[s][getattr(self, edge)].paper_key for edge, s in self.SET_OF.items()}
         strangers = [f'{edge}={getattr(self, edge)!r}' for edge, key in keys.items() if key is None]
         if strangers:
@@ -138,11 +138,11 @@ class Genotype:
 
     @classmethod
     def random(cls, seed: int | None = None, sets: Mapping[str, Collection[str]] = SETS) -> Genotype:
-        """One genotype of a space, uniformly; the same one for the same seed.
+        """A uniformly random genotype, equal for equal seeds.
 
         Args:
-            seed: of the draw; None for a different one each time.
-            sets: the names to choose from in each of the four sets; by default the paper's 117,649 genotypes.
+            seed: random seed; None for a different genotype each time.
+            sets: the names to choose from in each of the four sets. Default: the paper's 117,649 genotypes;
                 ``ops.EXTENDED_SETS`` is the larger space.
         """
         rng = _random.Random(seed)

@@ -1,4 +1,4 @@
-"""What flows where in a block, as plain data: for the drawings and the gallery, not for computing."""
+"""The graph of a block as plain data, for the drawings and the gallery, not for computing."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Edge:
-    """One operation, from the node it reads to the node it gives.
+    """One operation, from its input node to its output node.
 
     Args:
         source, target: names of nodes.
         label: the operation; empty for a plain connection.
-        set_name: the set of ``ops.EXTENDED_SETS`` that the operation was chosen from, if any.
+        set_name: the operation's set in ``ops.EXTENDED_SETS``, if it was chosen from one.
     """
 
     source: str
@@ -44,14 +44,14 @@ class Graph:
             raise ValueError(f"a graph's nodes run from 'x' to 'y', got {names}")
         strangers = {name for edge in self.edges for name in (edge.source, edge.target)} - set(names)
         if strangers:
-            raise ValueError(f'edges between nodes that are not there: {", ".join(sorted(strangers))}; nodes: {names}')
+            raise ValueError(f'edges between unknown nodes: {", ".join(sorted(strangers))}; nodes: {names}')
 
 
 MAP, CHANNEL, SPATIAL = 'C x H x W', 'C x 1 x 1', '1 x H x W'
 
 
 def chain(graphs: list[Graph]) -> Graph:
-    """Blocks one after another as one graph: the output of each is the input of the next."""
+    """Blocks in sequence as one graph: the output of each is the input of the next."""
     if not graphs:
         raise ValueError('there is no block to draw')
     nodes: dict[str, str] = {}
@@ -65,5 +65,5 @@ def chain(graphs: list[Graph]) -> Graph:
         nodes |= {names[name]: shape for name, shape in graph.nodes.items()}
         edges += [replace(e, source=names[e.source], target=names[e.target]) for e in graph.edges]
         formulas.append(graph.formula if first else graph.formula.replace('y = ', 'then y = '))
-    y = nodes.pop('y')  # last, whatever came in between
+    y = nodes.pop('y')  # must stay last
     return Graph({**nodes, 'y': y}, tuple(edges), ', '.join(formulas))

@@ -1,4 +1,4 @@
-"""Blocks whose groups of channels each have a spatial gate of their own: SGE (arXiv 1905.09646), EMA (2305.13563)."""
+"""Blocks with a separate spatial gate for each group of channels: SGE (arXiv 1905.09646), EMA (arXiv 2305.13563)."""
 
 import math
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ GROUPS = 'G x H x W'
 
 @torch.fx.wrap
 def check_groups(x: Tensor, multiple: int) -> None:
-    """Raise unless the channels of ``x`` are a multiple of what the parameters are for."""
+    """Raise unless the channels of ``x`` are a multiple of ``multiple``."""
     if x.shape[1] % multiple != 0:
         raise ValueError(
             f'expected a multiple of {multiple} channels, which are grouped, got {x.shape[1]}; '
@@ -27,7 +27,7 @@ def check_groups(x: Tensor, multiple: int) -> None:
 
 @torch.fx.wrap
 def group_similarity(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """How like its group's mean the vector at each position is, normalised over the positions. -> (B, G, H, W)."""
+    """Similarity of each position's vector to its group's mean, normalised over the positions. -> (B, G, H, W)."""
     grouped = widen(x).unflatten(1, (groups, x.shape[1] // groups))
     c = (grouped * grouped.mean((3, 4), keepdim=True)).sum(2)
     var, mean = torch.var_mean(c, dim=(2, 3), correction=0, keepdim=True)
@@ -36,10 +36,10 @@ def group_similarity(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: 
 
 
 class SpatialGroupEnhance(AttentionModule):
-    """Spatial group-wise enhance (arXiv 1905.09646, section 3): y = x * sigmoid(a), one gate a group and position.
+    """Spatial group-wise enhance (arXiv 1905.09646, section 3): y = x * sigmoid(a), one gate per group and position.
 
-    64 groups, the paper's choice for ResNets; at other widths the greatest common divisor with 64. The scale starts at
-    0 and the shift at 1, as in the authors' code.
+    It has 64 groups, the paper's choice for ResNets, or the greatest common divisor with 64 at other widths. The scale
+    starts at 0 and the shift at 1, as in the authors' code.
     """
 
     per_channel: ClassVar[dict[str, int]] = {'weight': 0, 'bias': 0}
@@ -77,7 +77,7 @@ class SpatialGroupEnhance(AttentionModule):
 
 @torch.fx.wrap
 def instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Each channel of each sample to mean 0 and variance 1 over the positions, then affine. weight, bias: (C,)."""
+    """Normalise each sample's channels to mean 0, variance 1 over the positions, then affine. weight, bias: (C,)."""
     wide = widen(x)
     var, mean = torch.var_mean(wide, dim=(2, 3), correction=0, keepdim=True)
     normed = (wide - mean) * torch.rsqrt(var + eps)
@@ -87,10 +87,10 @@ def instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
 class EfficientMultiScaleAttention(AttentionModule):
     """Efficient multi-scale attention (arXiv 2305.13563, section 3): y = x * sigmoid(s_1 + s_2).
 
-    In each of G groups of C / G channels, with the same weights: a strip branch u = norm(x * sigmoid(F(h)) *
-    sigmoid(F(w))) with a shared 1x1 convolution F, and v = 3x3 convolution of x; s_1 = softmax(avg(u)) . v and
-    s_2 = softmax(avg(v)) . u. 32 groups, the default of the authors' code (at other widths the greatest common divisor
-    with 32).
+    All G groups of C / G channels share their weights. Each has a strip branch u = norm(x * sigmoid(F(h)) *
+    sigmoid(F(w))) with a shared 1x1 convolution F, and v = 3x3 convolution of x. Then s_1 = softmax(avg(u)) . v and s_2
+    = softmax(avg(v)) . u. It has 32 groups, the default of the authors' code, or the greatest common divisor with 32 at
+    other widths.
     """
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""Blocks by name: a plain dict from a name to what builds the block, and the one function that looks in it."""
+"""Blocks by name: a plain dict from names to builders, and the one function that looks them up."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def gct(channels: int, **kwargs: Any) -> nn.Module:
 
 
 def fca(channels: int, **kwargs: Any) -> nn.Module:
-    """Frequency channel attention, FcaNet (arXiv 2012.11879, section 3), its sixteen best frequencies."""
+    """Frequency channel attention, FcaNet (arXiv 2012.11879, section 3), with its sixteen best frequencies."""
     return ChannelAttention(channels, 'dct', 'mlp', **kwargs)
 
 
@@ -119,7 +119,7 @@ def gsop(channels: int, **kwargs: Any) -> nn.Module:
     return ChannelAttention(channels, 'gsop', 'identity', **kwargs)
 
 
-# What builds each block, in the order of the documentation; the first line of a docstring names the paper.
+# The builder of each block, in the documentation's order. The first line of its docstring names the paper.
 BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'sase': SASE,
     'se': se,
@@ -152,7 +152,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def list_blocks() -> list[str]:
-    """The names that ``create_block`` takes."""
+    """The names that ``create_block`` accepts."""
     return list(BLOCKS)
 
 
@@ -162,14 +162,13 @@ def create_block(block: str | Genotype, channels: int, *, act_layer: Any = None,
     ``functools.partial(create_block, 'cbam')`` fits ``attn_layer=`` or ``se_layer=`` of every timm model with a slot.
 
     Args:
-        block: a name from ``list_blocks()``, a ``Genotype``, a genotype's text or JSON, or a .json file that a search
-            wrote.
+        block: a name from ``list_blocks()``, a ``Genotype``, a genotype's text or JSON, or a search's .json file.
         channels: C, at least 1.
-        act_layer: ignored; some of timm's models hand their activation to the attention, and a block has its paper's.
+        act_layer: ignored. Some timm models pass their activation to the attention, but a block uses its paper's.
         **kwargs: ``feat_size``, ``device``, ``dtype``.
 
     Raises:
-        ValueError: an unknown name or a bad genotype; the text says what there is.
+        ValueError: an unknown name or a bad genotype. The message lists the valid ones.
 
     Examples:
         >>> create_block('se', 64)  # doctest: +ELLIPSIS
@@ -179,15 +178,15 @@ def create_block(block: str | Genotype, channels: int, *, act_layer: Any = None,
 
 
 def resolve_block(block: str | Genotype) -> Callable[..., nn.Module]:
-    """What ``create_block`` would build, as a callable of channels; raises as it does, before anything is built."""
+    """The builder that ``create_block`` would use, as a callable of channels. Raises the same errors."""
     if isinstance(block, str) and block in BLOCKS:
         return BLOCKS[block]
     if isinstance(block, str) and block.endswith('.json'):
         found = Genotype.read(block)
         if len(found) > 1:
             raise ValueError(
-                f'{block} holds {len(found)} genotypes, one for each stage; genotype= of our models takes them all, '
-                f'here give one of them: {"; ".join(map(str, found))}'
+                f'{block} holds {len(found)} genotypes, one for each stage; genotype= of our models takes all of them, '
+                f'but here pass one: {"; ".join(map(str, found))}'
             )
         block = found[0]
     if isinstance(block, str):
@@ -205,14 +204,14 @@ def resolve_block(block: str | Genotype) -> Callable[..., nn.Module]:
 
 
 def block_graph(block: str | Genotype | nn.Module) -> Graph:
-    """What flows where in a block, as plain data.
+    """The graph of a block as plain data.
 
     Args:
-        block: what ``create_block`` takes, or a block itself; a sequence of blocks becomes one graph.
+        block: as in ``create_block``, or a block itself. A sequence of blocks becomes one graph.
 
     Raises:
         ValueError: an unknown name or a bad genotype.
-        TypeError: a module that is no block of this library.
+        TypeError: a module that is not a block of this library.
     """
     module = block if isinstance(block, nn.Module) else resolve_block(block)(64, feat_size=8, device='meta')
     parts = list(module) if isinstance(module, nn.Sequential) else [module]

@@ -1,4 +1,4 @@
-"""Fewer channels for a block that is there already, when the network around it is pruned."""
+"""Prune the channels of an existing block, together with the network around it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,19 +16,19 @@ from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
 
 @torch.no_grad()
 def keep_channels(block: nn.Module, keep: Sequence[int]) -> None:
-    """Cut a block down to some of its channels, in place, for a pruned network. Hidden widths stay.
+    """Reduce a block to some of its channels, in place, for a pruned network. Hidden widths stay.
 
-    The parameters are new objects, so make the optimiser afterwards. What has no parameter for each channel goes by the
-    channels in their new order: the neighbours in ``eca``, the frequencies in ``fca``, the groups in ``sge`` and
-    ``ema``, which stay as large as they were. In ``sge`` a group has the parameters of its first channel's old one.
+    The parameters are new objects, so make the optimiser afterwards. Parts without a parameter per channel follow the
+    new channel order: the neighbours in ``eca``, the frequencies in ``fca``, and the groups in ``sge`` and ``ema``,
+    which keep their size. In ``sge`` a group gets the parameters of its first channel's old group.
 
     Args:
-        block: a block of this library, or a module that holds blocks of the same channels.
-        keep: the indices that stay, each once, in the order of the new channels.
+        block: a block of this library, or a module with blocks of the same channels.
+        keep: the indices to keep, each once, in the order of the new channels.
 
     Raises:
         TypeError: no block of this library in ``block``.
-        ValueError: no channels, one twice or outside the block, or a number that the block's groups do not divide. The
+        ValueError: no channels, a repeated or unknown one, or a number not divisible into the block's groups. The
             block is unchanged.
     """
     parts = [part for part in block.modules() if isinstance(part, AttentionModule | Primitive)]
@@ -49,8 +49,8 @@ def keep_channels(block: nn.Module, keep: Sequence[int]) -> None:
     for part in parts:
         for path, axis in part.per_channel.items():
             for owner, name, tensor in _tensors(part, path):
-                if tensor.dim() > axis:  # a bias has no entry for each input
-                    size = part.channels // tensor.shape[axis]  # channels for each entry, the groups of sge
+                if tensor.dim() > axis:  # a bias has no entry per input
+                    size = part.channels // tensor.shape[axis]  # channels per entry, the groups of sge
                     entries = torch.tensor(index[::size], device=tensor.device) // size
                     kept: Tensor = tensor.index_select(axis, entries)
                     if isinstance(tensor, nn.Parameter):
@@ -62,7 +62,7 @@ def keep_channels(block: nn.Module, keep: Sequence[int]) -> None:
 
 
 def _multiple(part: nn.Module) -> int:
-    """What the number of a part's channels stays a multiple of."""
+    """The number that must divide a part's channels."""
     if isinstance(part, SpatialGroupEnhance):
         return part.channels // part.weight.shape[0]
     if isinstance(part, EfficientMultiScaleAttention):
@@ -71,11 +71,11 @@ def _multiple(part: nn.Module) -> int:
 
 
 def _tensors(part: nn.Module, path: str) -> list[tuple[nn.Module, str, Tensor]]:
-    """The parameters and buffers with values for each channel: of a layer, of the layers in it, or one by its name."""
+    """The parameters and buffers with values per channel: of a layer, of the layers in it, or one by its name."""
     owner: Any = part
     for name in path.split('.'):
         found = getattr(owner, name, None)
-        if found is None:  # a part that this block was built without
+        if found is None:  # this block has no such part
             return []
         if isinstance(found, Tensor):
             return [(owner, name, found)]
@@ -89,7 +89,7 @@ def _tensors(part: nn.Module, path: str) -> list[tuple[nn.Module, str, Tensor]]:
 
 
 def _fit(layer: Any) -> None:
-    """What a layer knows of its sizes beside its weight; some of torch's compute by it."""
+    """Update the sizes that a layer stores besides its weight, because some of torch's layers use them."""
     if isinstance(layer, _ConvNd):
         layer.groups = layer.weight.shape[0] if layer.groups > 1 else 1  # ours are depthwise or have one group
         layer.out_channels, layer.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups

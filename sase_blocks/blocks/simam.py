@@ -1,4 +1,4 @@
-"""SimAM (ICML 2021, proceedings.mlr.press/v139/yang21o.html): an energy for every neuron, and no parameters."""
+"""SimAM (ICML 2021, proceedings.mlr.press/v139/yang21o.html): an energy for every neuron, without parameters."""
 
 from typing import Any
 

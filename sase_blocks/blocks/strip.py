@@ -1,7 +1,8 @@
-"""Blocks that squeeze x along one axis at a time: each row and each column becomes one number a channel.
+"""Blocks that squeeze x along one axis at a time: each row and each column becomes one number per channel.
 
-Coordinate attention (arXiv 2103.02907), efficient local attention (arXiv 2403.01123), and timm's two variants of them,
-which are in no paper. All four: h = mean over W, (B, C, H); w = mean over H, (B, C, W); two gates broadcast back.
+These are coordinate attention (arXiv 2103.02907), efficient local attention (arXiv 2403.01123), and timm's two
+variants, which are in no paper. All have h = mean over W, (B, C, H), w = mean over H, (B, C, W), and two gates that
+broadcast.
 """
 
 import math
@@ -18,7 +19,7 @@ from sase_blocks.ops import BatchNorm2d, GroupNorm, Linear
 from .base import AttentionModule, fade_product
 from .graph import MAP, Edge, Graph
 
-torch.fx.wrap('fade_product')  # wrapping is by the module in which a function is called
+torch.fx.wrap('fade_product')  # must be wrapped in each module that calls it
 
 ROWS, COLUMNS = 'C x H x 1', 'C x 1 x W'
 
@@ -38,7 +39,7 @@ def _graph(label: str, formula: str) -> Graph:
 
 
 class _RowsTimesColumns(AttentionModule):
-    """Base of the blocks whose gate is a product of one gate a row and one a column."""
+    """Base of the blocks whose gate is a product of one gate per row and one per column."""
 
     @abstractmethod
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,7 @@ class _RowsTimesColumns(AttentionModule):
 class CoordinateAttention(_RowsTimesColumns):
     """Coordinate attention (arXiv 2103.02907, eq. 4 to 9): y = x * sigmoid(F_h(f_h)) * sigmoid(F_w(f_w)).
 
-    f = hardswish(norm(F_1([h; w]))) goes to max(8, C // 32) channels and is split again; no biases.
+    f = hardswish(norm(F_1([h; w]))) has max(8, C // 32) channels and is split again. There are no biases.
     """
 
     per_channel: ClassVar[dict[str, int]] = {'conv1': 1, 'conv_h': 0, 'conv_w': 0}
@@ -111,10 +112,10 @@ class SimpleCoordinateAttention(AttentionModule):
 
 
 class EfficientLocalAttention(_RowsTimesColumns):
-    """Efficient local attention (arXiv 2403.01123, section 3, its form ELA-B): y = x * gate_h * gate_w.
+    """Efficient local attention (arXiv 2403.01123, section 3, variant ELA-B): y = x * gate_h * gate_w.
 
-    gate = sigmoid(GroupNorm(depthwise convolution of size 7)), 16 groups (at other widths the greatest common divisor
-    with 16). timm's ``ela`` has a SiLU before the sigmoid and one group.
+    gate = sigmoid(GroupNorm(depthwise convolution of size 7)), with 16 groups, or the greatest common divisor with 16
+    at other widths. timm's ``ela`` has a SiLU before the sigmoid and one group.
     """
 
     per_channel: ClassVar[dict[str, int]] = {'conv_h': 0, 'conv_w': 0, 'norm_h': 0, 'norm_w': 0}

@@ -12,15 +12,15 @@ from .graph import MAP, Edge, Graph
 
 
 def z_pool(x: Tensor, dim: int) -> Tensor:
-    """Maximum and mean over one axis, stacked where that axis was the second. (B, C, H, W), dim -> (B, 2, ., .)."""
+    """Maximum and mean over one axis, stacked as the second axis. (B, C, H, W), dim -> (B, 2, ., .)."""
     return torch.stack([x.amax(dim), x.mean(dim)], 1)
 
 
 class TripletAttention(AttentionModule):
     """Triplet attention (arXiv 2010.03045, section 3): y = x * (gate_cw + gate_hc + gate_hw) / 3.
 
-    Each gate is a 7 x 7 convolution of the maximum and the mean over the third axis, batch norm and a sigmoid. Nothing
-    is rotated: a gate over two axes broadcasts along the third.
+    Each gate is a 7 x 7 convolution of the maximum and the mean over the third axis, batch norm and a sigmoid. Instead
+    of a rotation, a gate over two axes broadcasts along the third.
     """
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
