@@ -22,6 +22,12 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def mostly_slow(values, *quick):
+    """Parameters of which `make test` takes those named, and `make test-slow` the others."""
+    rows = {value: value if isinstance(value, tuple) else (value,) for value in values}
+    return [pytest.param(*row, marks=() if value in quick else pytest.mark.slow) for value, row in rows.items()]
+
+
 @pytest.fixture
 def one_thread():
     """One thread and a fixed seed: maps this small only lose by more, and lose minutes on a machine that is busy."""

@@ -66,6 +66,7 @@ def test_table_and_json(bench, tmp_path, capsys):
     assert not (tmp_path / 'new' / 'bench.png').exists()
 
 
+@pytest.mark.slow
 def test_figure(bench, tmp_path):
     arguments = [*TINY, '--mode', 'eager', '--blocks', 'timm/se', 'timm/eca', '--out', str(tmp_path / 'bench')]
     assert bench.main(arguments) == 0

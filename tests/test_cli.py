@@ -315,16 +315,25 @@ def test_list_shows_everything_of_ours(capsys):
             ['resnet50_sase'],
             ['parameters 28,102,568 (', 'layer1 256 x 56 x 56', 'layer4 2048 x 7 x 7', 'in 16 blocks, layer1.0.se to'],
         ),
-        (['resnet50'], ['parameters 25,557,032', 'MACs 4,089,184,256 for one input of 3 x 224 x 224']),
-        (['resnet50_sase', '--img-size', '288'], ['layer4 2048 x 9 x 9']),
+        pytest.param(
+            ['resnet50'],
+            ['parameters 25,557,032', 'MACs 4,089,184,256 for one input of 3 x 224 x 224'],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(['resnet50_sase', '--img-size', '288'], ['layer4 2048 x 9 x 9'], marks=pytest.mark.slow),
         (['resnet20_cifar'], ['parameters 272,474', 'layer3 64 x 8 x 8', 'output 10']),
         (['resnet20_cifar', '--model-args', 'num_classes=7', 'in_chans=1'], ['output 7', 'one input of 1 x 32 x 32']),
-        (['resnet50_sase', '--attn-stages', '3', '4'], ['in 9 blocks, layer3.0.se to layer4.2.se']),
+        pytest.param(
+            ['resnet50_sase', '--attn-stages', '3', '4'],
+            ['in 9 blocks, layer3.0.se to layer4.2.se'],
+            marks=pytest.mark.slow,
+        ),
         (['resnet50_sase', '--genotype', 'avg,conv3,affine,avg,avg,affine'], ['[conv3]', 'in 16 blocks']),
         (['sase', '--channels', '64', '--img-size', '9'], ['output 64 x 9 x 9', '(the genotype of sase)']),
-        (
+        pytest.param(
             ['resnet50_cbam'],
             ['in attention blocks', 'sigmoid(mlp(avg(x)) + mlp(max(x))) in 16 blocks, layer1.0.se.0 to'],
+            marks=pytest.mark.slow,
         ),
         (['resnet20_cifar', '--genotype', 'ge', '--attn-stages', '3'], ['in 3 blocks, layer3.0.se to layer3.2.se']),
         (['avg,conv3,affine,l2_norm,avg,conv5x5', '--channels', '8'], ['output 8 x 56 x 56', '[l2_norm]']),
@@ -436,7 +445,12 @@ def inserted(folder):
             'note',
         ),
         (trained_run, ['--checkpoint', 'best.pt'], 'best.pt: 146 tensors loaded'),
-        (trained_run, ['--checkpoint', 'best.pt', '--model', 'resnet20_cifar', '--img-size', '24'], 'tensors loaded'),
+        pytest.param(
+            trained_run,
+            ['--checkpoint', 'best.pt', '--model', 'resnet20_cifar', '--img-size', '24'],
+            'tensors loaded',
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             inserted,
             ['--model', 'resnet10t', '--insert', 'coord', '--checkpoint', 'tuned.pt', '--model-args', 'num_classes=3'],

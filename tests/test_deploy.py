@@ -198,7 +198,10 @@ def test_the_file_and_its_report(tmp_path):
     [
         ({'dynamic': 'batch', 'input_size': 16}, ('batch', 3, 16, 16), 2, 1),
         pytest.param({'dynamic': False, 'input_size': (3, 16, 12)}, (1, 3, 16, 12), 1, 1, marks=pytest.mark.slow),
-        ({'check': False, 'opset_version': 18, 'input_size': [16, 16]}, ('batch', 3, 'height', 'width'), 0, 2),
+        pytest.param(
+            *({'check': False, 'opset_version': 18, 'input_size': [16, 16]}, ('batch', 3, 'height', 'width'), 0, 2),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_may_change(arguments, shape, checks, outputs, tmp_path):

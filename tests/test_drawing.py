@@ -5,6 +5,7 @@ import sys
 
 import matplotlib
 import pytest
+from conftest import mostly_slow
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from torch import nn
@@ -96,7 +97,10 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize(('block', 'sets'), ALL)
+@pytest.mark.parametrize(
+    ('block', 'sets'),
+    mostly_slow(ALL, ('sase', False), ('gsop', False), ('triplet', False), ('coord', False), *ALL[-6:]),
+)
 def test_every_block_is_drawn_whole_and_without_overlaps(block, sets):
     figure = draw_block(block, sets=sets)
     renderer = FigureCanvasAgg(figure).get_renderer()

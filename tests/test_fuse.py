@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from conftest import mostly_slow
 from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d
 from timm.models import mobilenetv3
 from timm.models._efficientnet_builder import decode_arch_def
@@ -80,13 +81,7 @@ def assert_equal_after_fuse(model: nn.Module, x: Tensor) -> None:
 # ---- fuse ----
 
 
-@pytest.mark.parametrize(
-    'name',
-    [
-        pytest.param(n, marks=() if n in ('sase', 'cbam', 'srm', 'gsop', GENOTYPE) else pytest.mark.slow)
-        for n in (*BLOCKS, GENOTYPE)
-    ],
-)
+@pytest.mark.parametrize('name', mostly_slow((*BLOCKS, GENOTYPE), 'cbam', 'srm', GENOTYPE))
 def test_every_block_in_a_network_gives_the_same(name):
     model = network(name)
     assert_equal_after_fuse(model, images())
@@ -147,13 +142,7 @@ class Last(nn.Module):
 
 
 @pytest.mark.parametrize(
-    'name',
-    [
-        pytest.param(
-            n, marks=() if n in ('resnet50_sase', 'features_only', 'inserted behind convolutions') else pytest.mark.slow
-        )
-        for n in NETWORKS
-    ],
+    'name', mostly_slow(NETWORKS, 'resnet50_sase', 'features_only', 'inserted behind convolutions')
 )
 def test_networks_give_the_same(name):
     build, left = NETWORKS[name]

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from conftest import mostly_slow
 from timm.models import convnext, densenet, mobilenetv3, regnet, res2net, resnet, sknet
 from timm.models._efficientnet_builder import decode_arch_def
 from torch import Tensor, nn
@@ -174,10 +175,8 @@ def build(name: str) -> nn.Module:
 
 
 # In `make test` one of a kind: of block, of library, and of what stands before and behind.
-QUICK = ('timm resnet, bottleneck', 'ours', 'torchvision resnet', 'timm convnext', 'timm efficientnet')
-every_network = pytest.mark.parametrize(
-    'name', [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NETWORKS]
-)
+QUICK = ('ours', 'torchvision resnet', 'timm convnext')
+every_network = pytest.mark.parametrize('name', mostly_slow(NETWORKS, *QUICK))
 
 
 def images(batch: int = 2, size: int = 64) -> Tensor:
@@ -917,7 +916,11 @@ def test_the_optimizer_decays_what_the_block_lets_it(block, without, start):
 
 @pytest.mark.parametrize('start', ['identity', 'paper'])
 @pytest.mark.parametrize(
-    'name', ['timm resnet, basic', 'torchvision resnet', 'timm convnext', 'timm se-resnet', 'ours']
+    'name',
+    mostly_slow(
+        ('timm resnet, basic', 'torchvision resnet', 'timm convnext', 'timm se-resnet', 'ours'),
+        *('torchvision resnet', 'timm se-resnet'),
+    ),
 )
 def test_a_plain_checkpoint_still_loads(name, start, tmp_path):
     plain, model = build(name), build(name)

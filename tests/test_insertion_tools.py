@@ -251,6 +251,7 @@ TOOLS_OF = {
     'in a Sequential': ('checkpoint',),
     'behind a convolution': ('fuse', 'weight_norm and back', 'parametrization'),
     'behind a block of two inputs': ('checkpoint', 'forward_fuse'),
+    'inside a block of two forwards': ('forward_fuse', 'fuse_modules', 'FX fuse'),
     'behind a block of two forwards': ('second forward', 'forward_fuse'),
     'levit': ('reparameterize_model',),
     'repvit': ('reparameterize_model',),
@@ -348,7 +349,7 @@ ROWS = [
         network,
         id=f'{tool}-{network}',
         marks=[pytest.mark.slow]
-        if TOOLS[tool].slow or not (network in LEAF_NORMS or tool in TOOLS_OF.get(network, ()))
+        if TOOLS[tool].slow or not (network == LEAF_NORMS[0] or tool in TOOLS_OF.get(network, ()))
         else [],
     )
     for network in NETWORKS

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import mostly_slow
 from timm.layers import create_attn
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.cspnet import model_cfgs
@@ -489,7 +490,7 @@ def test_the_paper_sets_stay_as_they_are():
         assert not any(cls.paper_key for name, cls in EXTENDED_SETS[set_name].items() if name not in table)
 
 
-@pytest.mark.parametrize('name', list_blocks())
+@pytest.mark.parametrize('name', mostly_slow(list_blocks(), 'sase', 'cbam', 'coord', 'triplet', 'gsop'))
 def test_in_timms_slot(name):
     torch.manual_seed(0)
     model = timm.create_model(

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import mostly_slow
 from torch import nn
 
 from sase_blocks.insertion import replace_convolutions
@@ -153,14 +154,11 @@ def test_features_feed_dense_prediction(name):
     assert [f.shape[2] for f in features] == [19, 10, 5, 3]
 
 
-@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
-@pytest.mark.parametrize(
-    'operators',
-    [
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ('conv', 'local', 'axial')),
-        'conv,local3,local*3+axial*3,axial',
-    ],
-)
+MIXED = 'conv,local3,local*3+axial*3,axial'
+
+
+@pytest.mark.parametrize('precision', mostly_slow(('fp32', 'bf16'), 'bf16'))
+@pytest.mark.parametrize('operators', mostly_slow(('conv', 'local', 'axial', MIXED), MIXED))
 def test_a_step_of_training(operators, precision):
     model = timm.create_model('resnet50_trionet', operators=operators, layers=LAYERS, zero_init_last=False, **SMALL)
     x, y = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
@@ -292,7 +290,7 @@ def test_operators_and_their_norms():
 # ---- in other networks ----
 
 
-@pytest.mark.parametrize('operator', ['local', 'axial', 'conv'])
+@pytest.mark.parametrize('operator', mostly_slow(('local', 'axial', 'conv'), 'local'))
 def test_replacing_the_convolutions_of_stages(operator):
     model = timm.create_model('resnet50', num_classes=10).eval()
     model.layer4[1].train()
@@ -392,7 +390,7 @@ def test_nothing_to_replace(name, says):
     ids=['operator', 'nothing', 'where', 'channels', 'norm', 'stages', 'heads', 'kernel'],
 )
 def test_wrong_replacements_change_nothing(change, error, says):
-    model = timm.create_model('resnet50', num_classes=3)
+    model = timm.create_model('resnet50', num_classes=3, layers=(1, 1, 1, 1))
     if change.get('where') == 'layer1.0.conv1':
         model.layer1[0].conv1 = nn.Conv2d(64, 32, 1)
     before = {name: id(module) for name, module in model.named_modules()}

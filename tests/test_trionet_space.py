@@ -11,6 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import mostly_slow
 from torch import nn
 
 from sase_blocks.models import Architecture, TrioNet
@@ -258,7 +259,7 @@ def chi_squared(observed, chances, draws):
     return torch.special.gammaincc(torch.tensor((len(chances) - 1) / 2), torch.tensor(statistic / 2)).item()
 
 
-@pytest.mark.parametrize('count', [4, 6])
+@pytest.mark.parametrize('count', mostly_slow((4, 6), 4))
 @pytest.mark.parametrize('name', LAWS)
 def test_compositions(name, count):
     """Each law follows its own distribution of compositions, and the same test tells them apart."""
@@ -391,7 +392,10 @@ def counted(architecture, num_classes, in_chans):
     return count + count_macs(network, (in_chans, size, size)), total
 
 
-@pytest.mark.parametrize(('name', 'count'), [('coinciding', 6), ('distinct', 3), ('cifar', 2), ('imagenet', 1)])
+@pytest.mark.parametrize(
+    ('name', 'count'),
+    mostly_slow([('coinciding', 6), ('distinct', 3), ('cifar', 2), ('imagenet', 1)], ('coinciding', 6), ('cifar', 2)),
+)
 def test_costs_are_those_of_the_network(name, count):
     space, rng = {**TINY, **SPACES}[name], np.random.default_rng(7)
     pures = [space.architecture(pure(space, operator, -1)) for operator in ('conv', 'local', 'axial')]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import mostly_slow
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.func import functional_call
@@ -412,14 +413,17 @@ def forms(net):
 
 @pytest.mark.parametrize(
     ('sharing', 'weights'),
-    [
-        ('heads', 'fp32'),
-        ('plain', 'fp32'),
-        ('heads', 'bf16'),
-        ('plain', 'bf16'),
-        ('heads', 'channels_last'),
-        ('plain', 'autocast'),
-    ],
+    mostly_slow(
+        [
+            ('heads', 'fp32'),
+            ('plain', 'fp32'),
+            ('heads', 'bf16'),
+            ('plain', 'bf16'),
+            ('heads', 'channels_last'),
+            ('plain', 'autocast'),
+        ],
+        *(('heads', 'fp32'), ('plain', 'bf16'), ('heads', 'channels_last')),
+    ),
 )
 def test_outputs_are_the_same_bits(sharing, weights):
     net = supernet(sharing)

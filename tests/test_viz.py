@@ -103,11 +103,14 @@ def test_gates_of_every_block(kind, name):
 @pytest.mark.parametrize(
     ('make', 'block', 'start', 'expected', 'heading'),
     [
-        (lambda: timm.create_model('resnet10t'), 'sase', 'identity', 'layer4.0.se.block', 'layer4.0.se'),
+        pytest.param(
+            *(lambda: timm.create_model('resnet10t'), 'sase', 'identity', 'layer4.0.se.block', 'layer4.0.se'),
+            marks=pytest.mark.slow,
+        ),
         (lambda: timm.create_model('resnet10t'), 'cbam', 'identity', 'layer4.0.se.block.1', 'layer4.0.se'),
         (lambda: timm.create_model('resnet10t'), 'se', 'paper', 'layer4.0.se', 'layer4.0.se'),
         (torchvision.models.resnet18, 'coord', 'identity', 'layer4.1.bn2.inserted_attention.block', 'layer4.1.bn2'),
-        (torchvision.models.mobilenet_v3_small, 'simam', 'paper', None, None),
+        pytest.param(torchvision.models.mobilenet_v3_small, 'simam', 'paper', None, None, marks=pytest.mark.slow),
     ],
 )
 def test_gates_of_inserted_blocks(make, block, start, expected, heading):
