@@ -622,13 +622,13 @@ REFUSED = {
     'block gives it twice': (Net, {'block': lambda c: ONE, 'where': '[mn]*'}, ValueError, 'the same module twice'),
     'block needs another argument': (tiny, {'block': lambda c, d: ONE}, TypeError, "at 'layer1.0.se': .*missing 1"),
     'block changes the shape': (tiny, {'block': Changes}, ValueError, r'changes the shape: \(1, 8, .* became \(1, 16,'),
-    'block is not finite': (tiny, {'block': NotFinite}, ValueError, 'not finite'),
+    'block is not finite': (tiny, {'block': NotFinite}, ValueError, 'non-finite'),
     'block is lazy': (tiny, {'block': lambda c: nn.LazyConv2d(c, 1)}, ValueError, 'lazy'),
     'block needs a size': (
         lambda: build('torchvision resnet'),
         {'block': SIZE_BOUND},
         ValueError,
-        "at 'layer1.0.bn2.inserted_attention': .*feat_size.*give input_size",
+        "at 'layer1.0.bn2.inserted_attention': .*feat_size.*pass input_size",
     ),
     'start': (tiny, {'start': 'zero'}, ValueError, "start must be 'identity' or 'paper', got 'zero'"),
     'where is a number': (tiny, {'where': 3}, TypeError, 'where must be a pattern'),
@@ -640,19 +640,19 @@ REFUSED = {
     ),
     'where matches nothing, pattern': (tiny, {'where': '*.norm3'}, ValueError, 'matches no module'),
     'where matches nothing at all': (Net, {'where': 'qqq'}, ValueError, "there are 'stem'"),
-    'where is true for none': (tiny, {'where': lambda n, m: False}, ValueError, 'true for none'),
+    'where is true for none': (tiny, {'where': lambda n, m: False}, ValueError, 'is true for no module'),
     'where matches inside': (tiny, {'where': '*'}, ValueError, "matches 'layer1' and modules inside it"),
-    'unknown network': (Net, {}, ValueError, 'name the modules that attention is to follow'),
+    'unknown network': (Net, {}, ValueError, 'name the modules that attention should follow'),
     'stage 5': (tiny, {'stages': 5}, ValueError, 'stages takes stage numbers from 1 to 4, got 5'),
     'stage of an unknown network': (Net, {'where': 'mix', 'stages': 1}, ValueError, 'stages of this Net are not known'),
-    'stage of the stem': (tiny, {'where': 'bn1', 'stages': 1}, ValueError, "'bn1' stands in no stage"),
-    'stage without a match': (tiny, {'where': 'layer2.*', 'stages': 1}, ValueError, 'no module .* stands in stages=1'),
-    'no channels': (Net, {'where': 'head'}, ValueError, r"'head' \(Linear\) does not say how many channels"),
-    'no channels, no size': (Net, {'where': 'act'}, ValueError, 'give input_size'),
-    'no map': (Net, {'where': 'head', 'input_size': 8}, ValueError, r'gives \(1, 3\): attention needs a feature map'),
+    'stage of the stem': (tiny, {'where': 'bn1', 'stages': 1}, ValueError, "'bn1' is in no known stage"),
+    'stage without a match': (tiny, {'where': 'layer2.*', 'stages': 1}, ValueError, 'no module .* is in stages=1'),
+    'no channels': (Net, {'where': 'head'}, ValueError, r"the number of output channels of 'head' \(Linear\)"),
+    'no channels, no size': (Net, {'where': 'act'}, ValueError, 'pass input_size'),
+    'no map': (Net, {'where': 'head', 'input_size': 8}, ValueError, r'returns \(1, 3\), but attention needs'),
     'not run': (Net, {'where': 'unused', 'input_size': 8}, ValueError, 'was not run'),
-    'a container': (own_sequential, {'where': '0', 'input_size': 8}, ValueError, 'runs over its children'),
-    'copied in its own way': (traced, {'where': 'part', 'input_size': 8}, ValueError, 'copied in a way of its own'),
+    'a container': (own_sequential, {'where': '0', 'input_size': 8}, ValueError, 'runs its children'),
+    'copied in its own way': (traced, {'where': 'part', 'input_size': 8}, ValueError, 'copied in its own way'),
     'input size': (tiny, {'input_size': (3, 0, 8)}, ValueError, r'input_size must be .* got'),
     'input size and example': (tiny, {'input_size': 8, 'example': images()}, ValueError, 'not both'),
     'forward fails': (
@@ -666,25 +666,25 @@ REFUSED = {
         tiny,
         {'optimizer': lambda model: torch.optim.LBFGS(model.parameters())},
         ValueError,
-        'LBFGS takes one parameter group: insert first',
+        'LBFGS takes only one parameter group: insert first',
     ),
     'SparseAdam': (
         tiny,
         {'optimizer': lambda model: torch.optim.SparseAdam(model.parameters())},
         ValueError,
-        'SparseAdam takes sparse gradients alone',
+        'SparseAdam takes only sparse gradients',
     ),
     'another optimizer': (
         tiny,
         {'optimizer': torch.optim.SGD(nn.Linear(1, 1).parameters())},
         ValueError,
-        'holds no parameter of this ResNet',
+        'has no parameter of this ResNet',
     ),
     'another block there': (
         lambda: inserted('se'),
         {},
         ValueError,
-        "'layer1.0.se' is already se with start='identity'",
+        "'layer1.0.se' already holds se with start='identity'",
     ),
     'another start there': (lambda: inserted('sase', 'paper'), {}, ValueError, r'remove\(model\) first'),
     'lazy': (lazy, {'where': '1'}, ValueError, '0.weight is lazy'),
@@ -719,7 +719,7 @@ if hasattr(torch.optim, 'Muon'):  # torch 2.9 and later
         tiny,
         {'optimizer': lambda model: torch.optim.Muon([model.fc.weight])},
         ValueError,
-        'Muon takes matrices alone: insert without optimizer=',
+        'Muon takes only matrices: insert without optimizer=',
     )
 
 
@@ -988,7 +988,7 @@ def test_the_report_is_a_table():
     assert report.model_parameters == sum(p.numel() for p in tiny().parameters())
     assert len({len(line) for line in lines[1:]}) == 1
     text = str(insert(build('torchvision resnet'), 'se'))
-    assert 'give input_size=' in text
+    assert 'pass input_size=' in text
     model = tiny()
     insert(model, 'se')
     assert '5 places had it already' in str(insert(model, 'se'))

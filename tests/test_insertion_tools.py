@@ -329,7 +329,7 @@ BOTH = ('insert, tool', 'tool, insert')
 LEAF_NORMS = ('behind a norm', 'inside a block of two forwards')
 # Where something else happens than that the attention runs: the error of insert, or of the tool.
 REFUSED = {
-    **{('fuse_modules', BOTH[0], network): 'without the attention that was inserted there' for network in LEAF_NORMS},
+    **{('fuse_modules', BOTH[0], network): 'without the attention inserted there' for network in LEAF_NORMS},
     ('forward_fuse', BOTH[1], LEAF_NORMS[1]): 'matches no module',
     ('reparameterize_model', BOTH[1], 'inside a branch'): 'matches no module',
 }
@@ -340,7 +340,7 @@ LOST = {
         LEAF_NORMS[1],
     ): "RuntimeError: 5 of 5 .* do not run: '0.bn.inserted_attention' .*together with '0.bn'",
     ('reparameterize_model', 'inside a branch'): "RuntimeError: 4 of 4 .*together with 'stages.0.0.conv_1x1'",
-    **{('FX fuse', network): 'is a graph of FX' for network in (*LEAF_NORMS, 'repvit')},
+    **{('FX fuse', network): 'is an FX graph' for network in (*LEAF_NORMS, 'repvit')},
 }
 
 ROWS = [
@@ -477,7 +477,7 @@ def test_check_leaves_no_trace():
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
-    assert 'is not known: no forward was run; give x' in str(check(model))
+    assert 'is not known: no forward was run; pass x' in str(check(model))
     remove(model.layer1)  # on purpose, of a part: no loss
     assert len(check(model, (32, 48)).calls) == 3
 
@@ -485,7 +485,7 @@ def test_check_leaves_no_trace():
 CHECK_REFUSES = {
     'no module': (dict, 8, TypeError, 'model must be an nn.Module, got dict'),
     'nothing inserted': (lambda: nn.ReLU(), 8, ValueError, r'this ReLU holds no inserted attention: insert\(model'),
-    'a graph': (lambda: torch.fx.symbolic_trace(nn.ReLU()), 8, ValueError, 'is a graph of FX'),
+    'a graph': (lambda: torch.fx.symbolic_trace(nn.ReLU()), 8, ValueError, 'is an FX graph'),
     'an input that it does not take': (
         lambda: copy.deepcopy(_built('behind a norm')[1]), torch.zeros(1, 2, 8, 8), ValueError, 'of ResNet fails',
     ),

@@ -272,9 +272,9 @@ def test_where_none_ends_and_where_works():
             assert "'patches'" in str(error.value)
             assert 'blocks' not in str(error.value)
         assert len(insert(build(), 'se', where, input_size=size).places) >= 1
-    with pytest.raises(ValueError, match='give input_size='):
+    with pytest.raises(ValueError, match='pass input_size='):
         insert(Last(), 'se')
-    with pytest.raises(ValueError, match='no module in it gives a feature map'):
+    with pytest.raises(ValueError, match='no module in it returns a feature map'):
         insert(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), 'se', input_size=2)
 
 
@@ -290,7 +290,7 @@ def test_a_network_that_says_its_image_size():
         model = Tokens()
         setattr(model, attribute, value)
         if feat_size is None:
-            with pytest.raises(ValueError, match='give input_size='):
+            with pytest.raises(ValueError, match='pass input_size='):
                 insert(model, 'se')
         else:
             assert insert(model, 'se').places[0].feat_size == feat_size
@@ -305,15 +305,15 @@ LAYOUT = [
     ((2, 8, 8, 8), None, 'NHWC', None, 'NHWC'),
     ((2, 16, 8, 8), None, None, None, 'NCHW'),
     ((2, 8, 8, 96), None, None, None, 'NHWC'),
-    ((2, 16, 196, 12), None, None, None, 'proportions'),
-    ((2, 4, 16, 12), (2, 2, 16, 12), None, None, 'windows are no map'),
+    ((2, 16, 196, 12), None, None, None, 'aspect ratio'),
+    ((2, 4, 16, 12), (2, 2, 16, 12), None, None, 'windows are not a map'),
     ((8, 16, 12), (4, 16, 12), None, None, 'windows or parts'),
     ((8, 16, 12), None, None, None, 'windows or parts'),
     ((2, 64, 12), (2, 32, 12), None, None, 'tokens'),
     ((2, 65, 12), (2, 33, 12), None, None, 'tokens+1'),
     ((2, 69, 12), (2, 37, 12), None, None, 'tokens+5'),
-    ((2, 12, 65), (2, 12, 33), None, None, 'these are no tokens'),
-    ((2, 7, 12), (2, 7, 12), None, None, 'these are no tokens'),
+    ((2, 12, 65), (2, 12, 33), None, None, 'these are not tokens'),
+    ((2, 7, 12), (2, 7, 12), None, None, 'these are not tokens'),
     ((2, 65, 12), None, None, 1, 'tokens+1'),
     ((2, 65, 12), None, None, None, 'more than one reading'),
     ((2, 65, 12), None, 'tokens+1', None, 'tokens+1'),
@@ -349,7 +349,7 @@ def test_layouts_turn_the_map_and_nothing_else():
     torch.testing.assert_close(out[:, 3:], y.flatten(2).transpose(1, 2))
     # Another size in the same proportions, and a number that is none.
     assert on_tokens(torch.randn(2, 3 + 8 * 16, 6)).shape == (2, 131, 6)
-    with pytest.raises(ValueError, match='30 tokens are no map of the proportions 4 x 8'):
+    with pytest.raises(ValueError, match='30 tokens do not fit a map with the aspect ratio 4 x 8'):
         on_tokens(torch.randn(2, 33, 6))
     assert on_tokens(torch.randn(2, 3 + 32, 6).double().float()).is_contiguous()
 
@@ -386,10 +386,10 @@ def test_layouts_go_through_the_compilers():
     [
         ({'layout': 'NCWH'}, ValueError, "layout must be 'NCHW', 'NHWC', 'tokens'.*got 'NCWH'"),
         ({'layout': 3}, ValueError, 'got 3'),
-        ({'layout': 'NCHW'}, ValueError, 'no module in it gives|no block of this|feature map'),
-        ({'where': 'blocks.0', 'layout': 'tokens', 'input_size': None}, ValueError, 'give input_size'),
+        ({'layout': 'NCHW'}, ValueError, 'no module in it returns|no block of this|feature map'),
+        ({'where': 'blocks.0', 'layout': 'tokens', 'input_size': None}, ValueError, 'pass input_size'),
         ({'where': 'blocks.0', 'layout': 'tokens+3'}, ValueError, 'no reading as tokens'),
-        ({'reduction': 8, 'feat_size': 3}, TypeError, 'feat_size=3 is no option of the block'),
+        ({'reduction': 8, 'feat_size': 3}, TypeError, 'feat_size=3 is not an option of the block'),
         ({'where': 'blocks.0', 'width': 8}, TypeError, "'width'"),
         ({'block': lambda channels: nn.Identity(), 'where': 'blocks.0', 'width': 8}, TypeError, "'width'"),
     ],

@@ -1,4 +1,4 @@
-"""Insertion of attention into any network, pretrained ones first of all: ``insert``, ``check`` and ``remove``."""
+"""Insert attention into any network, especially a pretrained one: ``insert``, ``check`` and ``remove``."""
 
 from .checking import CheckReport, check
 from .insertion import insert, remove

@@ -1,4 +1,4 @@
-"""``check``: does every attention that was inserted still run?"""
+"""``check``: does every inserted attention still run?"""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .surgery import RECORD, Mark, has_inserted, inserted_in, is_hooked
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What ``check`` saw; printed, one line.
+    """The result of ``check``. Prints as one line.
 
     Args:
         network: class of the model.
-        calls: for the name of each inserted attention, how often one forward ran it; None if no forward was run.
+        calls: how often one forward ran each inserted attention, by name; None if no forward was run.
         note: why no forward was run, or ''.
     """
 
@@ -32,25 +32,25 @@ class CheckReport:
 
 
 def check(model: nn.Module, x: Any = None) -> CheckReport:
-    """Run one forward, and raise unless every inserted attention ran in it.
+    """Run one forward, and raise an error unless every inserted attention ran in it.
 
-    For use after anything that rebuilds or rewires a network: conversion of its norms, fusion, reparametrisation,
-    pruning, another library's trainer or exporter. The forward is in eval mode without gradients and leaves no trace.
-    Nothing is repaired.
+    Call it after anything that rebuilds or rewires a network: conversion of its norms, fusion, reparametrisation,
+    pruning, another library's trainer or exporter. The forward runs in eval mode without gradients and changes no
+    state. ``check`` repairs nothing.
 
     Args:
-        model: the network that ``insert`` was called with, a copy of it, or a module around it. A graph made of it
-            (FX, TorchScript, ``torch.export``) has no modules to look at: check the network before.
-        x: an input, a tuple of positional arguments, or the size of an image as ``insert`` takes it: an int, (H, W) or
-            (C, H, W). Default: what the model says of itself; where nothing is known, no forward is run, and only
-            what can be seen without one is checked.
+        model: the network passed to ``insert``, a copy of it, or a module around it. A graph of it (FX, TorchScript,
+            ``torch.export``) has no modules, so check the network before.
+        x: an input, a tuple of positional arguments, or an image size as in ``insert``: an int, (H, W) or (C, H, W).
+            Default: the model's own image size. If that is unknown, ``check`` runs no forward and checks only what it
+            can see without one.
 
     Returns:
         The report: the places and how often each ran.
 
     Raises:
         TypeError: not a module.
-        ValueError: nothing was inserted, the model is an FX graph, or the forward fails for the ``x`` that was given.
+        ValueError: nothing was inserted, the model is an FX graph, or the forward fails for the given ``x``.
         RuntimeError: places that are gone, lost their hook or did not run, with their names.
     """
     if not isinstance(model, nn.Module):
@@ -58,7 +58,7 @@ def check(model: nn.Module, x: Any = None) -> CheckReport:
     graphs = [name for name, module in model.named_modules() if isinstance(module, GraphModule)]
     if graphs:
         raise ValueError(
-            f'{graphs[0] or type(model).__name__} is a graph of FX, in which attention is operations and no modules: '
+            f'{graphs[0] or type(model).__name__} is an FX graph, where attention is operations and not modules: '
             f'check the network that it was made of, and compare their outputs'
         )
     if not has_inserted(model):
@@ -94,14 +94,14 @@ def check(model: nn.Module, x: Any = None) -> CheckReport:
         more = f', ... ({len(names) - 4} more)' if len(names) > 4 else ''
         raise RuntimeError(
             f'{len(lost)} of {len(set(calls) | set(lost))} inserted places of this {type(model).__name__} do not run: '
-            f'{", ".join(names[:4])}{more}. Take all out with remove(model), and insert after the tool that did this, '
+            f'{", ".join(names[:4])}{more}. Remove all with remove(model), and insert after the tool that caused this, '
             f'or choose other places with where='
         )
     return CheckReport(type(model).__name__, calls, note)
 
 
 def _what_became(model: nn.Module, holder: str) -> str:
-    """Why an attention may be gone: what stands now where its holder stood."""
+    """Why an attention may be gone: what replaced its holder."""
     try:
         return f'it is gone: {holder!r} is a {type(model.get_submodule(holder)).__name__} now'
     except AttributeError:
@@ -109,6 +109,6 @@ def _what_became(model: nn.Module, holder: str) -> str:
 
 
 def check_inserted(model: nn.Module, x: Any = None) -> None:
-    """``check`` for a tool of ours, whose network may hold nothing inserted."""
+    """``check`` for our own tools, whose network may have no inserted attention."""
     if has_inserted(model):
         check(model, x)

@@ -1,10 +1,10 @@
-"""Where the residual branch of the blocks of known networks ends: one row a block class, from timm and torchvision.
+"""Where the residual branch ends in the blocks of known networks: one row per block class, from timm and torchvision.
 
-The place is the papers': behind the last norm of the branch, before the shortcut is added. Ours, where no paper says
-it: ConvNeXt, and pre-activation RegNet, ResNetV2 and NFNet, whose norm, if there is one, stands earlier (the end of the
-branch, behind the layer scale), the blocks of mobile networks that change size and add no shortcut (their end), and
-DenseNet, which adds nothing anywhere (the new features of each dense layer). Rows are classes of blocks and not of
-networks, so that a backbone inside a detector or a segmentation model is known too.
+The place is the papers': after the last norm of the branch, before the shortcut is added. Not in the papers: the end of
+the branch, after the layer scale, in ConvNeXt and in pre-activation RegNet, ResNetV2 and NFNet, whose norm, if any,
+comes earlier; the end of mobile networks' blocks that change size and add no shortcut; and the new features of each
+dense layer in DenseNet, which adds nothing. Rows are classes of blocks, not of networks, so that a backbone inside a
+detector or a segmentation model is also known.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ Site = tuple[str, str]  # a child of the block, '' for the block itself, and one
 
 
 class Family(NamedTuple):
-    """How a class of blocks takes attention.
+    """Where attention goes in a class of blocks.
 
     Args:
-        site: where and how a given block takes it; None for a block that is not one (an option took its shortcut away).
-        channels: the number of channels there, read from the last layer of the branch.
-        stage: a pattern on the block's name whose group is the number of its stage, and the number of the first; None:
-            blocks in a row with a shortcut and the same width are a stage.
-        norm: the last norm of the branch: who names it with ``where`` means this site.
+        site: where and how it goes into a given block; None if the block has no place (an option removed its shortcut).
+        channels: the number of channels there, from the last layer of the branch.
+        stage: a pattern for the block's name whose group is its stage number, and the first stage's number; None:
+            consecutive residual blocks of equal width count as one stage.
+        norm: the last norm of the branch. A ``where`` that matches it means this site.
     """
 
     site: Callable[[Any], Site | None]
@@ -74,14 +74,14 @@ _MNASNET = (r'(?:^|\.)layers\.(\d+)\b', 8)
 _NO_STAGE = (r'(?!)', 1)
 _DENSE = (r'denseblock(\d+)\b', 1)
 
-# The residual branch of timm's blocks ends in a child that drops paths; torchvision's often is one nn.Sequential.
+# In timm's blocks the residual branch ends in a drop-path child. In torchvision it is often one nn.Sequential.
 _BASIC = Family(_always('se', SLOT), lambda b: b.conv2.out_channels, _LAYER, 'bn2')
 _BOTTLE = Family(_always('se', SLOT), lambda b: b.conv3.out_channels, _LAYER, 'bn3')
 _MBCONV = Family(
     lambda b: ('drop_path', BEFORE) if b.has_skip else ('', AFTER), lambda b: b.conv_pwl.out_channels, _BLOCKS, 'bn3'
 )
 _REGNET = Family(lambda b: None if b.downsample is None else ('drop_path', BEFORE), lambda b: b.conv3.out_channels, _S)
-# Not behind the layer: it takes a tensor or a list, and TorchScript takes no hook for both.
+# Not after the layer, which takes a tensor or a list, because TorchScript accepts no hook for both.
 _DENSE_LAYER = Family(_always('conv2', AFTER), lambda b: b.conv2.out_channels, _DENSE)
 _BEFORE_DROP = Family(_always('drop_path', BEFORE), lambda b: b.conv3.out_channels, _STAGES)
 _BYOB_1X1 = _BEFORE_DROP._replace(channels=lambda b: b.conv3_1x1.conv.out_channels, norm='conv3_1x1.bn')
@@ -103,7 +103,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
     mbconv.CondConvResidual: _MBCONV,
     mbconv.EdgeResidual: _MBCONV._replace(norm='bn2'),
     mbconv.UniversalInvertedResidual: _MBCONV._replace(channels=lambda b: b.pw_proj.conv.out_channels, norm=''),
-    mbconv.ConvBnAct: _MBCONV._replace(  # without a shortcut it is a plain convolution, such as a head's
+    mbconv.ConvBnAct: _MBCONV._replace(  # without a shortcut it is a plain convolution, as in a head
         site=lambda b: ('drop_path', BEFORE) if b.has_skip else None, channels=lambda b: b.conv.out_channels, norm='bn1'
     ),
     tv_efficientnet.MBConv: _TV_BLOCK,
@@ -127,7 +127,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
     cspnet.BottleneckBlock: _BEFORE_DROP._replace(channels=lambda b: b.conv3.conv.out_channels, norm='conv3.bn'),
     cspnet.DarkBlock: _BEFORE_DROP._replace(channels=lambda b: b.conv2.conv.out_channels, norm='conv2.bn'),
     cspnet.EdgeBlock: _BEFORE_DROP._replace(channels=lambda b: b.conv2.conv.out_channels, norm='conv2.bn'),
-    rexnet.LinearBottleneck: Family(  # the shortcut is added to some of the channels, in the block itself
+    rexnet.LinearBottleneck: Family(  # the block itself adds the shortcut, to some channels
         _always('conv_pwl', AFTER), lambda b: b.out_channels, _NO_STAGE, 'conv_pwl.bn'
     ),
     resnest.ResNestBottleneck: Family(_always('bn3', AFTER), lambda b: b.conv3.out_channels, _LAYER, 'bn3'),
@@ -139,7 +139,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
 }
 _BY_FORWARD = {cls.forward: family for cls, family in FAMILIES.items()}
 
-# Blocks of a library that may not be installed, by the module and the name of their forward.
+# Blocks of a library that may not be installed, by their forward's module and name.
 _TRANSFORMERS = 'transformers.models'
 _BY_NAME = {
     f'{_TRANSFORMERS}.resnet.modeling_resnet.ResNetBasicLayer.forward': _HF_LAYER,
@@ -153,13 +153,13 @@ _BY_NAME = {
 
 
 def family_of(module: nn.Module) -> Family | None:
-    """The row of a block; None for anything else, a subclass with a forward of its own among it."""
+    """The row of a block, or None for anything else, including a subclass with its own forward."""
     forward = type(module).forward
     return _BY_FORWARD.get(forward) or _BY_NAME.get(f'{forward.__module__}.{forward.__qualname__}')
 
 
 def numbered_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Family, int | None]]:
-    """Every known block of a network: its name, itself, its row, and its stage, counted from 1, None if unknown."""
+    """Every known block of a network: name, block, row, and stage (from 1, None if unknown)."""
     stage, last_width = 0, 0
     for name, module in model.named_modules():
         family = family_of(module)

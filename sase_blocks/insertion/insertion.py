@@ -1,4 +1,4 @@
-"""``insert`` and ``remove``: everything is looked up, built and tried out first, so that a refusal changes nothing."""
+"""``insert`` and ``remove``. They look up, build and try everything first, so that an error changes nothing."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .survey import Survey
 
 Block = str | Genotype | Callable[..., nn.Module]
 
-# Optimisers of torch that cannot take the parameters of an attention as further groups, and what to do.
+# torch optimisers that cannot take an attention's parameters as new groups, and what to do.
 _OPTIMIZERS = {
-    'LBFGS': 'takes one parameter group: insert first, and make it from model.parameters()',
-    'Muon': 'takes matrices alone: insert without optimizer=, then add those of report.parameters with two dimensions '
+    'LBFGS': 'takes only one parameter group: insert first, and make it from model.parameters()',
+    'Muon': 'takes only matrices: insert without optimizer=, then add those of report.parameters with two dimensions '
     'to it and give the others to a second optimizer, such as AdamW',
-    'SparseAdam': 'takes sparse gradients alone: insert without optimizer=, and give report.parameters to another one',
+    'SparseAdam': 'takes only sparse gradients: insert without optimizer=, and give report.parameters to another one',
 }
 
 
@@ -49,44 +49,44 @@ def insert(
     optimizer: torch.optim.Optimizer | None = None,
     **options: Any,
 ) -> InsertReport:
-    """Put an attention block into a network, in place, without a change of any name in it.
+    """Insert an attention block into a network, in place. All names in the network stay.
 
-    Each new block follows its place in device, dtype, memory format and train or eval mode; its parameters are
-    trainable, also in a frozen network. A place that an earlier call filled with the same block is left alone.
+    Each new block takes device, dtype, memory format and train or eval mode from its place. Its parameters are
+    trainable, even in a frozen network. A place that an earlier call filled with the same block is left alone.
 
     Args:
         model: the network.
-        block: a name of ``list_blocks()``, a ``Genotype`` or its text, or a callable of channels that builds a module
-            of (B, C, H, W) -> (B, C, H, W): a class, a ``partial``, a function. It is given ``feat_size=`` if it has
-            an argument of this name.
-        where: None for the papers' place, behind the last norm of every residual branch, in networks that are known
-            (docs/insertion.md lists them), and in others, ours, for the end of each repeated block, found from a
-            forward; a pattern over module names, ``'layer*.bn2'``, whose ``*`` matches dots
-            too; or a function ``(name, module) -> bool``. Attention follows each module that is named; in a residual
-            block that is known it stands at the papers' place.
-        start: 'identity': y = x + alpha (block(x) - x) with alpha = 0, the outputs of the network stay equal to the
-            bit (a block that starts as the identity by itself, such as gct, stands alone); 'paper': the block as its
-            paper initialises it.
-        stages: only in these stages, counted from 1 as in ``attn_stages``; None for all.
-        input_size: of an image, for the forward that finds channels and feature sizes and counts MACs: an int,
-            (H, W) or (C, H, W). Default: what the model says of itself (timm's ``pretrained_cfg``, an ``image_size``);
-            without either no forward is run.
-        example: instead of ``input_size``, the input itself, or a tuple of positional arguments.
-        layout: of what the attention follows: 'NCHW', 'NHWC', 'tokens', or 'tokens+2' with two tokens in front of the
-            map, which stay as they are. None: found out, where it is in doubt by a forward at another size.
-        optimizer: its new parameter groups get the new parameters, with the settings of its present ones; vectors
-            and what ``no_weight_decay`` names without weight decay. Make a learning-rate scheduler afterwards.
-        **options: for the block, ``reduction=8`` for example.
+        block: a name of ``list_blocks()``, a ``Genotype`` or its text, or a callable of channels (a class, a
+            ``partial``, a function) that builds a module (B, C, H, W) -> (B, C, H, W). If it has an argument
+            ``feat_size``, it receives the size.
+        where: None for the papers' place in known networks (docs/insertion.md lists them), after the last norm of every
+            residual branch. In other networks, None means the end of each repeated block, found from a forward (our
+            addition). Or a pattern over module names, ``'layer*.bn2'``, whose ``*`` also matches dots, or a function
+            ``(name, module) -> bool``. Attention follows each matching module, in known residual blocks at the papers'
+            place.
+        start: 'identity': y = x + alpha (block(x) - x) with alpha = 0, so the network's outputs stay equal bit for bit
+            (a block that already starts as the identity, such as gct, gets no alpha). 'paper': the paper's
+            initialisation.
+        stages: only these stages, counted from 1 as in ``attn_stages``; None for all.
+        input_size: image size for the forward that finds channels and feature sizes and counts MACs: an int, (H, W) or
+            (C, H, W). Default: the model's own (timm's ``pretrained_cfg``, an ``image_size``). Without either, no
+            forward is run.
+        example: the input itself instead of ``input_size``, or a tuple of positional arguments.
+        layout: layout of the tensor that the attention follows: 'NCHW', 'NHWC', 'tokens', or 'tokens+2' with two prefix
+            tokens, which stay as they are. None: detected, in doubt by a forward at another size.
+        optimizer: gets new groups with the new parameters and the settings of its existing ones. Vectors and the names
+            in ``no_weight_decay`` get no weight decay. Make a learning-rate scheduler afterwards.
+        **options: for the block, for example ``reduction=8``.
 
     Returns:
-        The report; printed, a table of what was put where.
+        The report. Prints as a table of the places.
 
     Raises:
-        TypeError: a model, block, ``where`` or optimizer of another type, an option that the block does not take.
+        TypeError: a model, block, ``where`` or optimizer of another type, or an option that the block does not take.
         ValueError: a network that cannot be changed (lazy, on the meta device, quantised, compiled, scripted, wrapped
-            in DDP or FSDP), an optimizer that takes no further groups of such parameters (LBFGS, torch's Muon), a
-            ``where`` or stage that matches nothing, a place without channels, a block that changes
-            the shape, a place that holds another inserted block. The model is unchanged.
+            in DDP or FSDP), an optimizer that cannot take such groups (LBFGS, torch's Muon), a ``where`` or stage that
+            matches nothing, a place without channels, a block that changes the shape, or a place with another inserted
+            block. The model is unchanged.
     """
     check_changeable(model, 'insert into', compiled_parts=True)
     build, label = _builder(block, options)
@@ -101,13 +101,13 @@ def insert(
         _check_not_compiled(model, place)
 
     trace = survey.trace
-    note = survey.why and f'feature sizes and MACs are not known: {survey.why}'
+    note = survey.why and f'feature sizes and MACs are unknown: {survey.why}'
     not_run = [] if where is not None or trace is None else [place for place in new if not trace.of(place.probe)]
-    if len(not_run) < len(places):  # if none runs, the first is an error
+    if len(not_run) < len(places):  # if none runs, the first raises an error below
         new = [place for place in new if place not in not_run]
     built = [_build(model, place, build, label, survey) for place in new]
     if len({id(b.block) for b in built}) < len(built):
-        raise ValueError(f'{label} gave the same module twice; it must build a new one at every call')
+        raise ValueError(f'{label} returned the same module twice; it must build a new one in every call')
     attentions = [
         b.block if start == 'paper' or b.is_identity else _like(model, place, IdentityStart(b.block))
         for place, b in zip(new, built, strict=True)
@@ -154,10 +154,10 @@ def insert(
 
 
 def remove(model: nn.Module) -> list[str]:
-    """Take every inserted attention out again, in place: the network is what it was before ``insert``.
+    """Remove every inserted attention, in place. This restores the network from before ``insert``.
 
     Returns:
-        The names of what was removed; empty if nothing had been inserted.
+        The names of the removed modules; empty if nothing was inserted.
 
     Raises:
         ValueError: the network is wrapped (DDP, FSDP) or compiled.
@@ -175,14 +175,14 @@ def remove(model: nn.Module) -> list[str]:
 def _builder(block: Block, options: dict[str, Any]) -> tuple[Callable[..., nn.Module], str]:
     """A callable of (channels, feat_size=...) and its name for the report."""
     for own in {'channels', 'feat_size', 'device', 'dtype'} & set(options):
-        raise TypeError(f'{own}={options[own]!r} is no option of the block: every place has its own')
+        raise TypeError(f'{own}={options[own]!r} is not an option of the block, because every place has its own')
     told = ', '.join(f'{key}={value!r}' for key, value in options.items())
     if isinstance(block, str | Genotype):
         build = resolve_block(block)
         return (partial(build, **options), f'{block}({told})') if options else (build, str(block))
     if isinstance(block, nn.Module):
         raise TypeError(
-            f'block is one module, a {type(block).__name__}, and every place needs its own: give the class, or a '
+            f'block is a single {type(block).__name__} module, but every place needs its own: pass the class, or a '
             f'function channels -> module'
         )
     if not callable(block):
@@ -196,7 +196,7 @@ def _builder(block: Block, options: dict[str, Any]) -> tuple[Callable[..., nn.Mo
     name = getattr(function, '__qualname__', type(function).__name__)
     try:
         takes_size = 'feat_size' in inspect.signature(block).parameters
-    except ValueError:  # something written in C has no signature
+    except ValueError:  # C code has no signature
         takes_size = False
     build = block if takes_size else lambda channels, feat_size: block(channels)
     return build, f'{name}({label})' if label else name
@@ -212,11 +212,11 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -
             raise ValueError(f'{base.__name__} {_OPTIMIZERS[base.__name__]}')
     own = {id(p) for p in model.parameters()}
     if not any(id(p) in own for group in optimizer.param_groups for p in group['params']):
-        raise ValueError(f'the optimizer holds no parameter of this {type(model).__name__}: it is for another network')
+        raise ValueError(f'the optimizer is for another network: it has no parameter of this {type(model).__name__}')
 
 
 def _sort_out(places: list[Place], label: str, start: str) -> tuple[list[Place], list[Place]]:
-    """Places to fill, and those that are filled with just this; another block there is an error."""
+    """The places to fill, and those already filled with this block. Another block there is an error."""
     new, already = [], []
     for place in places:
         found = inserted_in(place.holder)
@@ -227,8 +227,8 @@ def _sort_out(places: list[Place], label: str, start: str) -> tuple[list[Place],
             already.append(place)
         else:
             raise ValueError(
-                f'{place.path!r} is already {mark.block} with start={mark.start!r}, inserted before: remove(model) '
-                f'first, or choose other places'
+                f'{place.path!r} already holds {mark.block} with start={mark.start!r} from an earlier insert: call '
+                f'remove(model) first, or choose other places'
             )
     return new, already
 
@@ -243,7 +243,7 @@ def _check_not_compiled(model: nn.Module, place: Place) -> None:
 
 
 def example_of(model: nn.Module, input_size: Any, example: Any) -> tuple[tuple[Any, ...] | None, bool]:
-    """The arguments for one forward, None if nothing is known, and whether the caller gave them."""
+    """The arguments for one forward (None if unknown), and whether the caller gave them."""
     if example is not None:
         if input_size is not None:
             raise ValueError('give input_size or example, not both')
@@ -252,12 +252,12 @@ def example_of(model: nn.Module, input_size: Any, example: Any) -> tuple[tuple[A
     if not given:
         config = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None)
         input_size = (config.get('input_size') if isinstance(config, dict) else None) or None
-        if input_size is None:  # torchvision's ViT says it itself, transformers' networks in their configuration
+        if input_size is None:  # torchvision's ViT has the attribute, transformers' networks in their configuration
             said = getattr(getattr(model, 'config', model), 'image_size', None)
             input_size = (said, said) if isinstance(said, int) else said
         if not isinstance(input_size, tuple | list) or not all(isinstance(n, int) for n in input_size):
             return None, False
-        input_size = tuple(input_size)[-2:]  # the channels may be others than in the configuration
+        input_size = tuple(input_size)[-2:]  # the channels may differ from the configuration
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = 3 if first is None else first.in_channels
     if isinstance(input_size, tuple | list) and len(input_size) == 3:
@@ -276,9 +276,9 @@ def example_of(model: nn.Module, input_size: Any, example: Any) -> tuple[tuple[A
 def try_forward(
     model: nn.Module, args: tuple[Any, ...] | None, given: bool, probes: list[nn.Module]
 ) -> tuple[Trace | None, str]:
-    """One forward, and why there was none. A forward that the caller asked for must succeed."""
+    """The trace of one forward, or why there is none. A forward that the caller asked for must succeed."""
     if args is None:
-        return None, 'no forward was run; give input_size='
+        return None, 'no forward was run; pass input_size='
     try:
         trace = run(model, args, probes)
     except Exception as error:
@@ -286,7 +286,7 @@ def try_forward(
         shapes = ', '.join(str(tuple(a.shape)) if isinstance(a, Tensor) else type(a).__name__ for a in args)
         if given:
             raise ValueError(f'the forward of {type(model).__name__} fails for an input of {shapes}: {what}') from error
-        return None, f'the forward fails for {shapes} ({what}); give input_size='
+        return None, f'the forward fails for {shapes} ({what}); pass input_size='
     return trace, ''
 
 
@@ -295,8 +295,8 @@ def _map_at(place: Place, survey: Survey) -> tuple[int, tuple[int, int] | None, 
     at = f'{place.name!r} ({type(place.holder).__name__})'
     if survey.trace is None:
         if place.channels is None or survey.asked[0] not in (None, 'NCHW'):
-            what = 'its layout' if place.channels else 'how many channels it gives'
-            raise ValueError(f'{at} does not say {what}: give input_size= or example=, so that one forward can')
+            what = 'the layout' if place.channels else 'the number of output channels'
+            raise ValueError(f'{what} of {at} is unknown: pass input_size= or example= to find it from one forward')
         return place.channels, None, Layout('NCHW')
     found = survey.map_of(place.probe, place.channels)
     if isinstance(found, str):
@@ -310,11 +310,11 @@ class _Built(NamedTuple):
     size: tuple[int, int] | None
     macs: int | None
     layout: Layout
-    is_identity: bool  # already by its own initialisation: alpha would get no gradient then, and give it none
+    is_identity: bool  # by its own initialisation: then neither alpha nor the block would get a gradient
 
 
 def _build(model: nn.Module, place: Place, build: Any, label: str, survey: Survey) -> _Built:
-    """The block for one place, tried out there on a random map."""
+    """Build the block for one place, and try it on a random map."""
     channels, size, layout = _map_at(place, survey)
     at = f'{label} for {channels} channels at {place.path!r}'
     try:
@@ -333,16 +333,16 @@ def _build(model: nn.Module, place: Place, build: Any, label: str, survey: Surve
         gave = tuple(y.shape) if isinstance(y, Tensor) else f'a {type(y).__name__}'
         raise ValueError(f'{at} changes the shape: {tuple(x.shape)} became {gave}')
     if not y.isfinite().all():
-        raise ValueError(f'{at} gives values that are not finite for a standard normal input')
+        raise ValueError(f'{at} returns non-finite values for a standard normal input')
     is_identity = torch.equal(x, y)
-    if is_identity and x.dtype in (torch.float16, torch.bfloat16):  # in which a gate near 1 is 1
+    if is_identity and x.dtype in (torch.float16, torch.bfloat16):  # where a gate near 1 rounds to 1
         x, y, _ = run_block(copy.deepcopy(block).double(), channels, some)
         is_identity = torch.equal(x, y)
     return _Built(layout.around(block), channels, size, macs if size else None, layout, is_identity)
 
 
 def _like(model: nn.Module, place: Place, attention: nn.Module) -> nn.Module:
-    """``attention`` with the device, dtype, memory format and mode of its place."""
+    """Give ``attention`` the device, dtype, memory format and mode of its place."""
     parts = place.name.split('.') if place.name else []
     around = [model.get_submodule('.'.join(parts[:depth])) for depth in range(len(parts), -1, -1)]
     tensors = (t for m in (place.holder, *around) for t in (*m.parameters(), *m.buffers()) if t.is_floating_point())
@@ -358,8 +358,7 @@ def _like(model: nn.Module, place: Place, attention: nn.Module) -> nn.Module:
 
 
 def extend_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, new: set[int]) -> None:
-    """Add the new parameters with the weight decay of the network, or without it: vectors, scalars and those that their
-    block names (``no_weight_decay``)."""
+    """Add the new parameters with the network's weight decay, or none for vectors, scalars and ``no_weight_decay``."""
     template = next((g for g in optimizer.param_groups if g.get('weight_decay')), optimizer.param_groups[0])
     settings = {key: value for key, value in template.items() if key not in ('params', 'param_names')}
     named = [(name, p) for name, p in model.named_parameters() if id(p) in new]

@@ -1,9 +1,9 @@
-"""How a map lies in a tensor: found out from forwards at two sizes, and turned for the attention and back again.
+"""The layout of a map in a tensor, detected from forwards at two sizes, and converted for the attention and back.
 
-Ours. ``NCHW``: (B, C, H, W); ``NHWC``: (B, H, W, C); ``tokens``: (B, P + H W, C), with P class, distillation or
-register tokens in front, which stay as they are. The axes that move with the size of the image are the map's, the one
-that does not is the channels; windows move another axis and are no map. A network that takes images of one size only
-shows less: then the map must have the image's proportions in one reading alone.
+Not in the papers. ``NCHW``: (B, C, H, W); ``NHWC``: (B, H, W, C); ``tokens``: (B, P + H W, C), with P class,
+distillation or register tokens in front, which stay as they are. Axes whose size follows the image are the map's, and
+the other is the channel axis. Windows change another axis, so they are not a map. With a fixed image size, exactly one
+reading must have the image's aspect ratio.
 """
 
 # No `from __future__ import annotations`: TorchScript compiles the functions of this file.
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from sase_blocks.blocks import AttentionModule, SequentialAttention
 
 LAYOUTS = ('NCHW', 'NHWC', 'tokens')
-MOST_PREFIX = 16  # a class token and eight registers are the most that we know of
+MOST_PREFIX = 16  # more than any known network: a class token and eight registers
 
 Image = tuple[int, int, int]  # B, H, W
 
 
 class Layout(NamedTuple):
-    """One of ``LAYOUTS``; of tokens also how many stand in front of the map, and (H, W) of the map."""
+    """One of ``LAYOUTS``, for tokens with the number of prefix tokens and the map's (H, W)."""
 
     kind: str
     prefix: int = 0
@@ -43,14 +43,14 @@ class Layout(NamedTuple):
         return (shape[2], shape[3]) if self.kind == 'NCHW' else (shape[1], shape[2])
 
     def around(self, block: nn.Module) -> nn.Module:
-        """The block, made fit for tensors of this layout."""
+        """The block, wrapped for tensors of this layout."""
         if self.kind == 'NHWC':
             return OnChannelsLast(block)
         return OnTokens(block, self.prefix, self.grid) if self.kind == 'tokens' else block
 
 
 def takes_alpha(block: nn.Module) -> bool:
-    """Whether a block takes the alpha of an identity start into its gate, as those of this library do from here on."""
+    """Whether a block applies an identity start's alpha in its gate, like ours. Sets ``in_gate`` of a sequence."""
     if isinstance(block, _Turned):
         return block.in_gate
     if isinstance(block, SequentialAttention):
@@ -60,9 +60,9 @@ def takes_alpha(block: nn.Module) -> bool:
 
 
 class _Turned(nn.Module):
-    """A block between two turns of the layout; timm's initialisation finds the block's own."""
+    """A block between two layout conversions. timm's initialisation finds the block's own."""
 
-    __constants__ = ('in_gate',)  # of the two calls TorchScript compiles one
+    __constants__ = ('in_gate',)  # TorchScript compiles only one of the two calls
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -81,18 +81,18 @@ class _Turned(nn.Module):
 
 
 class OnChannelsLast(_Turned):
-    """A block of (B, C, H, W) on (B, H, W, C)."""
+    """Applies a (B, C, H, W) block to (B, H, W, C)."""
 
     def forward(self, x: Tensor, alpha: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
         y = self.run(x.permute(0, 3, 1, 2), alpha).permute(0, 2, 3, 1)
-        return y.contiguous() if alpha is None else y  # with alpha it lies as x does, as the network goes on
+        return y.contiguous() if alpha is None else y  # with alpha it has x's memory layout
 
 
 class OnTokens(_Turned):
-    """A block of (B, C, H, W) on (B, P + H W, C): the first P tokens stay as they are.
+    """Applies a (B, C, H, W) block to (B, P + H W, C). The first P tokens stay as they are.
 
-    Tokens do not say how wide their map is: it is taken to have the proportions of ``grid``, those of the image that
-    the network was shown at the insertion. A number of tokens that no such map has is an error.
+    Tokens do not tell the width of their map. It is assumed to have the aspect ratio of ``grid``, from the image at the
+    insertion. If the number of tokens does not fit, ``forward`` raises ValueError.
 
     Args:
         block: keeps the shape of its input.
@@ -113,18 +113,18 @@ class OnTokens(_Turned):
         return map_to_tokens(x, y, self.prefix, alpha is not None)
 
 
-# torch.fx.wrap keeps both whole in a symbolic trace: they depend on the number of tokens.
+# torch.fx.wrap keeps both whole in a symbolic trace, because they depend on the number of tokens.
 @torch.fx.wrap
 def tokens_to_map(x: Tensor, prefix: int, height: int, width: int) -> Tensor:
-    """(B, P + N, C) to (B, C, H, W), H and W in the proportions of ``height`` and ``width``."""
+    """(B, P + N, C) to (B, C, H, W), with the aspect ratio of ``height`` x ``width``."""
     number = x.shape[1] - prefix
     if number != height * width:
         times = max(1, int(math.sqrt(number / (height * width)) * math.gcd(height, width) + 0.5))
         h, w = times * height // math.gcd(height, width), times * width // math.gcd(height, width)
         if h * w != number:
             raise ValueError(
-                f'{number} tokens are no map of the proportions {height} x {width}, which the network had at the '
-                f'insertion: insert for images of this shape, with input_size=(H, W)'
+                f'{number} tokens do not fit a map with the aspect ratio {height} x {width} of the insertion: insert '
+                f'for images of this shape, with input_size=(H, W)'
             )
         height, width = h, w
     return x[:, prefix:].transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)
@@ -132,7 +132,7 @@ def tokens_to_map(x: Tensor, prefix: int, height: int, width: int) -> Tensor:
 
 @torch.fx.wrap
 def map_to_tokens(x: Tensor, y: Tensor, prefix: int, as_x: bool) -> Tensor:
-    """The tokens ``x`` with the map ``y`` in place of all but the first ``prefix``; laid out as x if ``as_x``."""
+    """The tokens ``x``, all but the first ``prefix`` replaced by the map ``y``; in x's memory layout if ``as_x``."""
     y = y.flatten(2).transpose(1, 2)
     if prefix > 0:
         y = torch.cat([x[:, :prefix], y.to(x.dtype)], dim=1)
@@ -142,7 +142,7 @@ def map_to_tokens(x: Tensor, y: Tensor, prefix: int, as_x: bool) -> Tensor:
 
 
 def parse_layout(layout: Optional[str]) -> tuple[Optional[str], Optional[int]]:  # noqa: UP045
-    """The kind and the number of tokens in front that ``layout=`` asks for; None for what it leaves open."""
+    """The kind and the number of prefix tokens in ``layout=``; None if it does not say."""
     if layout is None:
         return None, None
     match = re.fullmatch(r'(NCHW|NHWC|tokens)|tokens\+(\d+)', layout) if isinstance(layout, str) else None
@@ -161,28 +161,28 @@ def find_layout(
     prefix: Optional[int] = None,  # noqa: UP045
     grids: frozenset[tuple[int, int]] = frozenset(),
 ) -> Layout | str:
-    """The layout of what a module gave, or, as a text, why it is not known.
+    """The layout of a module's output, or a text that says why it is unknown.
 
     Args:
         shape, image: of its output, and of the images (B, H, W); None if there are none.
-        other: the same at another size; None if the network takes one only.
-        asked: what ``parse_layout`` gave.
-        prefix: how many tokens the network says to have in front.
-        grids: sizes of the maps that convolutions of the network gave: where patches come from.
+        other: the same at another size; None if the network accepts only one.
+        asked: the result of ``parse_layout``.
+        prefix: the network's own number of prefix tokens.
+        grids: map sizes of the network's convolutions, which include the patch embedding's.
     """
     kind = asked[0]
     if kind in ('NCHW', 'NHWC') and len(shape) == 4:
         return Layout(kind)
     if len(shape) not in {'NCHW': (), 'NHWC': (), 'tokens': (3,), None: (3, 4)}[kind]:
         form = {'NHWC': '(B, H, W, C)', 'tokens': '(B, N, C)'}.get(kind or '', '(B, C, H, W)')
-        return f'gives {shape}: attention needs a feature map of shape {form} there'
+        return f'returns {shape}, but attention needs a feature map of shape {form} there'
     if image is None:
-        return f'gives {shape}, and the input is no image to compare it with; say layout='
+        return f'returns {shape}, and the input is not an image to compare it with; pass layout='
     seen_batches = {shape[0]} if other is None else {shape[0], other[0][0]}
     if len(seen_batches) > 1 or (other is None and shape[0] != image[0]):
-        return f'gives {shape} for {image[0]} images: windows or parts of images are no map'
+        return f'returns {shape} for {image[0]} images: windows or parts of images are not a map'
     if other is not None and len(other[0]) != len(shape):
-        return f'gives {shape} at one size of the images, and {other[0]} at another'
+        return f'returns {shape} at one image size, and {other[0]} at another'
     return (
         _four(shape, image, other, grids) if len(shape) == 4 else _three(shape, image, other, asked[1], prefix, grids)
     )
@@ -203,20 +203,20 @@ def _four(
             return Layout('NHWC')
         if moved:
             return (
-                f'gives {shape} for images of {image[1:]} and {other[0]} for {other[1][1:]}, neither (B, C, H, W) nor '
-                f'(B, H, W, C): windows are no map'
+                f'returns {shape} for images of {image[1:]} and {other[0]} for {other[1][1:]}, neither (B, C, H, W) '
+                f'nor (B, H, W, C): windows are not a map'
             )
     sizes = {'NCHW': shape[2:], 'NHWC': shape[1:3]}
     if len(seen := [kind for kind, size in sizes.items() if size in grids]) == 1:
         return Layout(seen[0])
     if grids and not seen:
-        return f'gives {shape}, which is the size of no map in the network; say layout='
+        return f"returns {shape}, which fits no convolution's map in the network; pass layout="
     off = {kind: _off(size, image[1:]) for kind, size in sizes.items()}
     best = min(off, key=lambda kind: off[kind])
-    if off[best] > 2 * max(image[1:]):  # two pixels, as convolutions without padding lose them
-        return f'gives {shape}, which has the proportions of the images in no reading; say layout='
+    if off[best] > 2 * max(image[1:]):  # two pixels, which convolutions without padding may lose
+        return f"returns {shape}, which has the images' aspect ratio in no reading; pass layout="
     if off['NCHW'] == off['NHWC']:
-        return f"gives {shape}, which may be (B, C, H, W) or (B, H, W, C); say layout='NCHW' or layout='NHWC'"
+        return f"returns {shape}, which may be (B, C, H, W) or (B, H, W, C); pass layout='NCHW' or layout='NHWC'"
     return Layout(best)
 
 
@@ -236,16 +236,16 @@ def _three(
     if other is not None:
         if shape[2] != other[0][2] or shape[1] == other[0][1]:
             return (
-                f'gives {shape} for images of {image[1:]} and {other[0]} for {other[1][1:]}: these are no tokens '
+                f'returns {shape} for images of {image[1:]} and {other[0]} for {other[1][1:]}: these are not tokens '
                 f'(B, N, C) of a map'
             )
         again = _readings(other[0][1], other[1][1], other[1][2])
         found = {stride: reading for stride, reading in found.items() if reading[0] == again.get(stride, (-1,))[0]}
     layouts = {Layout('tokens', p, (h, w)) for p, h, w in found.values() if asked in (None, p)}
-    if other is None:  # one token alone is a class token
+    if other is None:  # a single token is a class token
         layouts = {layout for layout in layouts if layout.grid != (1, 1)}
-    # What decides between several: a grid that a convolution gave, what the network says of itself, a map and no more.
-    # At one size alone a reading that neither of the first two supports is a guess.
+    # Several are decided by a convolution's grid, then the network's own number of prefix tokens, then no prefix. With
+    # only one image size, a reading that neither of the first two supports is a guess.
     seen = {layout for layout in layouts if layout.grid in grids}
     told = {layout for layout in layouts if layout.prefix == prefix}
     bare = {layout for layout in layouts if layout.prefix == 0}
@@ -256,15 +256,15 @@ def _three(
     sure = next((choice for choice in choices if len(choice) == 1), None)
     if sure is None:
         return (
-            f'gives {shape}, which has {"more than one" if layouts else "no"} reading as tokens of a map of images of '
-            f"{image[1:]}; say how many stand in front of it, layout='tokens+1'"
+            f'returns {shape}, which has {"more than one" if layouts else "no"} reading as tokens of a map of images '
+            f"of {image[1:]}; pass the number of prefix tokens, as in layout='tokens+1'"
         )
     return sure.pop()
 
 
 @lru_cache(maxsize=4096)
 def _readings(number: int, height: int, width: int) -> dict[tuple[int, bool], tuple[int, int, int]]:
-    """(P, H, W) of every map that a stride, rounded down or up, gives, with few tokens more than it has."""
+    """(P, H, W) for every stride, rounded down or up, whose map has at most ``MOST_PREFIX`` fewer positions."""
     found = {}
     for stride in range(1, max(height, width) + 1):
         for up in (False, True):

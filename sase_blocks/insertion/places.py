@@ -1,4 +1,4 @@
-"""From ``where=`` and ``stages=`` to the modules of a network that get an attention, each once."""
+"""Find the modules of a network that get attention, from ``where=`` and ``stages=``, each once."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ class Place:
     name: str  # of the holder, as in named_modules()
     holder: nn.Module
     how: str
-    probe: nn.Module  # what it gives has the attention's shape
-    channels: int | None  # as far as can be told without a forward
+    probe: nn.Module  # its output has the attention's shape
+    channels: int | None  # if known without a forward
     slot: str = ''
 
     @property
     def path(self) -> str:
-        """The name of the attention itself."""
+        """The attention's own name."""
         child = self.slot if self.how == SLOT else CHILD
         return f'{self.name}.{child}' if self.name else child
 
 
 def find_places(model: nn.Module, where: Where, stages: Any, survey: Survey) -> tuple[list[Place], bool, list[str]]:
-    """The places that are meant, in the order of the network, at least one; whether our rule found them; what it left.
+    """The chosen places in network order (at least one), whether our rule found them, and the blocks that it left out.
 
     Raises:
-        TypeError: ``where`` is no pattern, function or None.
-        ValueError: an unknown network without ``where``, a pattern that matches nothing or modules inside one another,
-            stages that do not exist or are not known, a module that cannot hold an attention.
+        TypeError: ``where`` is not a pattern, function or None.
+        ValueError: an unknown network without ``where``, a pattern that matches nothing or nested modules, missing or
+            unknown stages, or a module that cannot hold attention.
     """
     blocks = {name: (block, family, stage) for name, block, family, stage in numbered_blocks(model)}
     by_rule = False
@@ -74,14 +74,14 @@ def find_places(model: nn.Module, where: Where, stages: Any, survey: Survey) -> 
 
 
 def _no_place(model: nn.Module, survey: Survey) -> str:
-    """Why ``where=None`` finds nothing, and what to write instead."""
+    """Why ``where=None`` finds nothing, and what to pass instead."""
     start = f'no block of this {type(model).__name__} is in the table of known ones, '
-    name_them = "name the modules that attention is to follow, where='layer*.norm' or where=lambda name, module: ..."
+    name_them = "name the modules that attention should follow, where='layer*.norm' or where=lambda name, module: ..."
     if survey.trace is None:
-        return f'{start}and none could be found from a forward: {survey.why}; or {name_them}'
+        return f'{start}and a forward could not find any: {survey.why}; or {name_them}'
     maps = known_maps(model, survey)
     if not maps:
-        return f'{start}and no module in it gives a feature map, (B, C, H, W), (B, H, W, C) or tokens (B, N, C) of one'
+        return f'{start}and no module in it returns a feature map, (B, C, H, W), (B, H, W, C) or its tokens (B, N, C)'
     listed = '; '.join(f'{what} by where={where}' for what, where in maps[:4])
     return f'{start}and none is repeated: {name_them}; there are {listed}'
 
@@ -89,14 +89,14 @@ def _no_place(model: nn.Module, survey: Survey) -> str:
 def _matches(model: nn.Module, where: Where) -> list[tuple[str, nn.Module]]:
     if not isinstance(where, str) and not callable(where):
         raise TypeError(
-            f'where must be a pattern over module names, a function (name, module) -> bool or None: {where!r}'
+            f'where must be a pattern over module names, a function (name, module) -> bool or None, got {where!r}'
         )
     modules = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if not _inside_inserted(model, n)]
     names = [name for name, _ in modules if name]
     if not isinstance(where, str):
         found = [(name, module) for name, module in modules if where(name, module)]
         if not found:
-            raise ValueError(f'where={where!r} is true for none of the modules; there are {_some(names)}')
+            raise ValueError(f'where={where!r} is true for no module; there are {_some(names)}')
         return found
     found = [(name, module) for name, module in modules if name and fnmatchcase(name, where)]
     if not found:
@@ -107,14 +107,14 @@ def _matches(model: nn.Module, where: Where) -> list[tuple[str, nn.Module]]:
             f'where={where!r} matches no module; '
             + (f'near are {_some(near)}' if near else f'there are {_some(names)}')
         )
-    # 'layer3.*' means the blocks of layer3; that a * also matches dots is no reason to go inside them.
+    # 'layer3.*' means the blocks of layer3, not their insides, although a * also matches dots.
     outer = [name for name, module in found if (family := family_of(module)) and family.site(module)]
     found = [(name, module) for name, module in found if not any(name.startswith(f'{o}.') for o in outer)]
     for name, _ in found:
         inner = [other for other, _ in found if other.startswith(f'{name}.')]
         if inner:
             raise ValueError(
-                f'where={where!r} matches {name!r} and modules inside it ({_some(inner, 3)}): match one level, or give '
+                f'where={where!r} matches {name!r} and modules inside it ({_some(inner, 3)}): match one level, or pass '
                 f'a function (name, module) -> bool'
             )
     return found
@@ -139,24 +139,24 @@ def _of_stages(
     known = {name: stage for name, (_, _, stage) in blocks.items() if stage is not None}
     if not known:
         raise ValueError(
-            f'the stages of this {type(model).__name__} are not known: choose its modules with where= alone'
+            f'the stages of this {type(model).__name__} are not known: choose its modules with where= only'
         )
     chosen = check_stages(stages, max(known.values()), 'stages')
     kept = []
     for name, module in named:
         stage = next((known[a] for a in _ancestors(name) if a in known), None)
         if stage is None:
-            raise ValueError(f'{name!r} stands in no stage that is known: leave stages= out, or match it no more')
+            raise ValueError(f'{name!r} is in no known stage: leave out stages=, or do not match it')
         if stage in chosen:
             kept.append((name, module))
     if not kept:
-        what = 'residual branch stands' if where is None else f'module that where={where!r} matches stands'
-        raise ValueError(f'no {what} in stages={stages!r} of this {type(model).__name__}')
+        what = 'residual branch' if where is None else f'module that where={where!r} matches'
+        raise ValueError(f'no {what} is in stages={stages!r} of this {type(model).__name__}')
     return kept
 
 
 def _ancestors(name: str) -> Iterator[str]:
-    """The name itself and those of the modules around it, from the inside."""
+    """The name itself and those of the modules around it, from the inside out."""
     while name:
         yield name
         name = name.rpartition('.')[0]
@@ -175,7 +175,7 @@ def _place(model: nn.Module, name: str, module: nn.Module) -> Place:
         return _behind(name, module, module, _channels_in_front(model, name, module))
     try:
         channels = family.channels(module)
-    except AttributeError:  # a layer that somebody has exchanged: a forward tells
+    except AttributeError:  # someone replaced the layer, so a forward must find them
         channels = None
     at, how = site
     path = f'{name}.{at}' if name and at else name or at
@@ -187,13 +187,13 @@ def _place(model: nn.Module, name: str, module: nn.Module) -> Place:
     inside = getattr(module, at)
     if inside is None or INSERTED in inside.__dict__:
         return Place(name, module, SLOT, module, channels, slot=at)
-    # A slot with another attention, as in an SE-ResNet: ours follows it.
+    # If the slot has another attention, as in an SE-ResNet, ours follows it.
     return _behind(path, inside, module, channels)
 
 
 def _behind(name: str, holder: nn.Module, probe: nn.Module, channels: int | None) -> Place:
     if is_plain_sequential(holder) and hasattr(holder, 'fuse') and len(holder._modules) > 0:
-        # timm's ConvNorm, whose fuse() takes its two children: what is behind the last one is behind all of it.
+        # The fuse() of timm's ConvNorm needs exactly two children, so put it after the last one.
         last = list(holder._modules)[-1]
         return _behind(f'{name}.{last}', holder.get_submodule(last), holder.get_submodule(last), channels)
     how = APPEND if is_plain_sequential(holder) else AFTER
@@ -203,16 +203,16 @@ def _behind(name: str, holder: nn.Module, probe: nn.Module, channels: int | None
 def _checked(place: Place) -> Place:
     if inserted_in(place.holder) is None:
         taken = place.how == APPEND and hasattr(place.holder, CHILD)
-        reason = f'it has an attribute {CHILD!r} of its own' if taken else None
+        reason = f'it already has an attribute {CHILD!r}' if taken else None
         reason = why_not(place.holder) if place.how not in (APPEND, SLOT) else reason
         if reason:
             kind = type(place.holder).__name__
-            raise ValueError(f'{place.name!r} ({kind}) cannot hold an attention: {reason}')
+            raise ValueError(f'{place.name!r} ({kind}) cannot hold attention: {reason}')
     return place
 
 
 def _channels_in_front(model: nn.Module, name: str, module: nn.Module) -> int | None:
-    """The channels that a module gives, from itself or from what runs before it in a Sequential; None if unknown."""
+    """A module's output channels, from itself or from those before it in a Sequential; None if unknown."""
     parent_name, _, child = name.rpartition('.')
     parent = model.get_submodule(parent_name)
     in_front: list[Any] = [module]
@@ -235,7 +235,7 @@ def _channels_of(modules: list[nn.Module]) -> int | None:
             found = next((n for n in (getattr(module, a, None) for a in names) if isinstance(n, int)), None)
         if found is not None:
             return found
-        # Only what surely keeps the channels is looked through.
+        # Looks only through modules that certainly keep the channels.
         keeps = type(module).__module__.rpartition('.')[2] in ('activation', 'dropout', 'pooling', 'drop')
         if not keeps and not isinstance(module, nn.Identity):
             return None

@@ -1,13 +1,13 @@
-"""Where attention goes in a network that the table of families does not know: behind each of its repeated blocks.
+"""Where attention goes in a network that the table of families does not know: after each of its repeated blocks.
 
-Not in the papers. A block is a module with two or more weight matrices or kernels in it that gives a map.
-Blocks of one class whose parents have the same name but for numbers, ``stages.0.blocks.3`` and ``stages.1.blocks.0``,
-are a group, and where more than half of a group keep the shape of their input, as residual blocks do and stages do not,
-the group is repeated. Of groups inside one another the outermost counts. Where blocks that change the shape have one
-part each that keeps it, such as a squeeze-and-excitation, the blocks count and not the parts. Blocks of another class
-in the same rows join them, such as the wide blocks of an Inception. A network without such a group gives its groups
-that change the shape; or, if these have fewer layers than its plain rows of convolutions, as in a VGG, the end of each
-convolution there, behind its norm and activation.
+Not in the papers. A block is a module that returns a map and contains two or more weight matrices or kernels. Blocks of
+one class form a group if their parents' names differ only in numbers (``stages.0.blocks.3``, ``stages.1.blocks.0``). A
+group is repeated if more than half of its blocks keep the shape of their input, as residual blocks do and stages do
+not. Of nested groups the outermost counts. If blocks that change the shape each have one part that keeps it, such as a
+squeeze-and-excitation, the blocks count instead of the parts. Blocks of another class in the same rows join them, such
+as the wide blocks of an Inception. If no group keeps the shape, those that change it count. If these have fewer layers
+than the plain rows of convolutions, as in a VGG, attention follows each convolution there, after its norm and
+activation.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ class _Candidate(NamedTuple):
     name: str
     module: nn.Module
     of: Map
-    keeps: bool  # the shape of its input
-    several: bool  # maps, of which the first gets the attention
-    layers: int  # modules in it with a weight matrix or a kernel of their own
+    keeps: bool  # keeps the shape of its input
+    several: bool  # returns several maps, of which the first gets the attention
+    layers: int  # number of modules in it with their own weight matrix or kernel
 
 
 _Group = list[_Candidate]
 
 
 def repeated_blocks(model: nn.Module, survey: Survey) -> tuple[list[tuple[str, nn.Module]], list[str]]:
-    """The blocks by the rule, in the order of the network; none if there are none or no forward was run.
+    """The blocks by the rule in network order, none if there are none or no forward was run.
 
-    Second, the names of blocks whose map nothing reads: the last ones of transformers that go on with a class token.
+    Also the names of blocks whose map nothing reads: the last blocks of transformers whose head reads only a class
+    token.
     """
     if survey.trace is None:
         return [], []
@@ -48,16 +49,16 @@ def repeated_blocks(model: nn.Module, survey: Survey) -> tuple[list[tuple[str, n
     groups = list(_groups([c for c in blocks if not (is_plain_sequential(c.module) and c.name in parents)]).values())
     keeping = [group for group in groups if 2 * sum(c.keeps for c in group) > len(group) > 1]
     one_map = [group for group in keeping if not any(c.several for c in group)]
-    # A part of which each block has one, such as its squeeze-and-excitation, stands for the block.
+    # A part that each block has once, such as a squeeze-and-excitation, represents the block.
     changing = [group for group in groups if len(group) > 1 and group not in keeping]
-    whole = [outer for outer in changing if all(max(_inside(group, outer)) < 2 for group in one_map)]  # and no stages
+    whole = [outer for outer in changing if all(max(_inside(group, outer)) < 2 for group in one_map)]  # not stages
     one_map = [next((o for o in whole if sum(_inside(group, o)) == len(group)), group) for group in one_map]
     chosen: list[_Candidate] = []
     for wanted in (one_map, keeping, changing):
         if chosen := _outermost(wanted):
             break
     plain = _plain_layers([c for c in candidates if is_plain_sequential(model.get_submodule(_parent(c.name)))])
-    if not keeping and len(plain) > sum(c.layers for c in chosen):  # a VGG, maybe with something beside it
+    if not keeping and len(plain) > sum(c.layers for c in chosen):  # a VGG, maybe with other parts
         found = plain
     else:
         rows = {_row(c.name) for c in chosen}
@@ -71,7 +72,7 @@ def repeated_blocks(model: nn.Module, survey: Survey) -> tuple[list[tuple[str, n
 
 
 def known_maps(model: nn.Module, survey: Survey) -> list[tuple[str, str]]:
-    """What in a network gives maps, most repeated first, and what to give as ``where=`` to choose it."""
+    """The modules that return maps, most repeated first, with the ``where=`` that chooses them."""
     by_class: dict[type[nn.Module], _Group] = {}
     for c in _candidates(model, survey):
         if _can_hold(c.module):
@@ -87,7 +88,7 @@ def known_maps(model: nn.Module, survey: Survey) -> list[tuple[str, str]]:
 
 
 def _candidates(model: nn.Module, survey: Survey) -> Iterator[_Candidate]:
-    """Every module, but the network and what was inserted, that gives a map at each of its calls."""
+    """Every module, except the network and inserted ones, that returns a map in each of its calls."""
     trace = survey.trace
     if trace is None:
         return
@@ -98,7 +99,7 @@ def _candidates(model: nn.Module, survey: Survey) -> Iterator[_Candidate]:
         found = survey.map_of(module)
         if not isinstance(found, str):
             keeps = trace.inputs[id(module)] == trace.shapes[id(module)]
-            # Of the other tensors, those that look like the first: attention weights and the like do not.
+            # Only other tensors that look like the first, which excludes attention weights and the like.
             first = trace.of(module)[0]
             several = any(len(s) == len(first) and s[0] == first[0] for s in trace.others[id(module)])
             yield _Candidate(name, module, found, keeps, several, sum(1 for _ in _layers(module)))
@@ -127,7 +128,7 @@ def _parent(name: str) -> str:
 
 
 def _kind(module: nn.Module) -> Any:
-    """The class of a module; of a plain Sequential, which says nothing, those in it."""
+    """The class of a module, or for a plain Sequential, the classes in it."""
     if not is_plain_sequential(module):
         return type(module)
     at = inserted_in(module)
@@ -142,12 +143,12 @@ def _groups(candidates: _Group) -> dict[Any, _Group]:
 
 
 def _inside(group: _Group, outer: _Group) -> list[int]:
-    """How many members of a group stand in each of another."""
+    """How many members of one group are in each member of another."""
     return [sum(c.name.startswith(f'{o.name}.') for c in group) for o in outer]
 
 
 def _outermost(groups: list[_Group]) -> list[_Candidate]:
-    """The members of groups that stand in no other member, each once."""
+    """The members of groups that are in no other member, each once."""
     members = {c.name: c for group in groups for c in group}
     return [c for c in members.values() if not any(name in members for name in _around(c.name))]
 
@@ -163,7 +164,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _plain_layers(candidates: _Group) -> list[_Candidate]:
-    """Behind the convolutions in plain Sequentials, each with the norm and the activation that follow it."""
+    """The ends of convolutions in plain Sequentials, each with its norm and activation."""
     by_name = {c.name: c for c in candidates}
     rows: dict[str, list[str]] = {}
     for c in candidates:

@@ -1,4 +1,4 @@
-"""Convolutions of a network replaced by one of TrioNet's operators (after arXiv 2111.07547), in place. Ours."""
+"""Replace convolutions of a network by one of TrioNet's operators (after arXiv 2111.07547), in place. Our addition."""
 
 from __future__ import annotations
 
@@ -36,30 +36,29 @@ def replace_convolutions(
 ) -> list[str]:
     """Replace convolutions that keep their channels by local or axial self-attention, or by another convolution.
 
-    The new operators are untrained, the names of all other parameters stay; a norm behind the convolution goes on
-    following the operator. Device, dtype and train or eval mode are the convolution's. A convolution that stands at two
-    places is replaced at both, by one operator, also where ``where`` names one of them.
+    The new operators are untrained, and the names of all other parameters stay. A norm after the convolution then
+    follows the operator. Device, dtype and train or eval mode are the convolution's. One operator replaces a shared
+    convolution in all its places, even if ``where`` matches only one of them.
 
     Args:
         model: the network.
         operator: 'conv', 'local' or 'axial'.
         where: None for the 3 x 3 convolutions of the residual blocks of a known network; a pattern over module names,
             ``'layer4.*.conv2'``; or a function ``(name, module) -> bool``.
-        stages: only in these stages of a known network, counted from 1.
-        kernel_size: of the window or of the new convolution; see ``build_operator``.
-        heads: of the attentions.
-        input_size: of an image, for the forward that finds the feature sizes of axial attention: an int, (H, W) or
-            (C, H, W). Default: what a timm model says of itself.
-        optimizer: gives up the parameters of the convolutions, and gets those of the operators as ``insert`` gives it
-            new ones.
+        stages: only these stages of a known network, counted from 1.
+        kernel_size: size of the window or of the new convolution; see ``build_operator``.
+        heads: number of heads of the attentions.
+        input_size: image size for the forward that finds axial attention's feature sizes: an int, (H, W) or (C, H, W).
+            Default: a timm model's own.
+        optimizer: drops the parameters of the convolutions, and gets those of the operators as in ``insert``.
 
     Returns:
-        The names of what was replaced, a shared convolution's one after the other.
+        The names of the replaced convolutions, all names of a shared one in sequence.
 
     Raises:
-        TypeError, ValueError: a network that cannot be changed (see ``insert``), nothing that matches, a match that is
-            no plain convolution with as many channels out as in and stride 1 or 2, channels that the heads do not
-            divide, axial attention without an input size. The model is unchanged.
+        TypeError, ValueError: a network that cannot be changed (see ``insert``), no match, a match other than a plain
+            convolution with equal input and output channels and stride 1 or 2, channels that the heads do not divide,
+            or axial attention without an input size. The model is unchanged.
     """
     check_changeable(model, 'replace convolutions in', compiled_parts=True)
     check_choice('operator', operator, tuple(OPERATORS))
@@ -115,7 +114,7 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _give_up(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
-    """Take parameters out of the groups of an optimizer; a group that holds none any more stays, empty."""
+    """Remove parameters from an optimizer's groups. A group without any left stays, empty."""
     for group in optimizer.param_groups:
         kept = [index for index, p in enumerate(group['params']) if id(p) not in gone]
         for key in ('params', 'param_names'):
@@ -124,15 +123,15 @@ def _give_up(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
 
 
 def _nothing_found(model: nn.Module, where: Where, stages: Any) -> str:
-    """What was looked for, and what the network has instead."""
+    """The error if nothing matches: what was searched, and what the network has instead."""
     if where is not None:
         within = '' if stages is None else f' in the stages {stages!r}'
-        return f'no module that where={where!r} names{within} is in this {type(model).__name__}'
+        return f'where={where!r} matches no module{within} of this {type(model).__name__}'
     message = f'no residual block of this {type(model).__name__} has a 3 x 3 convolution that can be replaced'
     convs = {n: _why_not(m) for n, m in model.named_modules() if getattr(m, 'kernel_size', None) == (3, 3)}
     possible = [name for name, reason in convs.items() if reason is None]
     if possible:
-        return f'{message}, but {len(possible)} elsewhere can: choose them with where=, for instance {possible[-1]!r}'
+        return f'{message}, but {len(possible)} elsewhere can be: choose them with where=, such as {possible[-1]!r}'
     for name, reason in convs.items():
         message += f'; of {name}: {reason}'
         break
@@ -145,11 +144,11 @@ def _matching(model: nn.Module, where: Where, stages: Any) -> Iterator[tuple[str
     chosen = None
     if stages is not None:
         if not known:
-            raise ValueError(f'the stages of this {type(model).__name__} are not known: choose with where= alone')
+            raise ValueError(f'the stages of this {type(model).__name__} are not known: choose with where= only')
         chosen = check_stages(stages, max(known), 'stages')
     if where is not None and not isinstance(where, str) and not callable(where):
         raise TypeError(
-            f'where must be a pattern over module names, a function (name, module) -> bool or None: {where!r}'
+            f'where must be a pattern over module names, a function (name, module) -> bool or None, got {where!r}'
         )
     for name, module in model.named_modules(remove_duplicate=False):
         around = [stage for block, stage in blocks if name.startswith(f'{block}.')]
@@ -179,17 +178,17 @@ def _why_not(conv: nn.Module) -> str | None:
 
 
 def _feature_sizes(model: nn.Module, convs: dict[str, Any], input_size: Any) -> dict[str, tuple[int, int]]:
-    """The size of the map that each convolution reads, by one forward in eval mode."""
+    """The input map size of each convolution, from one forward in eval mode."""
     args, _ = example_of(model, input_size, None)
     if args is None:
-        raise ValueError("axial attention's tables need the size of the maps: give input_size=(C, H, W) of an image")
+        raise ValueError("axial attention's tables need the map sizes: pass the image's input_size=(C, H, W)")
     sizes: dict[str, tuple[int, int]] = {}
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             size = (inputs[0].shape[2], inputs[0].shape[3])
             if sizes.setdefault(name, size) != size:
-                raise ValueError(f'{name} runs on maps of {sizes[name]} and {size}, but axial attention has one size')
+                raise ValueError(f'{name} runs on maps of {sizes[name]} and {size}, but axial attention needs one size')
 
         return hook
 

@@ -1,4 +1,4 @@
-"""What an insertion did, as a value that prints as a table, and what a checkpoint would find."""
+"""The result of an insertion, which prints as a table, and how a checkpoint's keys match."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class InsertedPlace:
     feat_size: tuple[int, int] | None  # (H, W); None if no forward was run
     parameters: int
     macs: int | None  # multiply-accumulates of one forward of one image; None if no forward was run
-    layout: str = 'NCHW'  # or 'NHWC', 'tokens', 'tokens+1' (one in front of the map)
+    layout: str = 'NCHW'  # or 'NHWC', 'tokens', 'tokens+1' (one prefix token)
 
 
 @dataclass(frozen=True)
 class CheckpointKeys:
-    """How the keys of a checkpoint meet those of the network with its inserted attention."""
+    """How a checkpoint's keys match those of the network with inserted attention."""
 
     fits: list[str] = field(repr=False)
-    attention: list[str]  # missing, and of the inserted attention: what a plain checkpoint does not have
-    missing: list[str]  # missing otherwise
+    attention: list[str]  # missing keys of the inserted attention, which a plain checkpoint does not have
+    missing: list[str]  # other missing keys
     unexpected: list[str]
 
     def __str__(self) -> str:
@@ -48,21 +48,21 @@ class CheckpointKeys:
 
 @dataclass(frozen=True)
 class InsertReport:
-    """What ``insert`` did; printed, a table.
+    """The result of ``insert``. Prints as a table.
 
     Args:
         network: class of the model.
-        block, start: what was inserted, and how it starts.
-        places: one entry a new attention.
-        already: names of attention that an earlier call inserted there, which were left alone.
+        block, start: the inserted block, and how it starts.
+        places: one entry per new attention.
+        already: names of attention from an earlier call, which was left alone.
         keys: the new keys of the state dict.
-        model_keys: all keys of the state dict, the new ones among them.
+        model_keys: all keys of the state dict, including the new ones.
         model_parameters, model_macs: of the network before the insertion; MACs None if no forward was run.
-        parameters: the new parameters, for a parameter group of an optimiser.
-        note: why something is not known, or ''.
-        left_out: names of blocks that got none, for the forward does not run them, or nothing reads the map they give.
-        by_rule: whether the network is none that is known, and its places are those of the rule for repeated blocks,
-            which is ours and no paper's.
+        parameters: the new parameters, for an optimiser's parameter group.
+        note: why something is unknown, or ''.
+        left_out: names of blocks without attention, because the forward does not run them or nothing reads their map.
+        by_rule: whether the network is unknown and its places come from our rule for repeated blocks, which is in no
+            paper.
     """
 
     network: str
@@ -91,9 +91,9 @@ class InsertReport:
         return sum(counts) if len(counts) == len(self.places) else None
 
     def compare(self, checkpoint: str | Path | Mapping[str, Any]) -> CheckpointKeys:
-        """Which keys of a checkpoint (a file or a state dict) fit, are missing or are unexpected; nothing is loaded.
+        """The matching, missing and unexpected keys of a checkpoint (a file or a state dict). Loads nothing.
 
-        ``load_checkpoint(model, checkpoint)`` loads it: a file without any attention key is taken as a plain one.
+        ``load_checkpoint(model, checkpoint)`` loads it, and treats a file without attention keys as a plain one.
         """
         raw = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
         given = extract_state_dict(raw, self.model_keys).state
@@ -124,11 +124,11 @@ class InsertReport:
             rule = '-' * len(table[0])
             lines += [table[0], rule, *table[1:-2], rule, *table[-2:]]
         if self.by_rule:
-            lines.append("behind each repeated block: our rule for a network that is not known, no paper's place")
+            lines.append("after each repeated block: our rule for an unknown network, no paper's place")
         if self.left_out:
             more = f', ... ({len(self.left_out) - 3} more)' if len(self.left_out) > 3 else ''
             lines.append(
-                f'left out, for they do not run or nothing reads their map: {", ".join(self.left_out[:3])}{more}'
+                f'left out, because they do not run or nothing reads their map: {", ".join(self.left_out[:3])}{more}'
             )
         if self.already:
             lines.append(f'{len(self.already)} places had it already and were left alone')
@@ -138,7 +138,7 @@ class InsertReport:
 
 
 def _count(macs: int | None) -> str:
-    """A number with three digits or so and its unit."""
+    """A number with about three digits, and its unit."""
     if macs is None:
         return '-'
     for unit, size in (('G', 1e9), ('M', 1e6), ('k', 1e3)):

@@ -1,4 +1,4 @@
-"""The forwards that ``insert`` looks at: one at the image size, one at another, each when it is first needed."""
+"""The forwards that ``insert`` uses: one at the image size, one at another size, each run when first needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .layout import Image, Layout, find_layout, parse_layout
 
 
 class Map(NamedTuple):
-    """What a module gives."""
+    """The map that a module returns."""
 
     channels: int
     size: tuple[int, int]  # the largest, if it is run at several
@@ -23,13 +23,13 @@ class Map(NamedTuple):
 
 
 class Survey:
-    """What is known of the maps in a network.
+    """The maps in a network, as far as known.
 
     Args:
         model: the network.
-        args: the arguments of a forward; None if nothing is known.
-        forward: runs it, and gives the trace, or None and why there is none.
-        layout: what the caller said of the layout, see ``parse_layout``.
+        args: the arguments of a forward; None if unknown.
+        forward: runs it, and returns the trace, or None and the reason.
+        layout: the caller's ``layout=``, see ``parse_layout``.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Survey:
 
     @property
     def trace(self) -> Trace | None:
-        """Of the forward; None if there was none, and then ``why`` says why."""
+        """The forward's trace; None if there was none, with the reason in ``why``."""
         return self._first[0]
 
     @property
@@ -59,7 +59,7 @@ class Survey:
 
     @cached_property
     def other(self) -> tuple[Trace, Image] | None:
-        """The trace of a forward at another size, and that size; None if the network takes or makes one size only."""
+        """The trace of a forward at another size, and that size; None if the network accepts or uses only one size."""
         image = _image_of(self.args)
         if image is None or self.trace is None:
             return None
@@ -71,9 +71,9 @@ class Survey:
             args = tuple(_resized(arg, size) for arg in self.args)
             try:
                 trace = run(self.model, args, self.model.modules())
-            except Exception:  # whatever a network does with a size that it does not take
+            except Exception:  # networks fail in any way at an unsupported size
                 continue
-            if trace.shapes != self.trace.shapes:  # some networks resize what they get
+            if trace.shapes != self.trace.shapes:  # some networks resize their input
                 return trace, (image[0], *size)
         return None
 
@@ -83,7 +83,7 @@ class Survey:
 
     @cached_property
     def _grids(self) -> frozenset[tuple[int, int]]:
-        """Sizes of the maps of all convolutions, and of these halved, as tokens are merged."""
+        """Map sizes of all convolutions, and their halves, because tokens may be merged."""
         found: set[tuple[int, int]] = set()
         for module in self.model.modules():
             if self.trace is not None and isinstance(module, nn.Conv2d):
@@ -93,9 +93,9 @@ class Survey:
         return frozenset(found)
 
     def is_read(self, module: nn.Module, layout: Layout) -> bool:
-        """Whether the outputs of the network depend on the map of a module, and not on the tokens before it alone.
+        """Whether the network's outputs depend on a module's map, not only on its prefix tokens.
 
-        The last block of a transformer that goes on with the class token is the one that is not.
+        They do not for the last block of a transformer whose head reads only the class token.
         """
         if layout.prefix == 0:
             return True
@@ -120,20 +120,20 @@ class Survey:
             return list(_tensors(on_copied_buffers(self.model, self.args)))
 
     def map_of(self, module: nn.Module, channels: int | None = None) -> Map | str:
-        """The map that a module gives, or, as a text, why it gives none.
+        """The map that a module returns, or a text that says why it returns none.
 
         Args:
-            channels: what is known of it from the module itself, which then is one of (B, C, H, W).
+            channels: the channels, if the module itself tells them; it then returns (B, C, H, W).
         """
         if self.trace is None:
             return self.why
         shapes = self.trace.shapes.get(id(module), [])
         if not shapes:
-            return 'was not run by the forward of the network: attention there would do nothing'
+            return 'was not run by the forward of the network, so attention there would do nothing'
         found: dict[Layout, tuple[Shape, int]] = {}
         for call, shape in enumerate(shapes):
             if isinstance(shape, str):
-                return f'gives {shape}: attention needs a feature map of shape (B, C, H, W) there'
+                return f'returns {shape}, but attention needs a feature map of shape (B, C, H, W) there'
             layout = self._layout(module, call, shape, channels)
             if isinstance(layout, str):
                 return layout
@@ -147,7 +147,7 @@ class Survey:
             return f'runs more than once, as {" and ".join(sorted(map(str, found)))}: no single attention fits'
         layout, (shape, _) = max(found.items(), key=lambda item: item[1])
         if layout.kind == 'tokens' and self.asked[0] is None and self._unrolls:
-            return f'gives {shape}, tokens in the order of their windows (Hiera): these are no map'
+            return f'returns {shape}, tokens in window order (Hiera), which are not a map'
         return Map(layout.channels(shape), layout.size(shape), layout)
 
     def _layout(self, module: nn.Module, call: int, shape: Shape, channels: int | None) -> Layout | str:
@@ -183,7 +183,7 @@ def _image_of(args: tuple[Any, ...]) -> Image | None:
 
 
 def _resized(arg: Any, size: tuple[int, int]) -> Any:
-    """Images of another size, others as they are."""
+    """Resize images, and return other arguments unchanged."""
     if isinstance(arg, Tensor) and arg.ndim == 4:
         return nn.functional.interpolate(arg, size)
     if isinstance(arg, list) and arg and all(isinstance(image, Tensor) and image.ndim == 3 for image in arg):
