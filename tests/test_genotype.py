@@ -3,13 +3,15 @@
 import copy
 import dataclasses
 import itertools
+import json
 import pickle
 
 import pytest
 import torch
 
-from sase_blocks import SASE, AttentionBlock, Genotype, create_block, list_blocks
-from sase_blocks.blocks.genotype import SASE_GENOTYPE
+from sase_blocks import SASE, AttentionBlock, Genotype, create_block, insert, list_blocks
+from sase_blocks.blocks import SASE_GENOTYPE, block_graph, resolve_block, split_stages
+from sase_blocks.models.slots import block_builder
 from sase_blocks.ops import EXTENDED_SETS, SETS
 
 SAMPLE = [Genotype.random(seed) for seed in range(200)]
@@ -87,6 +89,44 @@ def test_wrong_arguments():
         AttentionBlock(8, 3)
     with pytest.raises(TypeError):
         Genotype('avg')
+
+
+OTHER = 'avg,conv3,affine,avg,avg,conv7x7'
+STAGES = [
+    (GOOD, [GOOD]),
+    (f'{GOOD}; {OTHER};{GOOD} ', [GOOD, OTHER, GOOD]),
+    (f'{Genotype.parse(GOOD).to_json()};{", ".join(Genotype.parse(OTHER).to_paper())}', [GOOD, OTHER]),
+]
+
+
+@pytest.mark.parametrize(('text', 'expected'), STAGES)
+def test_a_genotype_for_each_stage(text, expected, tmp_path):
+    """In a text, and in a file of a search."""
+    file = tmp_path / 'genotype.json'
+    file.write_text(json.dumps({'genotypes': expected}))
+    for given in (text, str(file)):
+        assert [str(one) for one in Genotype.parse_stages(given)] == split_stages(str(file)) == expected
+        builders = block_builder(given)
+        builders = builders if isinstance(builders, tuple) else (builders,)
+        assert [str(build(8, feat_size=4).genotype) for build in builders] == expected
+
+
+@pytest.mark.parametrize(
+    'take',
+    [
+        Genotype.parse,
+        resolve_block,
+        block_graph,
+        lambda text: create_block(text, 8),
+        lambda text: AttentionBlock(8, text),
+        lambda text: insert(torch.nn.Sequential(), text, input_size=8),
+        lambda text: block_builder(['se', text]),
+    ],
+    ids=['parse', 'resolve_block', 'block_graph', 'create_block', 'AttentionBlock', 'insert', 'block_builder'],
+)
+def test_one_genotype_is_expected(take):
+    with pytest.raises(ValueError, match=r'3 genotypes, one for each stage|one genotype, got 3, one'):
+        take('; '.join([GOOD] * 3))
 
 
 CREATE_WRONG = [

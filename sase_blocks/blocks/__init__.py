@@ -5,7 +5,7 @@ from .base import AttentionModule
 from .compiling import compile_blocks
 from .compose import ChannelAttention, ParallelAttention, SequentialAttention, SpatialAttention
 from .gather_excite import GatherExcite
-from .genotype import SASE_GENOTYPE, Genotype
+from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Edge, Graph
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
 from .named import BLOCKS, block_graph, create_block, list_blocks, resolve_block
@@ -42,4 +42,5 @@ __all__ = [
     'keep_channels',
     'list_blocks',
     'resolve_block',
+    'split_stages',
 ]

@@ -13,6 +13,13 @@ from sase_blocks.ops import EXTENDED_SETS, SETS, primitive_name
 from sase_blocks.reading import parse_json, quoted, read_text
 
 
+def split_stages(text: str) -> list[str]:
+    """The blocks in a text: one, or one for each stage with semicolons between them, or those in a .json file."""
+    if text.endswith('.json'):
+        return [str(genotype) for genotype in Genotype.read(text)]
+    return [part.strip() for part in text.split(';')]
+
+
 @dataclass(frozen=True)
 class Genotype:
     """Six named operations, one per edge of the block, in the paper's edge order.
@@ -84,11 +91,19 @@ class Genotype:
         """From the text form (six comma-separated names or paper keys) or from JSON.
 
         Raises:
-            ValueError: not six names, an unknown name, or JSON that is not an object of the six edges.
+            ValueError: not six names, an unknown name, JSON that is not an object of the six edges, or genotypes for
+                several stages.
         """
         if text.lstrip().startswith(('{', '[')):
             return cls.from_json(text)
+        if ';' in text:
+            raise ValueError(f'expected one genotype, got {text.count(";") + 1}, one for each stage: {quoted(text)}')
         return cls.of([name.strip() for name in text.split(',')])
+
+    @classmethod
+    def parse_stages(cls, text: str) -> list[Genotype]:
+        """The genotypes in a text, see ``split_stages``. Raises ValueError as ``parse`` and ``read`` do."""
+        return [cls.parse(part) for part in split_stages(text)]
 
     def to_json(self) -> str:
         """A JSON object, one key per edge."""

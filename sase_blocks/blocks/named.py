@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from sase_blocks.reading import quoted
+from sase_blocks.reading import quoted, shorten
 
 from .attention import SASE, AttentionBlock
 from .base import AttentionModule
 from .compose import ChannelAttention, ParallelAttention, SequentialAttention, SpatialAttention
 from .gather_excite import GatherExcite
-from .genotype import SASE_GENOTYPE, Genotype
+from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Graph, chain
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
 from .simam import SimAM
@@ -181,15 +181,14 @@ def resolve_block(block: str | Genotype) -> Callable[..., nn.Module]:
     """The builder that ``create_block`` would use, as a callable of channels. Raises the same errors."""
     if isinstance(block, str) and block in BLOCKS:
         return BLOCKS[block]
-    if isinstance(block, str) and block.endswith('.json'):
-        found = Genotype.read(block)
-        if len(found) > 1:
-            raise ValueError(
-                f'{block} holds {len(found)} genotypes, one for each stage; genotype= of our models takes all of them, '
-                f'but here pass one: {"; ".join(map(str, found))}'
-            )
-        block = found[0]
     if isinstance(block, str):
+        stages = split_stages(block)
+        if len(stages) > 1:
+            raise ValueError(
+                f'{shorten(block)} holds {len(stages)} genotypes, one for each stage; genotype= of our models takes '
+                f'all of them, but here pass one: {shorten("; ".join(stages), 500)}'
+            )
+        block = stages[0]
         if ',' not in block and not block.lstrip().startswith(('{', '[')):
             near = difflib.get_close_matches(block, BLOCKS, n=1, cutoff=0.4)
             hint = f" Did you mean '{near[0]}'?" if near else ''

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sase_blocks.blocks import Genotype, resolve_block
+from sase_blocks.blocks import Genotype, resolve_block, split_stages
 from sase_blocks.checks import check_feat_size
 from sase_blocks.reading import quoted
 
@@ -29,12 +29,8 @@ def block_builder(genotype: Genotypes) -> BlockBuilder | tuple[BlockBuilder, ...
     """
     if genotype is None or genotype == 'none':
         return None
-    if isinstance(genotype, str) and genotype.endswith('.json'):
-        genotype = Genotype.read(genotype)
-    elif isinstance(genotype, str) and ';' in genotype:
-        genotype = [text.strip() for text in genotype.split(';')]
     if isinstance(genotype, (str, Genotype)):
-        return resolve_block(genotype)
+        genotype = split_stages(str(genotype))
     if not isinstance(genotype, Sequence) or not genotype:
         raise TypeError(f'genotype must be a block name, a genotype or a sequence of them, got {quoted(genotype)}')
     builders = tuple(resolve_block(one) for one in genotype)

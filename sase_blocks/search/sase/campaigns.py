@@ -104,7 +104,7 @@ def campaign(
         genotype, verdict = agreement['genotype'], agreement['verdict']
         if is_main():
             write_text(out / 'agreement.json', json.dumps(agreement, indent=2) + '\n')
-            chosen = {'genotype': genotype, 'genotypes': genotype.split('; '), 'verdict': verdict}
+            chosen = {'genotype': genotype, 'genotypes': agreement['genotypes'], 'verdict': verdict}
             write_result({**_common(searches), **chosen}, out)
             say(format_agreement(agreement))
     evaluation = None

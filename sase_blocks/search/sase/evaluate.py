@@ -230,7 +230,7 @@ def _candidates(
         )
     if 'genotype' in budget.model_args:
         raise ValueError('the genotype is what an evaluation varies: leave it out of model_args')
-    found = '; '.join(str(Genotype.parse(text)) for text in found.split(';'))
+    found = '; '.join(map(str, Genotype.parse_stages(found)))
     listed = [{'name': 'found', 'kind': 'found', 'genotype': found}]
     for entry in baselines:
         label, equals, genotype = entry.partition('=')
@@ -254,7 +254,7 @@ def _candidates(
 
 
 def _is_in(text: str, space: SearchSpace, sets: int) -> bool:
-    parts = [Genotype.parse(part).to_dict() for part in text.split(';')]
+    parts = [genotype.to_dict() for genotype in Genotype.parse_stages(text)]
     return len(parts) == sets and all(part[edge] in names for part in parts for edge, names in space)
 
 
