@@ -325,7 +325,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     'own layer': (lambda: nn.Sequential(Standardised(3, 3, 1), nn.BatchNorm2d(3)), 'not the result of one'),
     'own norm': (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), OwnNorm(3)), 'OwnNorm is not a plain batch norm'),
     'grouped': (lambda: nn.Sequential(nn.ConvTranspose2d(3, 3, 1, groups=3), nn.BatchNorm2d(3)), 'with groups'),
-    'other axis': (lambda: nn.Sequential(nn.Linear(8, 5), nn.BatchNorm2d(3)), '0 gives 5 values'),
+    'other axis': (lambda: nn.Sequential(nn.Linear(8, 5), nn.BatchNorm2d(3)), '0 returns 5 values'),
     'first': (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)), 'not the result of one'),
     'behind ReLU': (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)), 'not the result of one'),
 }
@@ -378,7 +378,7 @@ def test_an_inserted_attention_is_still_one():
 
 def test_alpha_is_folded():
     """At 0 the attention goes away and at 1 the wrapper, in each way of holding one; between them alpha stays."""
-    for alpha, what in ((0.0, 'alpha was 0, the attention is gone'), (0.7, None), (1.0, 'the block stands alone')):
+    for alpha, what in ((0.0, 'alpha was 0, block removed'), (0.7, None), (1.0, 'alpha was 1, now dropped')):
         for where in (None, 'layer1', 'layer2.0.conv1'):  # a slot, a Sequential, a hook
             model = network(None)
             places = [place.name for place in insert(model, 'cbam', where).places]

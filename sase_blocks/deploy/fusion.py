@@ -1,8 +1,8 @@
-"""Batch norms of a trained network, folded into the layers before them, and identity starts that start no more.
+"""Fold a trained network's batch norms into the layers before them, and remove finished identity starts.
 
-``fuse`` goes by the FX graph of the network. Where that cannot be drawn (control flow that depends on data), it takes
-the graph of each child instead, and so on down; only plain Sequentials are then left alone, into which a parent may
-reach. What is folded stood in one graph with all that reads it.
+``fuse`` uses the network's FX graph. If FX cannot trace it (data-dependent control flow), ``fuse`` traces each child
+instead, and so on down. It then skips only plain Sequentials, because a parent may run a part of them. A norm is folded
+only if one graph contains it and all readers of its input.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sase_blocks.ops import BatchNorm2d, Conv2d, Linear
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WITH_ACTIVATION = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
-# By their exact class: a subclass may do with its weight, or with its result, what nobody here knows.
+# By exact class, because a subclass may use its weight or its result in other ways.
 LAYERS: set[type[nn.Module]] = {
     nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear, Conv2dSame, TimmLinear, Conv2d, Linear,
 }  # fmt: skip
@@ -41,13 +41,13 @@ ANY_NORM = (_BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What ``fuse`` did; printed, a short table.
+    """The result of ``fuse``. Prints as a short table.
 
     Args:
         network: class of the model.
-        folded: name of each batch norm that is gone, and of the layer or block that took it in.
-        left: name of each batch norm that stays, and why.
-        alphas: name of each inserted attention whose alpha is 0 or 1, and what became of it.
+        folded: name of each folded batch norm, and of its new layer or block.
+        left: name of each remaining batch norm, and the reason.
+        alphas: name of each inserted attention whose alpha is 0 or 1, and its outcome.
     """
 
     network: str
@@ -66,14 +66,14 @@ class FuseReport:
 
 
 def fuse(model: nn.Module) -> FuseReport:
-    """Fold batch norms for inference, in place: the outputs stay equal up to rounding, and a kernel each is saved.
+    """Fold batch norms for inference, in place. The outputs stay equal up to rounding, and each saves a kernel.
 
-    Folded are batch norms (torch's, timm's with an activation, which stays, frozen ones, ours) directly behind a
+    This folds batch norms (torch's, timm's with an activation, which stays, frozen ones, ours) directly after a
     convolution or a linear layer whose result nothing else reads, and the mixer of SASE's block
-    (``AttentionModule.reparameterize``). The sums are in float64; a linear layer's result is taken as (B, features).
-    An inserted block whose alpha is 1 stands alone from here on, and one whose alpha is 0 is taken out; any other alpha
-    stays, in the gate of the block. A folded layer has a bias, and the norm's parameters are gone: load checkpoints and
-    insert attention before; compile, quantise and export afterwards. A second call folds nothing.
+    (``AttentionModule.reparameterize``). The sums are in float64. A linear layer's result is assumed to be (B,
+    features). An inserted block with alpha = 1 loses its alpha, one with alpha = 0 is removed, and any other alpha
+    stays in the gate. A folded layer has a bias, and the norm's parameters are gone. So load checkpoints and insert
+    attention before, and compile, quantise and export afterwards. A second call folds nothing.
 
     Args:
         model: the network, in eval mode.
@@ -89,8 +89,8 @@ def fuse(model: nn.Module) -> FuseReport:
     busy = [name for name, module in {'': model, **norms}.items() if module.training]
     if busy:
         raise ValueError(
-            f'{busy[0] or type(model).__name__} is in train mode, where batch norm uses the statistics of its batch: '
-            f'call model.eval() first'
+            f'{busy[0] or type(model).__name__} is in train mode, where batch norm uses batch statistics: call '
+            f'model.eval() first'
         )
     check_inserted(model)
     alphas = _fold_alphas(model)
@@ -120,7 +120,7 @@ def fuse(model: nn.Module) -> FuseReport:
 
 
 def _fold_alphas(model: nn.Module) -> tuple[tuple[str, str], ...]:
-    """Take out the identity starts that give x or their block, except those with hooks, which may read anything."""
+    """Remove identity starts with alpha 0 or 1, except those with hooks, which may read anything."""
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, IdentityStart) and m is not model]
     done = []
     for name, start in found:
@@ -136,7 +136,7 @@ def _fold_alphas(model: nn.Module) -> tuple[tuple[str, str], ...]:
                     detach(parent)
                 else:
                     setattr(parent, child, nn.Identity().train(start.training))
-        done.append((name, f'alpha was {alpha:g}, the {"block stands alone" if alpha == 1 else "attention is gone"}'))
+        done.append((name, f'alpha was {alpha:g}, {"now dropped" if alpha == 1 else "block removed"}'))
     for module in model.modules():
         if all(mark.removed for mark in module.__dict__.get(RECORD, ())):
             module.__dict__.pop(RECORD, None)
@@ -144,7 +144,7 @@ def _fold_alphas(model: nn.Module) -> tuple[tuple[str, str], ...]:
 
 
 def _fold(layer: Any, norm: Any) -> None:
-    """Scale the weight of a layer by a norm's, and give it the bias that is left."""
+    """Scale a layer's weight by a norm's scale, and set its bias to the rest."""
     weight = layer.weight
     tensors = (weight, layer.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
     wide: list[Any] = [None if t is None else t.detach().double() for t in tensors]
@@ -155,7 +155,7 @@ def _fold(layer: Any, norm: Any) -> None:
 
 
 def _without_norm(norm: nn.Module) -> nn.Module:
-    """What stays where a norm was: its activation, or nothing, and an attention that was inserted behind it."""
+    """The replacement of a norm: its activation or an identity, with any attention inserted after the norm."""
     rest = getattr(norm, 'act', None) if isinstance(norm, WITH_ACTIVATION) else None
     rest = nn.Identity().train(norm.training) if rest is None else rest
     hand_on(norm, rest)
@@ -163,7 +163,7 @@ def _without_norm(norm: nn.Module) -> nn.Module:
 
 
 class _Tracer(fx.Tracer):
-    """Goes down to the layers and the norms, and keeps what else it did not go into."""
+    """Traces down to the layers and the norms, and records other modules that it kept whole."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,18 +178,18 @@ class _Tracer(fx.Tracer):
 
 
 class _Calls:
-    """The calls of layers and norms in the graphs of a network, and all that else is needed to judge them."""
+    """The calls of layers and norms in a network's graphs, and the other facts needed to fold them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.nodes: dict[nn.Module, list[fx.Node]] = {}
         self.module: dict[fx.Node, nn.Module] = {}
-        self.read: set[nn.Module] = set()  # modules whose parameters are read without a call of them
+        self.read: set[nn.Module] = set()  # modules whose parameters are read without a call
         self.paths: dict[nn.Module, list[str]] = {}  # a shared module has several
         for path, module in model.named_modules(remove_duplicate=False):
             self.paths.setdefault(module, []).append(path)
-        self.roots: dict[nn.Module, list[str]] = {}  # of what is called, the paths of the roots of those graphs
+        self.roots: dict[nn.Module, list[str]] = {}  # for each called module, the root paths of its graphs
         seen: set[nn.Module] = set()
-        loose: set[nn.Module] = set()  # Sequentials whose parent has no graph, and may run a part of them
+        loose: set[nn.Module] = set()  # Sequentials whose parent has no graph and may run a part of them
         todo = [model]
         while todo:
             root = todo.pop()
@@ -199,7 +199,7 @@ class _Calls:
             tracer = _Tracer()
             try:
                 graph = None if isinstance(root, ANY_NORM) or root in loose else tracer.trace(root)
-            except Exception:  # whatever the code raises that meets a proxy
+            except Exception:  # code may raise anything when it meets a proxy
                 graph = None
             if graph is None:
                 todo += root.children()
@@ -219,26 +219,26 @@ class _Calls:
             self.read.add(root.get_submodule(str(node.target).rpartition('.')[0]))
 
     def layer_of(self, norm: Any) -> tuple[nn.Module | None, str]:
-        """The layer that can take a norm in, or None and why."""
+        """The layer to fold a norm into, or None and the reason."""
         if not _is_plain(norm, NORMS):
             return None, f'{type(norm).__name__} is not a plain batch norm'
         if norm.running_mean is None or norm.running_var is None:
             return None, 'it keeps no running statistics'
         calls = self.nodes.get(norm, [])
         if not calls:
-            return None, 'it stands in no FX graph: the code around it cannot be traced, or is not run'
+            return None, 'it is in no FX graph: the code around it cannot be traced, or is not run'
         layers = {self._source(node) for node in calls}
         layer: Any = layers.pop()
         if layers or layer is None:
-            return None, 'what it reads is not the result of one convolution or linear layer'
+            return None, 'its input is not the result of one convolution or linear layer'
         path = self.paths[layer][0]
         if any(self._reader(node) not in calls for node in self.nodes[layer]):
             return None, f'the result of {path} has another reader'
         if {layer, norm} & self.read or not (self._inside(layer) and self._inside(norm)):
-            return None, f'it or {path} is used in another place, too'
+            return None, f'it or {path} is used in another place'
         width = layer.out_features if isinstance(layer, nn.Linear | Linear) else layer.out_channels
         if width != len(norm.running_mean):
-            return None, f'{path} gives {width} values, and it normalises {len(norm.running_mean)}'
+            return None, f'{path} returns {width} values, but it normalises {len(norm.running_mean)}'
         if isinstance(layer, TRANSPOSED) and layer.groups > 1:
             return None, f'{path} is a transposed convolution with groups'
         if not _is_plain(layer, LAYERS) or type(layer.weight) is not nn.Parameter:
@@ -246,12 +246,12 @@ class _Calls:
         return layer, ''
 
     def _inside(self, module: nn.Module) -> bool:
-        """Whether every path of a module is inside a graph in which its calls were seen."""
+        """Whether every path of a module is inside a graph that contains its calls."""
         roots = self.roots[module]
         return all(any(r in ('', path) or path.startswith(f'{r}.') for r in roots) for path in self.paths[module])
 
     def _source(self, call: fx.Node) -> nn.Module | None:
-        """The layer whose result a call of a norm reads."""
+        """The layer whose result a norm's call reads."""
         node = call.args[0] if len(call.args) == 1 and not call.kwargs else None
         while isinstance(node, fx.Node) and _passes_on(node):
             node = node.args[0]
@@ -259,7 +259,7 @@ class _Calls:
         return module if type(module) in LAYERS else None
 
     def _reader(self, node: fx.Node) -> fx.Node | None:
-        """What alone reads a result; None if there are several."""
+        """The only reader of a result; None if there are several."""
         while True:
             readers = [user for user in node.users if user.target is not check_features]
             if len(readers) != 1:
@@ -270,16 +270,16 @@ class _Calls:
 
 
 def _is_plain(module: nn.Module, classes: set[type[nn.Module]]) -> bool:
-    """Of one of these classes, and without hooks, which may change or read anything.
+    """Whether a module has one of these classes and no hooks, which may change or read anything.
 
-    An attention behind a norm is no hindrance: it goes on behind what takes the norm's place.
+    Attention after a norm is allowed, because it moves to the norm's replacement.
     """
     after = [hook for hook in module._forward_hooks.values() if hook is not run_after or classes is LAYERS]
     return type(module) in classes and not after and not module._forward_pre_hooks
 
 
 def _passes_on(node: fx.Node) -> bool:
-    """Whether a node gives its first argument on as it is, or with more axes behind the second."""
+    """Whether a node returns its first argument unchanged, or with more axes after the second."""
     if node.target is operator.getitem:
         index: Any = node.args[1]
         axes = isinstance(index, tuple) and index[:2] == (slice(None), slice(None))

@@ -72,8 +72,8 @@ def export_onnx(
         model: a network that takes one image batch (B, C, H, W); its mode is unchanged. ``fuse`` it first for a smaller
             file.
         file: where; its folder must exist.
-        input_size: of an image: an int, (H, W) or (C, H, W). Default: what the model says of itself.
-        dynamic: True: batch, height and width may change; 'batch': the batch alone; False: nothing (the batch is 1).
+        input_size: image size: an int, (H, W) or (C, H, W). Default: the model's own.
+        dynamic: True: batch, height and width may change; 'batch': only the batch; False: nothing (the batch is 1).
         opset_version: at least 18; default: the exporter's choice.
         check: run it in onnxruntime on the CPU, at the exported size and, if sizes may change, at another size and
             batch; outputs must be within 1e-4 of torch's.
@@ -98,17 +98,17 @@ def export_onnx(
         )
     if target.is_dir() or not target.parent.is_dir():
         what = 'is a folder' if target.is_dir() else 'is in a folder that does not exist'
-        raise FileNotFoundError(f'{target} {what}: give a file in an existing folder')
+        raise FileNotFoundError(f'{target} {what}: pass a file in an existing folder')
     weights = [*model.parameters(), *model.buffers()]
     if sum(t.numel() * t.element_size() for t in weights) > MAX_BYTES:
         raise ValueError('the network has more than 2 GB, too large for one ONNX file: use torch.onnx.export')
     if check and any(t.dtype in (torch.float16, torch.bfloat16) for t in weights):
-        raise ValueError(f'half precision cannot agree to {TOLERANCE:g}: export model.float(), or give check=False')
+        raise ValueError(f'half precision cannot agree to {TOLERANCE:g}: export model.float(), or pass check=False')
     _import_onnx(check)
 
     example, _ = example_of(model, input_size, None)
     if example is None:
-        raise ValueError(f'{type(model).__name__} does not say for which images it is: give input_size=(H, W)')
+        raise ValueError(f'the image size of {type(model).__name__} is unknown: pass input_size=(H, W)')
     image = example[0].repeat(2 if dynamic else 1, 1, 1, 1)
     check_inserted(model, image)
     with quietly(model), warnings.catch_warnings():
@@ -143,12 +143,12 @@ def _onnx_proto(model: nn.Module, image: Tensor, dynamic: bool | str, opset_vers
         outputs = pytree.tree_leaves(model(image))
     except Exception as error:
         raise ValueError(
-            f'the forward of {type(model).__name__} fails for an input of {tuple(image.shape)}: {_cause(error)}; give '
-            f'an input_size that it takes'
+            f'the forward of {type(model).__name__} fails for an input of {tuple(image.shape)}: {_cause(error)}; pass '
+            f'an input_size that it accepts'
         ) from error
     try:
-        # Captured here: given the network, torch 2.8 silently falls back to a trace of one branch. A captured one
-        # takes no names of axes, so _name_axes gives them.
+        # Captured here, because torch 2.8 would silently fall back to a trace of one branch. A captured network
+        # accepts no axis names, so _name_axes adds them.
         shapes = (dict.fromkeys(_axes(dynamic), torch.export.Dim.DYNAMIC),) if dynamic else None
         captured = torch.export.export(model, (image,), dynamic_shapes=shapes, strict=False)
         program: Any = torch.onnx.export(
@@ -228,7 +228,7 @@ def _checked(
         if not all(y.isfinite().all() for y in expected):
             raise RuntimeError(
                 f'torch itself gives non-finite values for standard normal noise of {shape}, so the outputs '
-                f'cannot be compared: load trained weights first, or give check=False; nothing was written'
+                f'cannot be compared: load trained weights first, or pass check=False; nothing was written'
             )
         try:
             actual = [torch.from_numpy(y) for y in session.run(None, {'input': x.cpu().numpy()})]
