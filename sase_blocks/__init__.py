@@ -1,4 +1,4 @@
-"""sase-blocks: squeeze and excitation primitives, attention blocks made of them, and how they get into a network.
+"""sase-blocks: squeeze and excitation primitives, attention blocks made of them, and tools to insert these.
 
 ``import sase_blocks`` registers the models: ``timm.create_model('resnet50_sase')``.
 """

@@ -36,18 +36,18 @@ def run(capsys, *argv):
         (['info', 'zzzzzzzzz'], "no model or block 'zzzzzzzzz' ("),
         (['info', 'avg,mlp,affine,avg,avg'], 'six choices'),
         (['info', 'avg,mlp,affine,avg,avg,conv3x4'], "did you mean 'conv3x3'"),
-        (['info', 'resnet50_sase', '--channels', '64'], "--channels is for a block, and 'resnet50_sase' is a model"),
+        (['info', 'resnet50_sase', '--channels', '64'], "--channels is for a block, but 'resnet50_sase' is a model"),
         (['draw', 'image 32; stem 16', '-o', 'x.png', '--no-sets'], '--no-sets is for a block'),
         (
             ['attend', 'cat.jpg', '-o', 'maps', '--start', 'paper'],
-            '--start is for the block that --insert BLOCK puts in',
+            '--start needs --insert BLOCK',
         ),
         (
             ['search', 'trionet', '--demo', '--max-macs', '40M'],
-            '--demo has its own settings, and takes --out and --seed alone: leave --max-macs out',
+            '--demo has its own settings, and accepts only --out and --seed: leave out --max-macs',
         ),
-        (['search', 'sase', '--demo', '--evaluate', '3'], 'leave --evaluate out'),
-        (['search', 'sase', '--demo', '--no-tensorboard'], 'leave --no-tensorboard out'),
+        (['search', 'sase', '--demo', '--evaluate', '3'], 'leave out --evaluate'),
+        (['search', 'sase', '--demo', '--no-tensorboard'], 'leave out --no-tensorboard'),
         (['info', 'sase', '--channels', '0'], 'channels to be an int of at least 1'),
         (['info', 'sase', '--img-size', '0'], '--img-size must be at least 1'),
         (['info', 'resnet18', '--genotype', 'sase'], 'resnet18 cannot be built with'),
@@ -61,7 +61,7 @@ def run(capsys, *argv):
         (['draw', 'nowhere.json', '-o', 'x.png'], 'the architecture file nowhere.json cannot be read'),
         (['draw', 'se', '-o', 'x.jpg'], "a picture must be .png, .svg or .pdf, got 'x.jpg'"),
         (['draw', 'se', '-o', 'nowhere/x.png'], 'nowhere'),
-        (['attend', 'cat.jpg', '-o', 'maps'], 'give --model NAME'),
+        (['attend', 'cat.jpg', '-o', 'maps'], 'pass --model NAME'),
         (['attend', 'cat.jpg', '-o', 'maps', '--model', 'resnet20_cifer'], 'did you mean resnet20_cifar'),
         (['attend', 'cat.jpg', '-o', 'maps', '--model', 'resnet20_cifar', '--img-size', '0'], 'at least 1, got 0'),
         (['attend', 'cat.jpg', '-o', 'maps', '--model', 'resnet20_cifar'], 'there is no image cat.jpg'),
@@ -180,7 +180,7 @@ def test_wrong_input_of_every_kind(capsys, bad_files):
         assert says in line, what
         assert len(line) < 800, what
         assert all(c.isprintable() or c == '\n' for c in err), what
-        assert 'this looks like a fault' not in line, what
+        assert 'this looks like a bug' not in line, what
         assert 'weights_only=False' not in line, what
         assert not {'was_run', 'maps', 'x.png'} & set(os.listdir()), what
         assert not list(Path('runs').rglob('*.pt')), what
@@ -199,9 +199,9 @@ def test_a_missing_library_is_told_first(capsys, tmp_path, monkeypatch, argv):
     [
         (RuntimeError('all 6 tasks failed;\n the first one: no'), 'all 6 tasks failed; the first one: no'),
         (RuntimeError('x' * 100_000), 'xxx'),
-        (EOFError(), 'EOFError: EOFError (this looks like a fault of sase-blocks: --traceback shows where'),
-        (KeyError('mean'), "KeyError: 'mean' (this looks like a fault of sase-blocks"),
-        (RecursionError('maximum'), 'RecursionError: maximum (this looks like a fault'),
+        (EOFError(), 'EOFError: EOFError (this looks like a bug in sase-blocks: --traceback shows where'),
+        (KeyError('mean'), "KeyError: 'mean' (this looks like a bug in sase-blocks"),
+        (RecursionError('maximum'), 'RecursionError: maximum (this looks like a bug'),
         (AssertionError(), 'AssertionError: AssertionError (this'),
         (AssertionError('Unknown AA policy xyz'), 'error: Unknown AA policy xyz\n'),
         (MemoryError(), 'there is not enough memory; lower --img-size (MemoryError)'),

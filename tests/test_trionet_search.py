@@ -342,7 +342,7 @@ def test_the_command(config, tmp_path, capsys):
     for change, says in (
         ([], 'holds a run already: --resume'),
         (['--resume', '--max-macs', '10'], 'max_macs is 1e-05 M, below the cheapest network'),
-        (['--resume', '--ray-gpus', '1'], '--ray-gpus goes with --ray ADDRESS'),
+        (['--resume', '--ray-gpus', '1'], '--ray-gpus needs --ray ADDRESS'),
         (['--resume', '--sharing', 'plain'], 'sharing was'),
     ):
         assert main([*options, *change]) == 2

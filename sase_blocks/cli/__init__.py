@@ -42,7 +42,7 @@ examples:
   sase-blocks train --data DIR --model resnet50_sase --epochs 100
   sase-blocks search sase --demo            find a block on real images, in two minutes
   sase-blocks search sase --data DIR        find one on yours
-  sase-blocks search trionet --data DIR --max-macs 300M   find a network for a budget
+  sase-blocks search trionet --data DIR --max-macs 300M   find a network within a budget
 """,
     'list': """
 examples:
@@ -157,7 +157,7 @@ def _explain(error: Exception, args: Mapping[str, Any]) -> str:
     if expected or (isinstance(error, AssertionError) and str(error)):
         return text
     return (
-        f'{type(error).__name__}: {text} (this looks like a fault of {PROG}: --traceback shows where, please report it)'
+        f'{type(error).__name__}: {text} (this looks like a bug in {PROG}: --traceback shows where, please report it)'
     )
 
 
@@ -264,7 +264,7 @@ def _list(filter: str) -> None:
             shown.append(f'{set_name.replace("_", " ")} (name, key in the paper)\n' + '\n'.join(lines))
     models = [name for name in timm.list_models() if wanted(name) and (filter or is_ours(name))]
     if models:
-        title = 'timm models' if filter else 'models (besides all others of timm)'
+        title = 'timm models' if filter else "models (in addition to timm's)"
         shown.append(f'{title}\n' + '\n'.join(f'  {name}' for name in models))
     if not shown:
         raise ValueError(f'no block, primitive or model has {quoted(filter)} in its name')
@@ -284,7 +284,7 @@ def _draw(name: str, out: str, sets: bool) -> None:
     check_picture(out)
     network = name.endswith('.json') or name.lstrip().startswith(('image ', 'stem ', 'heads '))
     if network and not sets:
-        raise ValueError('--no-sets is for a block, and this is a network; leave it out')
+        raise ValueError('--no-sets is for a block, but this is a network; leave it out')
     figure = draw_architecture(read_architecture(name)) if network else draw_block(name, sets=sets)
     say(f'written: {save_figure(figure, out)}')
 
@@ -309,7 +309,7 @@ def _train(model_args: Sequence[str], genotype: str | None, attn_stages: Sequenc
         say(
             f'finished: accuracy {result["acc1"]:.2f} % after epoch {result["epochs"]}, '
             f'best {result["best_acc1"]:.2f} % after epoch {result["best_epoch"]}; '
-            f'weights in {result["checkpoint"]} and best.pt beside it'
+            f'weights in {result["checkpoint"]} and in best.pt in the same folder'
         )
 
 

@@ -37,7 +37,7 @@ def attend(
     if img_size is not None and img_size < 1:
         raise ValueError(f'--img-size must be at least 1, got {img_size}')
     if start is not None and insert is None:
-        raise ValueError('--start is for the block that --insert BLOCK puts in; give it too, or neither')
+        raise ValueError('--start needs --insert BLOCK; pass both, or neither')
     if (missing := missing_matplotlib()) is not None:
         raise ImportError(missing)
     check_writable(Path(out), make=False)
@@ -51,7 +51,7 @@ def attend(
         if is_ours(model) and config['img_size']:  # per-position parameters were built for it
             args.setdefault('img_size', config['img_size'])
     if model is None:
-        raise ValueError('give --model NAME: only a checkpoint of `sase-blocks train` names its model')
+        raise ValueError('pass --model NAME: only a checkpoint of `sase-blocks train` names its model')
     network = build_model(model, **args).eval()
     if insert is not None:
         insert_block(network, insert, start=start or 'identity')

@@ -47,7 +47,7 @@ def show_info(
             f'(`sase-blocks list TEXT` searches)'
         )
     if channels is not None and not is_block:
-        raise ValueError(f'--channels is for a block, and {quoted(name)} is a model; leave it out')
+        raise ValueError(f'--channels is for a block, but {quoted(name)} is a model; leave it out')
     # The meta device computes only shapes.
     with torch.device('meta'):
         if is_block:

@@ -53,34 +53,34 @@ def add_model_options(parser: argparse.ArgumentParser, *, attention: bool = True
 
 
 def check_demo(config: type[Any], given: Mapping[str, Any]) -> None:
-    """Raise a ValueError for an option that ``--demo`` would ignore: it takes --out and --seed alone."""
+    """Raise a ValueError for an option that ``--demo`` would ignore. It accepts only --out and --seed."""
     defaults = {entry.name: entry.default for entry in fields(config)}
     for name, value in given.items():
         default = defaults.get(name)
         if name not in ('out', 'seed') and value != default and (value or default is True):
             option = ('no-' if default is True else '') + name.replace('_', '-')
-            raise ValueError(f'--demo has its own settings, and takes --out and --seed alone: leave --{option} out')
+            raise ValueError(f'--demo has its own settings, and accepts only --out and --seed: leave out --{option}')
 
 
 def add_ray_options(parser: argparse.ArgumentParser, what: str) -> None:
-    """What ``ray_of`` reads; ``what`` runs there."""
+    """Add the options that ``ray_of`` reads; ``what`` runs on Ray."""
     group = parser.add_argument_group('many machines')
     group.add_argument(
         '--ray',
         metavar='ADDRESS',
-        help=f"run {what} on a Ray cluster: 'auto' for the one of this machine, HOST:PORT, or 'local' for this machine",
+        help=f"run {what} on a Ray cluster: 'auto' for this machine's, HOST:PORT, or 'local' to start one here",
     )
-    group.add_argument('--ray-gpus', type=float, metavar='X', help='GPUs of each run (default: 1 where there are any)')
+    group.add_argument('--ray-gpus', type=float, metavar='X', help='GPUs per run (default: 1 if there are any)')
     group.add_argument(
-        '--ray-retries', type=int, default=3, metavar='N', help='further tries after a machine died (default: 3)'
+        '--ray-retries', type=int, default=3, metavar='N', help='retries after a machine fails (default: 3)'
     )
 
 
 def ray_of(address: str | None, gpus: float | None, retries: int, cpu: bool) -> Ray | None:
-    """The machines that the options name; None without them."""
+    """The Ray cluster of the options; None without them."""
     if address is None:
         if gpus is not None:
-            raise ValueError('--ray-gpus goes with --ray ADDRESS; give both, or neither')
+            raise ValueError('--ray-gpus needs --ray ADDRESS; pass both, or neither')
         return None
     return Ray(address, 0 if cpu and gpus is None else gpus, retries)
 

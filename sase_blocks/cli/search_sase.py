@@ -26,10 +26,10 @@ examples:
   sase-blocks search sase --data DIR --seeds 0,1,2,3 --null --evaluate 5 --ray auto
   torchrun --nproc-per-node 8 -m sase_blocks search sase --data DIR ...
 
-DIR holds train/CLASS/*.jpg; --evaluate reads val/CLASS/*.jpg (or validation/ or test/) as well, which nothing else
-does. The result is genotype.json in --out: timm.create_model('resnet50_sase', genotype='runs/search/genotype.json').
-Several seeds, null searches and evaluations are runs of their own: the same command run again does what is missing, and
---ray runs them at once on many GPUs and machines.
+DIR holds train/CLASS/*.jpg. Only --evaluate also reads val/CLASS/*.jpg (or validation/ or test/). The result is
+genotype.json in --out: timm.create_model('resnet50_sase', genotype='runs/search/genotype.json').
+Seeds, null searches and evaluations are separate runs. The same command runs only the missing ones, and --ray runs them
+in parallel on many GPUs and machines.
 """
 
 
@@ -51,7 +51,7 @@ def add_sase(
     trust.add_argument(
         '--evaluate', type=int, default=0, metavar='N', help='train the found block from scratch with N seeds'
     )
-    trust.add_argument('--evaluate-epochs', type=int, metavar='N', help='epochs of that (default: those of the search)')
+    trust.add_argument('--evaluate-epochs', type=int, metavar='N', help="its epochs (default: the search's)")
     trust.add_argument('--evaluate-lr', type=float, metavar='X', help='its learning rate (default: 0.1)')
     trust.add_argument(
         '--baselines',
@@ -97,13 +97,13 @@ def _search_sase(
         run_search_demo(settings['out'], seed=settings['seed'])
         return
     if data is None:
-        raise ValueError('--data DIR is missing: give a folder with train/CLASS/* in it, or use --demo')
+        raise ValueError('--data DIR is missing: pass a folder with train/CLASS/* in it, or use --demo')
     for name, value in (('evaluate', evaluate), ('random', random)):
         if value < 0:
             raise ValueError(f'--{name} must be at least 0, got {value}')
     for name, given in evaluation.items():
         if given is not None and not evaluate:
-            raise ValueError(f'--{name} is for the evaluation, which --evaluate N asks for; give it too, or neither')
+            raise ValueError(f'--{name} is for the evaluation and needs --evaluate N; pass both, or neither')
     numbers = None if seeds is None else _numbers(seeds)
     config = SearchConfig(data=data, model_args=model_arguments(model_args, None, None), **settings)
     budget = None

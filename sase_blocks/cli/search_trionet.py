@@ -1,4 +1,4 @@
-"""``sase-blocks search trionet``: find a network of convolutions and attentions for your own data and budget."""
+"""``sase-blocks search trionet``: find a network of convolutions and attention for your own data and budget."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ['add_trionet']
 EXAMPLES = """
 examples:
   sase-blocks search trionet --demo                                  a few minutes on handwritten digits
-  sase-blocks search trionet --data DIR --max-macs 300M              a network for a budget, weights included
+  sase-blocks search trionet --data DIR --max-macs 300M              a network within a budget, with weights
   sase-blocks search trionet --data DIR --space cifar --max-macs 40M --finetune 20
   sase-blocks search trionet --data DIR --max-ms 5 --resume          another budget, the same supernet
   sase-blocks search trionet --data DIR --space my_space.json --max-params 2M
@@ -35,7 +35,7 @@ def add_trionet(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the command's parser; ``command(name, run, help, epilog)`` makes one."""
     from sase_blocks.search.trionet.config import TrioConfig
 
-    sub = command('trionet', _search_trionet, 'search for a network of convolutions and attentions', EXAMPLES)
+    sub = command('trionet', _search_trionet, 'search for a network of convolutions and attention', EXAMPLES)
     add_settings(sub, TrioConfig, leave_out=('data',))
     sub.add_argument('--data', metavar='DIR', help='folder with train/CLASS/* in it, or the root of --dataset')
     sub.add_argument('--demo', action='store_true', help='a small search on handwritten digits, with its own settings')
@@ -54,7 +54,7 @@ def _search_trionet(
         run_trionet_demo(settings['out'], seed=settings['seed'])
         return
     if data is None:
-        raise ValueError('--data DIR is missing: give a folder with train/CLASS/* in it, or use --demo')
+        raise ValueError('--data DIR is missing: pass a folder with train/CLASS/* in it, or use --demo')
     config = TrioConfig(data=data, **settings)
     search(config, ray=ray_of(ray, ray_gpus, ray_retries, config.cpu))
     if is_main():

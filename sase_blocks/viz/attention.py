@@ -166,7 +166,7 @@ def plot_attention_maps(
     if unknown or not blocks:
         raise ValueError(f'blocks must name modules with a spatial gate, got {list(blocks)}; there are {list(maps)}')
     if titles is not None and len(titles) != len(images):
-        raise ValueError(f'titles must hold one text an image: got {len(titles)} for {len(images)} images')
+        raise ValueError(f'titles must hold one text per image, got {len(titles)} for {len(images)} images')
 
     pictures = [_as_picture(image) for image in images.detach().float().cpu()]
     height, width = images.shape[-2:]
@@ -246,9 +246,9 @@ def plot_attention(
             f'blocks must name attention blocks of the model, got {list(blocks)}; there are {list(captured)}'
         )
     if titles is not None and len(titles) != len(images):
-        raise ValueError(f'titles must hold one text an image: got {len(titles)} for {len(images)} images')
+        raise ValueError(f'titles must hold one text per image, got {len(titles)} for {len(images)} images')
     if pictures is not None and (pictures.ndim != 4 or len(pictures) != len(images)):
-        raise ValueError(f'pictures must be (B, C, H, W), one an image, got {tuple(pictures.shape)}, B = {len(images)}')
+        raise ValueError(f'pictures must be one (C, H, W) per image, got {tuple(pictures.shape)}, B = {len(images)}')
     if pictures is None:
         drawn = [_as_picture(image) for image in images.detach().float().cpu()]
     else:
