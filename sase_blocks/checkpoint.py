@@ -1,7 +1,7 @@
-"""Checkpoint files: written atomically, read without running anything that is in them.
+"""Checkpoint files: written atomically, read without running any code in them.
 
-A checkpoint is written under a temporary name beside its target and renamed onto it, so that a killed process or a
-full disk leaves the last good file as it was. Reading allows tensors and plain Python values only.
+A checkpoint is written under a temporary name next to its target and renamed onto it, so that a killed process or a
+full disk keeps the last good file. Reading allows only tensors and plain Python values.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .reading import one_line
 
 
 def save_checkpoint(state: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Write ``state`` to ``path`` so that the file is at every moment either the old one or the whole new one.
+    """Write ``state`` to ``path`` atomically: the file is always either the old one or the complete new one.
 
-    The temporary is ``path`` + '.tmp'. One that a killed process left behind is harmless; the next save of the same
-    path overwrites it. One process at a time may write a path.
+    The temporary file is ``path`` + '.tmp'. If a killed process leaves one, it is harmless, and the next save of the
+    same path overwrites it. Only one process at a time may write a path.
 
     Args:
-        state: tensors and plain Python values, since ``read_checkpoint`` accepts nothing else.
+        state: tensors and plain Python values, because ``read_checkpoint`` accepts nothing else.
         path: the file; its folder must exist.
 
     Raises:
-        OSError: the file could not be written (full disk, no permission). What stood at ``path`` is still there.
+        OSError: the file could not be written (full disk, no permission). The old file at ``path`` stays.
     """
     target = Path(path)
     temporary = target.with_name(target.name + '.tmp')
@@ -57,7 +57,7 @@ def save_checkpoint(state: Mapping[str, Any], path: str | os.PathLike[str]) -> P
 
 
 class _Writer:
-    """A file for torch.save whose first failed write is kept and raised afterwards.
+    """A file for torch.save that keeps its first failed write, to raise it afterwards.
 
     An exception inside torch's zip writer aborts the process, and given a path it hides the system's reason.
     """
@@ -79,7 +79,7 @@ class _Writer:
 
 
 def _fsync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut, where the system can (not on Windows, not on every network)."""
+    """Make a rename in ``folder`` survive a power cut, if the system can (not Windows, not every network)."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -93,41 +93,41 @@ def read_checkpoint(
 ) -> dict[str, Any]:
     """Read a file of ``save_checkpoint``, of ``torch.save`` or, if its name ends so, of safetensors.
 
-    Nothing in the file is run: only tensors, plain Python values, numpy numbers (which training scripts tend to store
-    as the best accuracy) and ``argparse.Namespace`` (their options, in timm's for example) are accepted.
+    This runs nothing in the file. It accepts only tensors, plain Python values, numpy numbers (training scripts often
+    store the best accuracy as one) and ``argparse.Namespace`` (their options, for example timm's).
 
     Args:
         path: the file.
-        map_location: where the tensors go.
-        advice: what to do about a refused file, for the message; default: what fits the reason.
+        map_location: device of the tensors.
+        advice: what to do about a rejected file, for the message; default: by the reason.
 
     Returns:
         The dict in the file: a checkpoint or a bare state dict.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or no checkpoint, holds something that would have to be run, or no dict.
-        OSError: the file is there and cannot be read.
+        FileNotFoundError: no such file.
+        ValueError: the file is truncated, is not a checkpoint, needs code to load, or holds no dict.
+        OSError: the file cannot be read.
     """
     source = Path(path)
     if not source.exists():
         raise FileNotFoundError(f'there is no checkpoint {source}')
     todo = f'; {advice}' if advice else ''
     damaged = advice or 'copy or download it again'
-    if not source.is_file():  # a pipe would never end
+    if not source.is_file():  # reading a pipe would never end
         raise ValueError(
             f'{source} is a {"folder" if source.is_dir() else "device or pipe"}, expected a checkpoint file{todo}'
         )
     if source.suffix == '.safetensors':
         return _read_safetensors(source, map_location, damaged)
-    with source.open('rb'):  # a missing permission is told as such, not as a broken file
+    with source.open('rb'):  # reports a missing permission as such, not as a broken file
         pass
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *_numpy_scalars()]), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # about pickle protocols, of no use to the reader of the error below
+            warnings.simplefilter('ignore')  # about pickle protocols, which do not help with the error below
             state = torch.load(source, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's text recommends weights_only=False; ours must not.
+        # torch's message recommends weights_only=False, ours must not.
         named = re.search(r'GLOBAL ([\w.]+)', str(error))
         if named:
             found, damaged = (
@@ -172,7 +172,7 @@ def _read_safetensors(path: Path, device: torch.device | str, advice: str) -> di
 
 
 def _numpy_scalars() -> list[Any]:
-    """What the unpickler must know to build a numpy number, under the module names of numpy 1 and 2; nothing more."""
+    """Only what the unpickler needs to build a numpy number, under the module names of numpy 1 and 2."""
     import numpy as np
 
     scalar = np.float64(0).__reduce__()[0]  # its import path depends on numpy's version

@@ -1,4 +1,4 @@
-"""Checks of what blocks and models are built with and called on: channels, sizes and feature maps."""
+"""Checks of the arguments of blocks and models: channels, sizes and feature maps."""
 
 from typing import Any
 
@@ -25,8 +25,8 @@ def check_feat_size(feat_size: Any, owner: str) -> tuple[int, int]:
     return (size[0], size[1])
 
 
-# torch.fx.wrap keeps a function whole in a symbolic trace: what it does depends on the dtype and the rank of a real
-# tensor, which a traced proxy does not know.
+# torch.fx.wrap keeps the function whole in a symbolic trace, because it depends on a real tensor's dtype and rank,
+# which a traced proxy does not know.
 @torch.fx.wrap
 def check_features(x: Tensor, channels: int) -> None:
     """Raise unless ``x`` is a floating (B, channels, H, W); ``channels`` 0 accepts any number."""

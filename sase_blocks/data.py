@@ -60,7 +60,7 @@ class Samples:
     Attributes:
         source: ``ImageFiles``, or a timm or torchvision data set with an index.
         classes: class names in the order of their labels.
-        indices: the images of ``source`` that are used.
+        indices: the used images of ``source``.
         split: its name, for messages.
         mode: Pillow's name for what ``load`` returns, 'RGB' or 'L' (grey); see ``in_channels``.
         fingerprint: of the images and their labels, see ``inspect_images``; None before the images are checked.
@@ -79,7 +79,7 @@ class Samples:
     def read(self, position: int) -> tuple[bytes | Image.Image, int]:
         """Image and label number ``position`` as they are stored.
 
-        The image is the content of a file, or an image where the data set decodes by itself.
+        The image is the content of a file, or an image if the data set decodes by itself.
         """
         index = self.indices[position]
         stored: bytes | Image.Image
@@ -122,14 +122,14 @@ class Samples:
             ) from error
 
     def name(self, position: int) -> str:
-        """The file of an image, or the split and its index where it has none; for messages."""
+        """The file of an image, or the split and its index if it has none, for messages."""
         index = self.indices[position]
         if isinstance(self.source, ImageFiles):
             return printable(self.source.samples[index][0])
         return f'{self.split}[{index}]'
 
     def labels(self) -> list[int]:
-        """The label of every image, without decoding where the data set lists them."""
+        """The label of every image, without decoding if the data set lists them."""
         if isinstance(self.source, ImageFiles):
             return [self.source.samples[index][1] for index in self.indices]
         targets = getattr(self.source, 'targets', None)
@@ -138,7 +138,7 @@ class Samples:
         return [self.read(position)[1] for position in range(len(self))]
 
     def part(self, positions: Sequence[int]) -> Samples:
-        """These positions of the split alone."""
+        """Only these positions of the split."""
         return replace(self, indices=[self.indices[position] for position in positions], fingerprint=None)
 
     def in_channels(self, channels: int) -> Samples:
@@ -333,12 +333,12 @@ def listing(samples: Samples) -> str:
 
 
 def name_data(*splits: Samples) -> str:
-    """A text that is equal for equal images: by their contents if they were checked, else by names and sizes."""
+    """A text that is equal for equal images, by their contents if checked, else by names and sizes."""
     return '+'.join(split.fingerprint or f'names {listing(split)}' for split in splits)
 
 
 def same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether the facts of two runs on data agree, as far as both know them.
+    """Whether two runs' facts about their data agree, as far as both know them.
 
     The listing counts only if one of them has no fingerprint: files may be renamed if their order stays.
     """
@@ -412,8 +412,8 @@ class TransformedSamples(Dataset[tuple[Tensor, int]]):
 
     Args:
         seed: of the order and the augmentation.
-        stream: number of these samples where a run uses several parts of a data set, which then differ in both.
-        labels: replace those of the samples.
+        stream: number of these samples, if a run uses several parts of a data set, which then differ in both.
+        labels: replace the samples' own.
     """
 
     def __init__(
@@ -443,14 +443,14 @@ class TransformedSamples(Dataset[tuple[Tensor, int]]):
 
 
 class SmallImages:
-    """Small images as bytes on a device, where a whole batch at a time is augmented and normalised.
+    """Small images as bytes on a device, which augments and normalises whole batches.
 
     Args:
         images: (N, C, H, W), uint8; see ``load_small_images``.
         labels: (N,), int64.
         mean, std: of each channel, for pixels from 0 to 1.
         seed, stream: see ``TransformedSamples``.
-        hflip: augment by a random crop (4 px of black padding) and a flip of this probability; default: neither.
+        hflip: augment with a random crop (4 px of black padding) and a flip of this probability; default: neither.
     """
 
     def __init__(
@@ -486,7 +486,7 @@ class SmallImages:
 
 
 def _crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
-    """(B, C, H, W) padded with zeros, cut to its size at the corner draws[:, :2], flipped where draws[:, 2]."""
+    """(B, C, H, W) padded with zeros, cropped to its size at the corner draws[:, :2], flipped where draws[:, 2]."""
     b, _, h, w = images.shape
     padded = F.pad(images, (PADDING,) * 4).permute(0, 2, 3, 1)
     rows = draws[:, 0, None] + torch.arange(h, device=images.device)
@@ -518,9 +518,9 @@ class Batches:
     The number of loading processes does not change it, and all training processes together get the batch of one.
 
     Args:
-        images: loaded by ``workers`` processes, or on ``device`` already.
+        images: loaded by ``workers`` processes, or already on ``device``.
         shuffle: draw a new order for each epoch.
-        workers: loading processes, at most one for each CPU core.
+        workers: loading processes, at most one per CPU core.
     """
 
     def __init__(
@@ -534,7 +534,7 @@ class Batches:
     ) -> None:
         self.images, self.shuffle = images, shuffle
         self.device, self.memory_format = torch.device(device), memory_format
-        self.plan: list[Any] = []  # epoch and positions of the batches that the loader is to make
+        self.plan: list[Any] = []  # epoch and positions of the batches to load
         self.begun = 0  # epochs
         self.loader: DataLoader[Any] | None = None
         if isinstance(images, TransformedSamples):
@@ -559,10 +559,10 @@ class Batches:
         Args:
             batch_size: over all processes.
             rank, world: number of this process, and of all; each gets its share of every batch.
-            end: where the epoch ends within its last batch, in images; default: that batch is full, too.
+            end: where the epoch ends within its last batch, in images; default: that batch is also full.
 
         Raises:
-            ValueError: an image cannot be decoded; the text names it.
+            ValueError: an image cannot be decoded; the message names it.
         """
         order, size = self._order(epoch, last * batch_size)[:end], batch_size // world
         positions: Any = order.to(self.device) if self.loader is None else order.numpy()
@@ -584,16 +584,17 @@ class Batches:
             raise
 
     def once(self, batch_size: int, count: int | None = None, rank: int = 0, world: int = 1) -> Iterator[Any]:
-        """The first images of the first epoch, each once; default: all. Batches as those of ``epoch``.
+        """The first images of the first epoch, each once; default: all. Batches are as in ``epoch``.
 
-        The last batch may be smaller. For several processes it is full: what exceeds ``count`` is to be left out.
+        The last batch may be smaller. For several processes it is full, and the caller must drop images beyond
+        ``count``.
         """
         count = len(self) if count is None else min(count, len(self))
         steps = -(-count // batch_size)
         return self.epoch(0, batch_size, 0, steps, rank, world, count if world == 1 else None)
 
     def _order(self, epoch: int, count: int) -> Tensor:
-        """The positions of the first ``count`` images of an epoch. After the last image all of them come again."""
+        """The positions of the first ``count`` images of an epoch. After the last image they repeat."""
         if not self.shuffle:
             return torch.arange(count) % len(self)
         rounds, stream = [], self.images.stream
@@ -614,7 +615,7 @@ def derive_seed(seed: int, stream: int, *place: int) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within this context the generators of torch (CPU), numpy and Python start from ``seed``; restored after.
+    """Within this context, seed the generators of torch (CPU), numpy and Python, and restore them afterwards.
 
     These are the global generators, from which timm's and torchvision's transforms draw.
     """

@@ -1,8 +1,8 @@
 """The demo: real images, four networks, a few minutes on a laptop (extra ``demo``).
 
-It trains the CIFAR ResNet-20 without attention, with SE, CBAM-like and SASE on the handwritten digits that ship with
-scikit-learn, and draws what the networks learned and where SASE looks. It shows that the blocks train; a data set of
-this size and a single seed say nothing about which block is better.
+It trains the CIFAR ResNet-20 without attention, with SE, CBAM and SASE on scikit-learn's handwritten digits, and draws
+learning curves and SASE's attention. It shows that the blocks train. A data set of this size and a single seed cannot
+tell which block is better.
 """
 
 from __future__ import annotations
@@ -60,25 +60,25 @@ class Digits(NamedTuple):
 
 
 def run_demo(out: str | Path = 'demo_out', epochs: int = 2, seed: int = 0, limit: int | None = None) -> dict[str, Any]:
-    """Train four networks on handwritten digits; print a table, write two pictures and ``results.json`` into ``out``.
+    """Train four networks on handwritten digits. Prints a table, writes two pictures and ``results.json`` to ``out``.
 
-    The networks are ``resnet20_cifar`` with no attention, ``'se'``, ``'cbam'`` and ``'sase'``. All start from the
-    same seed and see the same batches in the same order. The data are scikit-learn's 1,797 digits, enlarged from 8 x 8
-    to 32 x 32; 360 of them, always the same, are the test images. The CPU is used.
+    The networks are ``resnet20_cifar`` with no attention, ``'se'``, ``'cbam'`` and ``'sase'``. All start from the same
+    seed and see the same batches in the same order. The data are scikit-learn's 1,797 digits, enlarged from 8 x 8 to
+    32 x 32. The same 360 of them are always the test images. Runs on the CPU.
 
     Args:
-        out: Folder for ``learning_curves.png``, ``attention_maps.png`` and ``results.json``; made if it is missing.
+        out: Folder for ``learning_curves.png``, ``attention_maps.png`` and ``results.json``; created if missing.
         epochs: Passes over the training images, at least 1.
-        seed: Seed of the initial weights and of the order of the batches.
-        limit: Use that many training images and at most that many test images, at least 16; default: all.
+        seed: Seed of the initial weights and of the batch order.
+        limit: Maximum number of training images and of test images, at least 16; default: all.
 
     Returns:
-        What ``results.json`` holds: the figures of each network, machine, versions, seed and command.
+        The content of ``results.json``: each network's figures, machine, versions, seed and command.
 
     Raises:
         ImportError: scikit-learn, matplotlib or tqdm is not installed.
         ValueError: ``epochs`` is less than 1 or ``limit`` less than 16.
-        OSError: ``out`` cannot be made or written; raised before any work.
+        OSError: ``out`` cannot be created or written; raised before any work.
     """
     if epochs < 1:
         raise ValueError(f'epochs must be at least 1, got {epochs}')
@@ -133,19 +133,19 @@ def run_demo(out: str | Path = 'demo_out', epochs: int = 2, seed: int = 0, limit
 
 
 def run_search_demo(out: str | Path = 'runs/search', seed: int = 0, epochs: int = 10) -> dict[str, Any]:
-    """Search a SASE block on handwritten digits with a small network, first order, about two minutes on 2 cores.
+    """Search for a SASE block on handwritten digits with a small network, first order, about two minutes on 2 cores.
 
-    The network is ``resnet20_cifar`` with one block a stage; the digits, 16 x 16 here, are all searched on, and nothing
-    is said about how good the result is: the data are too few for that.
+    The network is ``resnet20_cifar`` with one block per stage. The search uses all digits, at 16 x 16. They are too few
+    to tell how good the result is.
 
     Args:
-        out: the run's folder, for ``genotype.json``, ``genotype.png``, ``logits.png`` and the checkpoint; what an
-            interrupted demo left in it is continued.
-        seed: of everything random.
+        out: the run's folder, for ``genotype.json``, ``genotype.png``, ``logits.png`` and the checkpoint. An
+            interrupted demo in it continues.
+        seed: random seed.
         epochs: passes over half of the images.
 
     Returns:
-        What ``search.sase.search`` returns.
+        The result of ``search.sase.search``.
 
     Raises:
         ImportError: scikit-learn or accelerate is not installed.
@@ -165,7 +165,7 @@ def run_search_demo(out: str | Path = 'runs/search', seed: int = 0, epochs: int 
         epochs=epochs,
         batch_size=64,
         lr=0.05,
-        arch_lr=0.01,  # of few steps, so each is large
+        arch_lr=0.01,  # few steps, so each is large
         hessian_every=0,
         seed=seed,
         cpu=True,
@@ -183,21 +183,21 @@ def run_trionet_demo(
     evaluations: int = 40,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Search a network of convolutions and attentions on handwritten digits, in a few minutes on 2 cores.
+    """Search for a network of convolutions and attention on handwritten digits, in a few minutes on 2 cores.
 
-    A small space of 16 x 16 images; a supernet, an evolution under a limit of 4 M multiply-accumulates, extraction,
-    and one test on 360 images that nothing else looked at. Nothing is said about which operator is better: the data are
-    too few for that.
+    It uses a small space for 16 x 16 images: a supernet, an evolution under a limit of 4 M multiply-accumulates,
+    extraction, and one test on 360 images that nothing else used. The data are too few to tell which operator is
+    better.
 
     Args:
-        out: the run's folder, see ``search.trionet.search``; what an interrupted demo left in it is continued.
-        seed: of everything random.
+        out: the run's folder, see ``search.trionet.search``. An interrupted demo in it continues.
+        seed: random seed.
         epochs: passes of the supernet over its images.
-        evaluations: networks that are scored, more than 2.
-        limit: use that many training images; default: all 1,437.
+        evaluations: networks to score, more than 2.
+        limit: number of training images; default: all 1,437.
 
     Returns:
-        What ``search.trionet.search`` returns.
+        The result of ``search.trionet.search``.
 
     Raises:
         ImportError: scikit-learn, accelerate or Optuna is not installed.
@@ -241,23 +241,23 @@ def run_trionet_demo(
 
 
 def _small_digits() -> tuple[Tensor, Tensor, list[str]]:
-    """All digits, 12 x 12 in uint8 images (N, 1, 16, 16), their labels, and the names of the classes."""
+    """All digits, 12 x 12 in uint8 images (N, 1, 16, 16), their labels, and the class names."""
     try:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
         raise ImportError(f'the demo needs {error.name}: pip install "sase-blocks[demo]"') from error
     bunch = load()
-    # A margin, so that random crops leave most of a digit in the picture.
+    # A margin, so that random crops keep most of a digit.
     images = F.pad(F.interpolate(torch.from_numpy(bunch.images).float()[:, None], size=12, mode='bilinear'), (2,) * 4)
     images = (images * (255 / 16)).round().to(torch.uint8)
     return images, torch.from_numpy(bunch.target), [str(digit) for digit in range(10)]
 
 
 def load_digits(limit: int | None = None) -> Digits:
-    """Handwritten digits of scikit-learn, 32 x 32, in a fixed stratified split.
+    """scikit-learn's handwritten digits, 32 x 32, in a fixed stratified split.
 
     Args:
-        limit: Return that many training images and at most that many test images; default: 1,437 and 360.
+        limit: Maximum number of training images and of test images; default: 1,437 and 360.
     """
     from sklearn.datasets import load_digits as load
     from sklearn.model_selection import train_test_split
@@ -265,7 +265,7 @@ def load_digits(limit: int | None = None) -> Digits:
     bunch = load()
     images = F.interpolate(torch.from_numpy(bunch.images).float()[:, None], size=IMAGE_SIZE, mode='bilinear')
     labels = torch.from_numpy(bunch.target)
-    # The split does not follow the seed of a run, so that runs with several seeds have the same test images.
+    # The split does not depend on a run's seed, so that runs with several seeds have the same test images.
     train, test = train_test_split(range(len(labels)), test_size=TEST_IMAGES, random_state=0, stratify=labels)
     images = (images - images[train].mean()) / images[train].std()
     images = images.contiguous(memory_format=torch.channels_last)
@@ -276,8 +276,8 @@ def load_digits(limit: int | None = None) -> Digits:
 def train(model: nn.Module, digits: Digits, epochs: int, seed: int, bar: Any) -> list[dict[str, float]]:
     """Train ``model`` in place with AdamW on a one-cycle learning rate.
 
-    Returns the log: a row a step with ``'epoch'`` and ``'train_loss'``, twice an epoch also ``'acc1'``, the accuracy on
-    the test images in per cent. It is there for the curves alone: nothing is chosen by it.
+    Returns the log: a row per step with ``'epoch'`` and ``'train_loss'``, and twice per epoch ``'acc1'``, the test
+    accuracy in per cent. The accuracy is only for the curves and selects nothing.
     """
     order = torch.Generator().manual_seed(seed)
     count = len(digits.train_labels)
@@ -312,7 +312,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def format_table(results: Mapping[str, Any]) -> str:
-    """The table of the demo as text, from what ``run_demo`` returns."""
+    """The demo's table as text, from the result of ``run_demo``."""
     header = f'{"network":14}{"test accuracy":>15}{"parameters":>12}{"MACs":>10}{"ms an image":>13}{"time ratio":>12}'
     lines = [header, '-' * len(header)]
     for name, row in results['networks'].items():

@@ -1,25 +1,25 @@
-"""Arithmetic that survives half precision: to fp32 and back, saturation, and a root with a finite gradient."""
+"""Arithmetic that is safe in half precision: to fp32 and back, saturation, and a root with a finite gradient."""
 
 import torch
 from torch import Tensor
 
 
 def widen(x: Tensor) -> Tensor:
-    """fp16 and bf16 to fp32, where powers of activations fit; anything else as it is."""
+    """fp16 and bf16 to fp32, where powers of activations fit. Other dtypes are unchanged."""
     if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
         return x.float()
     return x
 
 
 def saturate(y: Tensor) -> Tensor:
-    """In fp16, inf becomes the dtype's largest number: a convolution after it would turn inf - inf into NaN."""
+    """In fp16, replace inf by the dtype's largest number, because a later convolution would turn inf - inf into NaN."""
     if y.dtype == torch.float16:
         return y.clamp(-65504.0, 65504.0)
     return y
 
 
 def narrow(y: Tensor, like: Tensor) -> Tensor:
-    """``y`` in the dtype of ``like``; what exceeds fp16 saturates."""
+    """``y`` in the dtype of ``like``. Values beyond fp16 saturate."""
     if like.dtype == torch.float16:
         return y.clamp(-65504.0, 65504.0).to(like.dtype)
     return y.to(like.dtype)

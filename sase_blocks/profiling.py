@@ -1,4 +1,4 @@
-"""Forwards of a network, and of each new block, to learn shapes, to count multiply-accumulates, and to take times."""
+"""Run forwards of networks and blocks to find shapes, count multiply-accumulates, and measure times."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Shape = tuple[int, ...]
 
 
 class Trace:
-    """What a forward showed: the shapes that each probed module took and gave, one a call, and the MACs of all of it.
+    """The record of a forward: each probed module's input and output shapes, one per call, and the total MACs.
 
-    Of several tensors, in a tuple or a list, it is the first; ``others`` has the shapes of the rest.
+    Of several tensors in a tuple or a list, this is the first. ``others`` has the shapes of the rest.
     """
 
     def __init__(self) -> None:
@@ -29,14 +29,14 @@ class Trace:
         self.macs = 0
 
     def of(self, module: nn.Module) -> list[Shape | str]:
-        """The shapes that ``module`` gave (a text where that is no tensor), without repetition."""
+        """The distinct output shapes of ``module`` (a text for an output that is not a tensor)."""
         return list(dict.fromkeys(self.shapes.get(id(module), [])))
 
 
 def run(model: nn.Module, args: tuple[Any, ...], probes: Iterable[nn.Module]) -> Trace:
-    """Run ``model(*args)`` once in eval mode without gradients; the model, and the random state, stay as they were.
+    """Run ``model(*args)`` once in eval mode without gradients. The model and the random state do not change.
 
-    Buffers are copied for the run, so that even a module that counts its calls in one comes out unchanged.
+    Buffers are copied for the run, so even a module that counts its calls in one stays unchanged.
     """
     found = Trace()
 
@@ -50,9 +50,9 @@ def run(model: nn.Module, args: tuple[Any, ...], probes: Iterable[nn.Module]) ->
     handles = [probe.register_forward_hook(record, with_kwargs=True) for probe in dict.fromkeys(probes)]
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
-        for p in trained:  # the counter fails at a module that is called with a parameter
+        for p in trained:  # the counter fails for a module called with a parameter
             p.requires_grad_(False)
-        # What is compiled runs as it is written: a graph from before has no room for the probes.
+        # Compiled code runs eagerly, because an existing graph has no probes.
         with quietly(model), torch.compiler.set_stance('force_eager'), _counting() as counter:
             on_copied_buffers(model, args)
         found.macs = counter.get_total_flops() // 2
@@ -65,8 +65,8 @@ def run(model: nn.Module, args: tuple[Any, ...], probes: Iterable[nn.Module]) ->
 
 
 def on_copied_buffers(model: nn.Module, args: tuple[Any, ...]) -> Any:
-    """What ``model(*args)`` gives; what it writes into its buffers is lost."""
-    # Torch's way with tied tensors loses the original buffer of a module that stands at two places.
+    """The result of ``model(*args)``. Discards changes to its buffers."""
+    # torch's handling of tied tensors loses the original buffer of a module that is used in two places.
     return functional_call(model, {name: b.clone() for name, b in model.named_buffers()}, args, tie_weights=False)
 
 
@@ -75,7 +75,7 @@ def _shape(x: Any) -> Shape | str:
 
 
 def run_block(block: nn.Module, channels: int, size: tuple[int, int]) -> tuple[Tensor, Any, int]:
-    """Run a block on one random map (1, C, H, W) in eval mode: the map, what the block gave, and its MACs."""
+    """Run a block on one random map (1, C, H, W) in eval mode. Returns the map, the output, and the MACs."""
     tensor = next((t for t in (*block.parameters(), *block.buffers()) if t.is_floating_point()), torch.empty(0))
     with quietly(block), _counting() as counter:
         x = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
@@ -87,7 +87,7 @@ def run_block(block: nn.Module, channels: int, size: tuple[int, int]) -> tuple[T
 def count_macs(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     """Multiply-accumulates of the convolutions and matrix products of one forward pass of one image (C, H, W).
 
-    Nothing is computed: the pass runs on a copy of the model on the meta device.
+    It runs on a copy of the model on the meta device, so it computes nothing.
     """
     model = copy.deepcopy(model).to('meta').eval()
     with torch.no_grad(), _counting() as counter:
@@ -97,9 +97,9 @@ def count_macs(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
 
 @torch.no_grad()
 def milliseconds_per_image(networks: Mapping[str, nn.Module], images: Tensor, rounds: int = 15) -> dict[str, float]:
-    """Median time of the forward pass of the batch ``images`` in eval mode, divided by the size of the batch.
+    """Median time per image of a forward pass of the batch ``images`` in eval mode.
 
-    The networks take turns, so that a slower or faster moment of the machine meets them all.
+    The networks take turns, so that slow or fast moments of the machine affect all of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     for _ in range(rounds + 1):
@@ -110,22 +110,22 @@ def milliseconds_per_image(networks: Mapping[str, nn.Module], images: Tensor, ro
             if images.is_cuda:
                 torch.cuda.synchronize(images.device)
             seconds[name].append(time.perf_counter() - start)
-    # The first round warms up caches and is not counted.
+    # The first round only warms up caches.
     return {name: 1000 * statistics.median(values[1:]) / len(images) for name, values in seconds.items()}
 
 
 @contextmanager
 def quietly(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and afterwards the modes of all modules and the random state of before.
+    """Eval mode without gradients. Afterwards, restores the modes of all modules and the random state.
 
-    Attributes that a forward sets are also what they were: a network may keep what it made for the size of the last
-    image, as transformers' Swin its windows.
+    It also restores attributes that a forward sets, because a network may keep state for the last image size, like the
+    windows of transformers' Swin.
     """
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type != 'cpu'}
     kind = next((device.type for device in devices), 'cuda')
     with torch.no_grad(), torch.random.fork_rng(devices=list(devices), device_type=kind):
-        # Not model.eval(): a train() of somebody's own may do more than switch, merge weights for example.
+        # Not model.eval(), because a custom train() may do more than switch, for example merge weights.
         for module, _ in before:
             module.training = False
         try:
@@ -137,6 +137,6 @@ def quietly(model: nn.Module) -> Iterator[None]:
 
 
 def _counting() -> Any:
-    from torch.utils.flop_counter import FlopCounterMode  # imported late: it loads the compiler's parts
+    from torch.utils.flop_counter import FlopCounterMode  # imported late, because it loads parts of the compiler
 
     return FlopCounterMode(display=False)
