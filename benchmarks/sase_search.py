@@ -28,9 +28,8 @@ from sase_blocks.jobs import Ray
 from sase_blocks.runs import write_text
 from sase_blocks.search.sase.agreement import format_agreement
 from sase_blocks.search.sase.campaigns import campaign, evaluation_budget
-from sase_blocks.search.sase.comparison import format_table
 from sase_blocks.search.sase.config import SearchConfig
-from sase_blocks.search.sase.evaluate import evaluate
+from sase_blocks.search.sase.evaluation import evaluate, format_evaluation
 
 MIXINGS = {'fair': False, 'paper': True}
 
@@ -147,7 +146,7 @@ def keep(
         text.append(f'{mixing} mixing\n\n{format_agreement(result["agreement"])}\n')
         for seed in protocol.seeds[:1]:
             shutil.copy(out / mixing / f'seed-{seed}' / 'logits.png', results / f'logits-{mixing}-seed-{seed}.png')
-    text.append(f'from scratch\n\n{format_table(evaluation)}\n')
+    text.append(f'from scratch\n\n{format_evaluation(evaluation)}\n')
     command = shlex.join(['python', 'benchmarks/sase_search.py', '--data', 'cifar10', '--protocol', options.protocol])
     facts = {
         'command': command + (' --cpu' if options.cpu else ''),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from sase_blocks.reading import one_line, parse_json, quoted, read_text
-from sase_blocks.runs import check_writable, is_main, keep_process_group, lock_folder, write_text
+from sase_blocks.runs import check_writable, is_main, keep_process_group, lock_folder, write_json
 from sase_blocks.runs import say as print_line
 
 __all__ = [
@@ -346,11 +346,9 @@ def _run_job(work: Callable[[Job], Result], out: Path, logs: bool, job: Job) -> 
             stack.enter_context(contextlib.redirect_stdout(log))
             stack.enter_context(contextlib.redirect_stderr(log))
         result = work(_as_json(job))
-    text = json.dumps({'job': job, 'result': result}, indent=2)
     if is_main():
-        write_text(folder / RESULT, text + '\n')
-    stored: Result = json.loads(text)['result']
-    return stored
+        write_json(folder / RESULT, {'job': job, 'result': result})
+    return _as_json(result)
 
 
 def check_jobs(out: str | Path, settings: Mapping[str, Any], ray: Ray | None = None) -> None:
@@ -406,7 +404,7 @@ def _remember(out: Path, settings: dict[str, Any], jobs: dict[str, Job]) -> None
             )
     now = {'settings': settings, 'jobs': {**held['jobs'], **jobs}}
     if now != held:
-        write_text(out / JOBS, json.dumps(now, indent=2) + '\n')
+        write_json(out / JOBS, now)
 
 
 def _results(out: Path, jobs: Mapping[str, Job]) -> dict[str, Result]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,16 @@ def printable(text: str, keep: str = '') -> str:
 def some(names: Sequence[str]) -> str:
     """The first five names for a message, and how many more there are; 'none' without any."""
     return (', '.join(map(printable, names[:5])) + (f' and {len(names) - 5} more' if len(names) > 5 else '')) or 'none'
+
+
+def table(rows: Sequence[Mapping[str, str]], left: Collection[str]) -> list[str]:
+    """The lines of a table: the keys of the rows, a rule, the values; columns in ``left`` are aligned to the left."""
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    lines = [
+        '  '.join(f'{row[name]:{"<" if name in left else ">"}{width}}' for name, width in widths.items()).rstrip()
+        for row in [dict(zip(widths, widths, strict=True)), *rows]
+    ]
+    return [lines[0], '-' * max(map(len, lines)), *lines[1:]]
 
 
 def read_text(path: str | os.PathLike[str], what: str) -> str:

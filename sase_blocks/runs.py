@@ -16,7 +16,7 @@ import platform
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,17 @@ def require_seed(config: Any) -> None:
     require(config, 0 <= config.seed < 2**64, 'seed', 'at least 0 and below 2**64')
 
 
+def fixed_settings(config: Any) -> dict[str, Any]:
+    """The settings that a resumed run must keep, by name: all without ``free`` and ``place``."""
+    return {e.name: getattr(config, e.name) for e in fields(config) if not e.metadata.keys() & {'free', 'place'}}
+
+
+def shared_settings(config: Any, kind: type[Any], leave_out: Collection[str]) -> dict[str, Any]:
+    """The settings that the configuration class ``kind`` has, too, as arguments for it."""
+    names = {entry.name for entry in fields(kind)} - set(leave_out)
+    return {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name in names}
+
+
 def saved_run(config: Any, last: Path, needed: Sequence[str], command: str) -> dict[str, Any] | None:
     """The checkpoint ``last`` to resume from, None for a fresh start.
 
@@ -90,12 +101,12 @@ def saved_run(config: Any, last: Path, needed: Sequence[str], command: str) -> d
         raise ValueError(f'{last} is not a checkpoint of `{command}`, it cannot be resumed; give another --out')
     if missing:
         raise ValueError(f'{last} cannot be resumed, it lacks {", ".join(missing)}; {_start_over(last)}')
-    fixed = [entry.name for entry in fields(config) if not entry.metadata.keys() & {'free', 'place'}]
+    fixed = fixed_settings(config)
     known = [name for name in fixed if name in saved['config']]  # an older version may have had fewer
     if 2 * len(known) < len(fixed):
         raise ValueError(f'{last} cannot be resumed, it lacks most of its settings; {_start_over(last)}')
     with resuming(last):
-        values = [(name, saved['config'][name], getattr(config, name)) for name in known]
+        values = [(name, saved['config'][name], fixed[name]) for name in known]
         differing = [
             f'{name} was {quoted(before)} and is {quoted(now)}' for name, before, now in values if before != now
         ]
@@ -368,6 +379,11 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')  # workers of one search write the same results
     temporary.write_text(text, encoding='utf-8')
     temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``write_text`` of a value as JSON."""
+    write_text(path, json.dumps(value, indent=2) + '\n')
 
 
 def read_rows(metrics: Path, epoch: int) -> list[dict[str, Any]]:

@@ -215,7 +215,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     train_samples, val_samples = data or open_in_turn(config, accelerator)
     classes = train_samples.classes
     torch.manual_seed(config.seed)
-    model = build_model(config.model, len(classes), pretrained=config.pretrained, **_model_args(config))
+    model = build_model(config.model, len(classes), pretrained=config.pretrained, **model_args_of(config))
     data_config = image_config(model, config.img_size)
     channels = data_config['input_size'][0]
     train_samples, val_samples = train_samples.in_channels(channels), val_samples.in_channels(channels)
@@ -482,7 +482,8 @@ def open_samples(config: Any) -> tuple[Samples, Samples]:
     )
 
 
-def _model_args(config: TrainConfig) -> dict[str, Any]:
+def model_args_of(config: TrainConfig) -> dict[str, Any]:
+    """The model arguments of a configuration, with its image size for models that are built for one."""
     args = dict(config.model_args)
     if config.img_size is not None and timm.is_model(config.model):
         cfg = timm.get_pretrained_cfg(config.model)

@@ -16,7 +16,7 @@ from sase_blocks.blocks import SASE_GENOTYPE
 from sase_blocks.cli import main
 from sase_blocks.demo import run_search_demo
 from sase_blocks.search.sase import campaign as function
-from sase_blocks.search.sase import evaluate
+from sase_blocks.search.sase import evaluation
 
 campaign = sys.modules[function.__module__]  # which the function hides
 
@@ -168,7 +168,7 @@ def test_an_evaluation_is_checked_before_the_search(tmp_path, capsys, monkeypatc
     [
         (RuntimeError('no\nkernel'), 'RuntimeError: no kernel'),
         (
-            FloatingPointError(f'the loss is nan at step 3; x. {evaluate.ADVICE}'),
+            FloatingPointError(f'the loss is nan at step 3; x. {evaluation.ADVICE}'),
             'FloatingPointError: the loss is nan at step 3; x. Try a lower --evaluate-lr.',
         ),
     ],
@@ -178,11 +178,11 @@ def test_all_trainings_failed(tmp_path, capsys, monkeypatch, error, says):
     def fail(config, data):
         raise error
 
-    monkeypatch.setattr(evaluate, 'train', fail)
+    monkeypatch.setattr(evaluation, 'train', fail)
     data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
     found = {'genotype': str(SASE_GENOTYPE), 'verdict': 'decided'}
     monkeypatch.setattr(campaign, 'search', lambda *_: found)
-    monkeypatch.setattr(evaluate, '_measure_one', lambda *_: {'parameters': 1, 'time_ratio': 1.0})
+    monkeypatch.setattr(evaluation, '_measure', lambda *_: {'parameters': 1, 'time_ratio': 1.0})
     command = ['search', 'sase', '--data', str(data), '--out', str(tmp_path / 'run'), *SMALL, '--evaluate', '1']
     assert main([*command, '--baselines', 'none']) == 2
     said = capsys.readouterr().err.splitlines()[-1]

@@ -19,11 +19,10 @@ from sase_blocks import data
 from sase_blocks.blocks import Genotype
 from sase_blocks.checkpoint import read_checkpoint
 from sase_blocks.search.sase import SearchConfig, SearchSpace, campaign
-from sase_blocks.search.sase import evaluate as module
+from sase_blocks.search.sase import evaluation as module
 from sase_blocks.search.sase.agreement import chance_of_agreement, compare_searches, format_agreement
-from sase_blocks.search.sase.comparison import compare, format_table
 from sase_blocks.search.sase.diagnostics import noise_leads
-from sase_blocks.search.sase.evaluate import evaluate, random_genotypes
+from sase_blocks.search.sase.evaluation import compare, evaluate, format_evaluation, random_genotypes
 from sase_blocks.search.sase.network import LOGITS_STD
 from sase_blocks.search.sase.result import describe_result, draw_result
 from sase_blocks.search.significance import holm, paired_test
@@ -164,7 +163,7 @@ def test_a_candidate_that_fails(budget, trained):
         'none, seed 1': 'ValueError: no',
         'b, seed 1': 'FloatingPointError: the loss is nan',
     }
-    text = format_table(result)
+    text = format_evaluation(result)
     assert 'failed: b, seed 1: FloatingPointError: the loss is nan' in text
     assert re.search(r'^none +- +- +0 +- +- +- +[\d,]+ +[\d.]+ M +1\.00$', text, re.MULTILINE)
     trained.accuracies.update(dict.fromkeys([FOUND, OTHER], ValueError('no')))
@@ -272,7 +271,7 @@ def test_statistics_by_hand():
         'To be shown, a difference must exceed its standard deviation over the seeds 4.4 times with these 3 seeds, '
         '1.8 times with 5 (the largest difference of 3 baselines).',
     ]
-    lines = format_table({**result, 'images': 400}).splitlines()
+    lines = format_evaluation({**result, 'images': 400}).splitlines()
     assert [line.split()[0] for line in lines[2:6]] == ['found', 'se', 'none', 'cbam']
     assert lines[3].split() == [
         'se', '89.00', '±', '1.41', '88.00', 'to', '90.00', '2', '-1.50', '-7.85', 'to', '+4.85', '0.410', '272,474',

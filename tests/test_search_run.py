@@ -34,7 +34,7 @@ from sase_blocks.search.sase.diagnostics import (
     warnings_of,
 )
 from sase_blocks.search.sase.network import SearchNetwork
-from sase_blocks.search.sase.result import read_logits, read_result
+from sase_blocks.search.sase.result import read_result
 from sase_blocks.search.sase.searching import search, second_order_bytes
 from sase_blocks.search.sase.space import SearchSpace
 from sase_blocks.search.sync_batch_norm import synchronize_norms
@@ -97,7 +97,8 @@ def test_what_a_search_leaves(config, look_often, capsys):
     assert rows[0]['lr'] == config.lr
     assert all(math.isfinite(row['hessian']) for row in rows)
     assert 0 <= rows[-1]['held_out_acc1'] <= 100
-    logits, labels = read_logits(out / 'alphas.npz')
+    with np.load(out / 'alphas.npz') as file:
+        logits, labels = file['logits'], file['labels'].tolist()
     assert logits.shape == (3, 1, 12)
     assert labels == SearchSpace.parse(SPACE).labels
     assert np.abs(logits[0]).max() < 0.01 < np.abs(logits[-1] - logits[0]).max()

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
 from sase_blocks.ops import EXTENDED_SETS
-from sase_blocks.search.sase.comparison import compare
+from sase_blocks.search.sase.evaluation import compare
 from sase_blocks.viz import network_color, plot_evaluation, plot_logits, save_figure
 
 EDGES = {

@@ -38,7 +38,7 @@ def add_sase(
 ) -> None:
     """Add the command's parser; ``command(name, run, help, epilog, parent)`` makes one."""
     from sase_blocks.search.sase.config import SearchConfig
-    from sase_blocks.search.sase.evaluate import BASELINES
+    from sase_blocks.search.sase.evaluation import BASELINES
 
     sub = command('sase', _search_sase, 'search for the six operations of a SASE block', EXAMPLES)
     add_settings(sub, SearchConfig, leave_out=('null', 'data'))
@@ -81,7 +81,7 @@ def _search_sase(
 ) -> None:
     from sase_blocks.search.sase.campaigns import campaign, evaluation_budget
     from sase_blocks.search.sase.config import SearchConfig
-    from sase_blocks.search.sase.evaluate import BASELINES
+    from sase_blocks.search.sase.evaluation import BASELINES
 
     evaluation: dict[str, Any] = {
         'random': random or None,

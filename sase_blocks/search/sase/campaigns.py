@@ -1,13 +1,12 @@
-"""Several searches and what they are worth: over seeds, on random labels, and from scratch against other blocks.
+"""Several searches and their verdicts: over seeds, on random labels, and from scratch against other blocks.
 
-One command does it all, and run again it does what is missing (``jobs.py``).
+One command does it all, and the same command again does what is missing (``jobs.py``).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,25 @@ import torch
 
 from sase_blocks.data import Samples, name_data
 from sase_blocks.jobs import Ray, job_folder, run_jobs
-from sase_blocks.runs import check_writable, drop_broken, is_main, open_accelerator, say, write_text
+from sase_blocks.runs import (
+    check_writable,
+    drop_broken,
+    fixed_settings,
+    is_main,
+    open_accelerator,
+    say,
+    shared_settings,
+    write_json,
+)
 from sase_blocks.search.data import Arrays, find_samples
 from sase_blocks.search.significance import load_stats
 from sase_blocks.train import TrainConfig, build_model
 from sase_blocks.viz import missing_matplotlib, plot_evaluation, save_figure
 
 from .agreement import compare_searches, format_agreement
-from .comparison import format_table
 from .config import SearchConfig
-from .evaluate import BASELINES, check_evaluation, evaluate
-from .result import read_result, write_result
+from .evaluation import BASELINES, evaluate, format_evaluation, list_candidates, open_evaluation
+from .result import RESULT, read_result
 from .searching import saved_search, search
 from .space import SearchSpace
 
@@ -46,32 +53,32 @@ def campaign(
 ) -> dict[str, Any]:
     """Search with each seed, on random labels if asked, compare the results, and train the found block from scratch.
 
-    A single search writes into ``config.out``, several ones into ``seed-S`` and ``null-S`` in it. In ``config.out``
-    there are then ``genotype.json`` (of several searches their majority), ``agreement.json``, ``evaluation.json``.
+    A single search writes to ``config.out``, several write to ``seed-S`` and ``null-S`` in it. ``config.out`` then
+    holds ``genotype.json`` (of several searches the consensus), ``agreement.json`` and ``evaluation/``.
 
     Args:
-        config: of each search; its seed is the only one unless ``seeds`` is given.
+        config: of each search. Its seed is the only one unless ``seeds`` is given.
         seeds: of the searches.
-        null: search on random labels as well, once a seed, and name the operations that win there, too.
-        budget: the from-scratch training; default: ``evaluation_budget(config)``.
-        evaluations: from-scratch trainings of each candidate, with the seeds 0, 1, ...; 0 for no comparison.
+        null: also search on random labels, once per seed, and report which operations win there, too.
+        budget: the from-scratch training. Default: ``evaluation_budget(config)``.
+        evaluations: from-scratch trainings of each candidate, with seeds 0, 1, ...; 0 for no comparison.
         baselines, randoms: see ``evaluate``.
-        ray: the machines on which several searches, and trainings, run. Default: one after another in this process. A
-            single search always runs in this process.
+        ray: the machines for several searches, and for trainings. Default: one after another in this process. A single
+            search always runs in this process.
         images: see ``search``.
 
     Returns:
-        'genotype' (text), 'verdict' (a sentence: what of it was decided), 'searches' and 'null' (results by seed),
+        'genotype' (text), 'verdict' (a sentence on what was decided), 'searches' and 'null' (results by seed),
         'agreement' (None for a single search) and 'evaluation' (None without one).
 
     Raises:
         ValueError, OSError, ImportError, FloatingPointError: as ``search``, ``run_jobs`` and ``evaluate``.
-        RuntimeError: a search or a training has failed, after the others are done; the text names it and its error.
+        RuntimeError: a search or a training failed; raised after the others are done, with the first one and its error.
     """
     seeds = [config.seed] if seeds is None else list(dict.fromkeys(seeds))
     if not seeds:
         raise ValueError('seeds is empty: give at least one')
-    configs = {seed: replace(config, seed=seed) for seed in seeds}  # which checks each seed
+    configs = [replace(config, seed=seed) for seed in seeds]  # which checks each seed
     out, single = Path(config.out), len(seeds) == 1 and not null
     if ray is not None and single and not evaluations:
         raise ValueError(
@@ -80,86 +87,79 @@ def campaign(
     if is_main():
         check_writable(out)
     if single:
-        saved_search(configs[seeds[0]])
-    data = None
+        saved_search(configs[0])
+    space, data = SearchSpace.parse(config.space), None
     if evaluations:
         load_stats()  # before the searches
         budget = budget or evaluation_budget(config)
-        space = SearchSpace.parse(config.space)
-        # The first block of the space stands in for what the searches are to find.
-        found = _stand_in(config, space)
-        candidates = [*baselines, *(_named(dict.fromkeys(seeds, found)) if len(seeds) > 1 else [])]
-        data = check_evaluation(found, budget, baselines=candidates, randoms=randoms, space=space, ray=ray)
-    given: Arrays | Samples | None = images
-    if images is None and (data or not single):
-        given = data[0] if data else _checked(config)
+        stand_in = _stand_in(config, space)
+        candidates = [*baselines, *_name_found(dict.fromkeys(seeds, stand_in))]
+        list_candidates(stand_in, budget, candidates, randoms, space)
+        data = open_evaluation(budget, ray)
+    given: Arrays | Samples | None = images or (data[0] if data else None)
+    if given is None and not single:  # decode the images once for all searches of this process
+        with open_accelerator(config, 'a search', 'search') as accelerator:
+            (given,) = drop_broken(config.skip_broken, accelerator, find_samples(config, accelerator))
+    agreement = None
     if single:
-        searches = {seeds[0]: search(configs[seeds[0]], given)}
+        result = search(configs[0], given)
+        searches: dict[int, dict[str, Any]] = {seeds[0]: result}
         nulls: dict[int, dict[str, Any]] = {}
-        agreement = None
-        genotype, verdict = (searches[seeds[0]][name] for name in ('genotype', 'verdict'))
     else:
         searches, nulls = _searches(config, seeds, null, ray, given)
-        agreement = compare_searches(list(searches.values()), list(nulls.values()) or None)
-        genotype, verdict = agreement['genotype'], agreement['verdict']
+        result = agreement = compare_searches(list(searches.values()), list(nulls.values()))
         if is_main():
-            write_text(out / 'agreement.json', json.dumps(agreement, indent=2) + '\n')
-            chosen = {'genotype': genotype, 'genotypes': agreement['genotypes'], 'verdict': verdict}
-            write_result({**_common(searches), **chosen}, out)
+            write_json(out / 'agreement.json', agreement)
+            first = searches[seeds[0]]
+            consensus = {
+                **{name: first[name] for name in ('space', 'settings', 'data', 'versions', 'machine')},
+                **{name: agreement[name] for name in ('genotype', 'genotypes', 'verdict')},
+                'seeds': seeds,
+                'searches': {str(seed): one['genotype'] for seed, one in searches.items()},
+            }
+            write_json(out / RESULT, consensus)
             say(format_agreement(agreement))
     evaluation = None
     if evaluations:
         assert budget is not None
-        each = {seed: result['genotype'] for seed, result in searches.items()}
         evaluation = evaluate(
-            genotype,
+            result['genotype'],
             budget,
-            baselines=[*baselines, *(_named(each) if len(searches) > 1 else [])],
+            baselines=[*baselines, *_name_found({seed: one['genotype'] for seed, one in searches.items()})],
             randoms=randoms,
-            space=SearchSpace.parse(config.space),
+            space=space,
             seeds=range(evaluations),
             ray=ray,
             data=data,
         )
         if is_main():
-            say(format_table(evaluation))
+            say(format_evaluation(evaluation))
             if missing_matplotlib() is None:  # which the searches have said
                 save_figure(plot_evaluation(evaluation), out / 'evaluation.png')
-        if evaluation['errors']:
-            key, text = next(iter(evaluation['errors'].items()))
-            raise RuntimeError(
-                f'{len(evaluation["errors"])} jobs of the evaluation failed; the first one, {key}: {text}'
-            )
+        if errors := evaluation['errors']:
+            key, text = next(iter(errors.items()))
+            raise RuntimeError(f'{len(errors)} jobs of the evaluation failed; the first one, {key}: {text}')
     return {
-        'genotype': genotype,
-        'verdict': verdict,
-        'searches': {str(seed): result for seed, result in searches.items()},
-        'null': {str(seed): result for seed, result in nulls.items()},
+        'genotype': result['genotype'],
+        'verdict': result['verdict'],
+        'searches': {str(seed): one for seed, one in searches.items()},
+        'null': {str(seed): one for seed, one in nulls.items()},
         'agreement': agreement,
         'evaluation': evaluation,
     }
 
 
 def evaluation_budget(config: SearchConfig, epochs: int | None = None, lr: float = 0.1) -> TrainConfig:
-    """From-scratch training on the data of a search, with its model, batch size and length unless told otherwise."""
-    common = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(SearchConfig)}
-    shared = {
-        name: getattr(config, name)
-        for name in common - {'out', 'epochs', 'lr', 'resume', 'weight_decay', 'clip_grad', 'compile'}
-    }
-    return TrainConfig(
-        **shared,
-        out=str(Path(config.out) / 'evaluation'),
-        epochs=config.epochs if epochs is None else epochs,
-        lr=lr,
-        weight_decay=config.weight_decay,
-        clip_grad=config.clip_grad,
-    )
+    """From-scratch training with the settings of a search, except for the learning rate and, if given, the epochs."""
+    shared = shared_settings(config, TrainConfig, leave_out=('out', 'epochs', 'lr', 'resume', 'compile'))
+    out = str(Path(config.out) / 'evaluation')
+    return TrainConfig(**shared, out=out, epochs=config.epochs if epochs is None else epochs, lr=lr)
 
 
 def _searches(
     config: SearchConfig, seeds: Sequence[int], null: bool, ray: Ray | None, images: Arrays | Samples | None
 ) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
+    """The results by seed, and those on random labels."""
     out = Path(config.out)
     jobs: list[dict[str, Any]] = [
         {'key': f'{"null" if random else "seed"}-{seed}', 'seed': seed, 'null': random}
@@ -172,54 +172,34 @@ def _searches(
         one = replace(config, seed=job['seed'], null=job['null'], out=folder, resume=True)
         return {'genotype': search(one, images)['genotype']}
 
+    settings = {name: value for name, value in fixed_settings(config).items() if name not in ('seed', 'null')}
+    if isinstance(images, Samples):
+        settings['images'] = name_data(images)
     run_jobs(
         jobs,
         work,
         out,
-        settings={**_settings(config), **({'images': name_data(images)} if isinstance(images, Samples) else {})},
+        settings=settings,
         describe=lambda job, result: str(result['genotype']),
         ray=ray,
         cpu=config.cpu,
     ).check('searches')
-    results = {job['key']: read_result(job_folder(out, job['key'])) for job in jobs}
-    return (
-        {seed: results[f'seed-{seed}'] for seed in seeds},
-        {seed: results[f'null-{seed}'] for seed in seeds} if null else {},
-    )
+    results: tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]] = {}, {}
+    for job in jobs:
+        results[job['null']][job['seed']] = read_result(job_folder(out, job['key']))
+    return results
 
 
-def _settings(config: SearchConfig) -> dict[str, Any]:
-    """What all searches of one command have in common."""
-    own = {'seed', 'null'}
-    different = {f.name for f in fields(config) if f.metadata.get('free') or f.metadata.get('place')}
-    return {name: value for name, value in asdict(config).items() if name not in own | different}
-
-
-def _common(results: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    first = next(iter(results.values()))
-    return {
-        **{name: first[name] for name in ('space', 'settings', 'data', 'versions', 'machine')},
-        'seeds': list(results),
-        'searches': {str(seed): result['genotype'] for seed, result in results.items()},
-    }
-
-
-def _named(genotypes: dict[int, str]) -> list[str]:
-    """What the search of each seed found, as baselines of the evaluation."""
-    return sorted({f'seed-{seed}={genotype}' for seed, genotype in genotypes.items()})
+def _name_found(genotypes: dict[int, str]) -> list[str]:
+    """The results of several searches, by seed, as baselines of the evaluation."""
+    return sorted({f'seed-{seed}={genotype}' for seed, genotype in genotypes.items()}) if len(genotypes) > 1 else []
 
 
 def _stand_in(config: SearchConfig, space: SearchSpace) -> str:
-    """A result that a search might have, in its form: one genotype, or one for each stage."""
+    """The first block of the space in the form of a search's result: one genotype, or one for each stage."""
     genotype = str(space.genotype(torch.zeros(sum(space.sizes))))
     if not config.per_stage:
         return genotype
     with torch.device('meta'):
         info: Any = build_model(config.model, None, **config.model_args).feature_info
     return '; '.join([genotype] * (len(info) - 1))
-
-
-def _checked(config: SearchConfig) -> Samples:
-    """The training split without broken images, decoded once for all searches of this process."""
-    with open_accelerator(config, 'a search', 'search') as accelerator:
-        return drop_broken(config.skip_broken, accelerator, find_samples(config, accelerator))[0]

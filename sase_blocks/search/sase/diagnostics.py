@@ -1,8 +1,8 @@
-"""How a search is going: who leads each edge, by how much, and what should make one doubt it.
+"""The state of a search: which operation leads each edge, by how much, and warnings.
 
-The logits are few, so their Hessian is taken exactly, one product a logit. A largest eigenvalue that grows warns of a
-result that does not survive discretisation (arXiv 1909.09656); here, where no operation is a skip, what fails more
-often is that one operation's scale decides.
+There are few logits, so their Hessian is exact, with one product per logit. A growing largest eigenvalue warns of a
+result that does not survive discretisation (arXiv 1909.09656). In this space no operation is a skip connection, and it
+is more common that the scale of one operation decides.
 
 An argmax always names a winner. Our addition: whether an edge was decided, see ``noise_leads``.
 """
@@ -22,28 +22,38 @@ from sase_blocks.search.significance import LEVEL
 from .network import LOGITS_STD, SearchNetwork
 from .space import SearchSpace
 
-__all__ = ['dead_operations', 'describe_edges', 'hessian_eigenvalue', 'noise_leads', 'verdict_of', 'warnings_of']
+__all__ = [
+    'NOTHING_TO_DECIDE',
+    'dead_operations',
+    'decided_edges',
+    'describe_edges',
+    'hessian_eigenvalue',
+    'noise_leads',
+    'verdict_of',
+    'warnings_of',
+]
 
-DOMINANT = 0.9  # a probability above it: the edge has decided
-SLOPE = 0.75  # of 1909.09656: an eigenvalue that has grown by more than 1 / 0.75 within five epochs
+DOMINANT = 0.9  # warn of a probability above it
+SLOPE = 0.75  # of arXiv 1909.09656: warn if the eigenvalue grows by more than 1 / 0.75 within WINDOW epochs
 WINDOW = 5
+NOTHING_TO_DECIDE = 'there was nothing to decide: each edge has one operation'
 
 
 def noise_leads(space: SearchSpace, sets: int, updates: int, lr: float) -> dict[str, float]:
-    """For each edge, the lead of one logit over the next one that noise alone gives.
+    """For each edge, how far noise alone can put one logit ahead of the next one.
 
-    Adam moves a logit by about its learning rate an update, however small the gradient is. Gradients that are noise
-    make that a random walk: after T updates its standard deviation is lr * sqrt(T), and, as the gradients of an edge's
-    n logits sum to zero, that of the difference of two is sqrt(2 n / (n - 1)) times as much. The logits' random start
-    comes on top. A lead below the bound is no finding. At most one search in 20 whose gradients are noise has a larger
-    one on any edge of any set. A larger lead shows that the gradients had a direction; random labels (``null``) give
-    them one, too, where an operation wins for how it is built.
+    Adam moves a logit by about its learning rate per update, however small the gradient is. With gradients of noise
+    this is a random walk: after T updates its standard deviation is lr * sqrt(T). The gradients of an edge's n logits
+    sum to zero, so that of the difference of two is sqrt(2 n / (n - 1)) times as large. The logits' random start adds
+    to it. A lead below the bound is no finding: at most one search in 20 whose gradients are noise has a larger one on
+    any edge of any set. A larger lead shows that the gradients had a direction. Random labels (``null``) also give them
+    one, where an operation wins because of how it is built.
 
     Args:
-        space: of the search.
-        sets: of logits.
-        updates: of the logits so far.
-        lr: of Adam.
+        space: the search space.
+        sets: number of sets of logits.
+        updates: number of updates of the logits so far.
+        lr: Adam's learning rate.
     """
     choices = sets * sum(size > 1 for size in space.sizes)
     quantile = NormalDist().inv_cdf(1 - LEVEL / (2 * max(choices, 1)))  # Bonferroni over the edges
@@ -54,64 +64,65 @@ def noise_leads(space: SearchSpace, sets: int, updates: int, lr: float) -> dict[
     return leads
 
 
-def verdict_of(edges: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
-    """A sentence on which edges were decided, from ``describe_edges`` of each set of logits."""
+def decided_edges(sets: Sequence[Mapping[str, Mapping[str, Any]]]) -> tuple[list[str], int]:
+    """The names of the decided edges over all sets, and the number of edges with a choice."""
     named = {
-        (f'stage {number}, {edge}' if len(edges) > 1 else edge): state['decided']
-        for number, one in enumerate(edges, start=1)
-        for edge, state in one.items()
-        if state['decided'] is not None  # one operation alone: there was nothing to decide
+        (f'stage {number}, {edge}' if len(sets) > 1 else edge): state['decided']
+        for number, edges in enumerate(sets, start=1)
+        for edge, state in edges.items()
+        if state['decided'] is not None
     }
-    if not named:
-        return 'there was nothing to decide: each edge has one operation'
-    decided = [name for name, state in named.items() if state]
+    return [name for name, decided in named.items() if decided], len(named)
+
+
+def verdict_of(sets: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
+    """A sentence on which edges were decided, from ``describe_edges`` of each set of logits."""
+    decided, choices = decided_edges(sets)
+    if not choices:
+        return NOTHING_TO_DECIDE
     if not decided:
         return (
             'nothing was decided: on no edge does the first operation lead by more than noise moves the logits; take '
             'the genotype as drawn at random'
         )
-    if len(decided) == len(named):
-        return f'all {len(named)} edges were decided: each lead is larger than noise makes it'
-    return f'decided: {len(decided)} of {len(named)} edges ({"; ".join(decided)}); on the others the lead may be noise'
+    if len(decided) == choices:
+        return f'all {choices} edges were decided: each lead is larger than noise makes it'
+    return f'decided: {len(decided)} of {choices} edges ({"; ".join(decided)}); on the others the lead may be noise'
 
 
 def describe_edges(
     space: SearchSpace, logits: Tensor, noise: Mapping[str, float] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Of each edge, from one set of logits (sum of sizes,): leader, probability, margin to the next, entropy.
+    """Leader, its probability, its margin to the next, and entropy of each edge. logits: (sum of sizes,).
 
-    Entropy is in parts of ln(operations): 1 where all are equal, 0 where one has everything (and for a single one).
-    With ``noise``, the ``noise_leads`` of the search, also 'decided': is the leader's logit further ahead of the next
-    one than noise brings it? None for a single operation.
+    Entropy is a fraction of ln(operations): 1 if all are equal, 0 if one has everything, or for a single operation.
+    With ``noise``, the ``noise_leads`` of the search, also 'decided': whether the leader's logit is further ahead of
+    the next one than noise can put it. None for a single operation.
     """
     out: dict[str, dict[str, Any]] = {}
     logits = logits.double()
     for (edge, names), part, p in zip(space, logits.split(space.sizes), space.probabilities(logits), strict=True):
-        order = p.argsort(descending=True, stable=True)
-        first = float(p[order[0]])
-        second = float(p[order[1]]) if len(names) > 1 else 0.0
-        entropy = float(-(p * p.clamp_min(1e-300).log()).sum()) / math.log(len(names)) if len(names) > 1 else 0.0
+        first, *others = p.argsort(descending=True, stable=True).tolist()
+        second = others[0] if others else None
+        entropy = 0.0 if second is None else float(-(p * p.clamp_min(1e-300).log()).sum()) / math.log(len(names))
         out[edge] = {
-            'leader': names[int(order[0])],
-            'probability': first,
-            'margin': first - second,
+            'leader': names[first],
+            'probability': float(p[first]),
+            'margin': float(p[first]) - (0.0 if second is None else float(p[second])),
             'entropy': entropy,
         }
         if noise is not None:
-            lead = float(part[order[0]] - part[order[1]]) if len(names) > 1 else None
-            out[edge]['decided'] = None if lead is None else lead > noise[edge]
+            out[edge]['decided'] = None if second is None else float(part[first] - part[second]) > noise[edge]
     return out
 
 
 @torch.no_grad()
 def dead_operations(network: SearchNetwork, images: Tensor) -> dict[str, list[str]]:
-    """The operations whose output does not vary over images, channels and positions, and the blocks it happens in.
+    """Operations whose output is constant over images, channels and positions: 'EDGE.NAME' -> names of blocks.
 
-    -> 'EDGE.NAME' -> names of blocks. Batch-norm statistics are left as they are.
+    Does not change batch-norm statistics.
     """
-    space = network.space
-    names = {number: names for number, (_, names) in enumerate(space)}
-    edges = [edge for edge, _ in space]
+    edges = list(network.space)
     found: list[tuple[str, int, Tensor]] = []
 
     def look(block: str, edge: int, outputs: Tensor) -> None:
@@ -120,10 +131,11 @@ def dead_operations(network: SearchNetwork, images: Tensor) -> dict[str, list[st
     with network.statistics_kept(), network.observed(look):
         network(images)
     dead: dict[str, list[str]] = {}
-    for block, edge, spread in found:
-        for number, value in enumerate(spread.tolist()):
+    for block, number, spread in found:
+        edge, names = edges[number]
+        for name, value in zip(names, spread.tolist(), strict=True):
             if value < 1e-6:
-                dead.setdefault(f'{edges[edge]}.{names[edge][number]}', []).append(block)
+                dead.setdefault(f'{edge}.{name}', []).append(block)
     return dead
 
 
@@ -134,23 +146,19 @@ def hessian_eigenvalue(
     labels: Tensor,
     mean: Callable[[Tensor], Tensor] = lambda flat: flat,
 ) -> float:
-    """The largest eigenvalue, in size, of the held-out loss's Hessian for the logits (the product of all sets)."""
+    """The eigenvalue of largest magnitude of the held-out loss's Hessian with respect to all logits."""
     logits = network.logits
     with network.statistics_kept():
         value = loss(network(images), labels)
         (gradient,) = torch.autograd.grad(value, logits, create_graph=True)
-        rows = []
-        flat = gradient.flatten()
-        for i in range(flat.numel()):
-            (row,) = torch.autograd.grad(flat[i], logits, retain_graph=True)
-            rows.append(row.flatten())
+        rows = [torch.autograd.grad(one, logits, retain_graph=True)[0].flatten() for one in gradient.flatten()]
     hessian = mean(torch.stack(rows).double().flatten()).reshape(len(rows), -1).cpu()
     values = torch.linalg.eigvalsh((hessian + hessian.T) / 2)
     return float(values[values.abs().argmax()])
 
 
 def warnings_of(rows: Sequence[dict[str, Any]], classes: int) -> list[str]:
-    """What the rows of metrics.jsonl so far should make one doubt, about the last of them."""
+    """Warnings about the last of the rows of metrics.jsonl so far."""
     row = rows[-1]
     out = []
     chance = math.log(classes)

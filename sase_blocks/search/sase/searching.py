@@ -37,6 +37,7 @@ from sase_blocks.runs import (
     run_lock,
     saved_run,
     whole_number,
+    write_json,
     write_rows,
 )
 from sase_blocks.search.data import Arrays, check_same_data, find_samples, split_data
@@ -49,7 +50,7 @@ from .compiling import compile_mixed_blocks, without_compilation
 from .config import SearchConfig
 from .diagnostics import dead_operations, describe_edges, hessian_eigenvalue, noise_leads, warnings_of
 from .network import SearchNetwork
-from .result import describe_result, draw_result, write_logits, write_result
+from .result import RESULT, describe_result, draw_result, write_logits
 from .space import SearchSpace
 
 __all__ = ['saved_search', 'search']
@@ -249,7 +250,7 @@ class _Search:
         if main:
             if writer:
                 writer.close()
-            write_result(result, self.out)
+            write_json(self.out / RESULT, result)
             if missing_matplotlib() is None:
                 draw_result(self.history, self.space, result['edges'], self.out)
         self.accelerator.wait_for_everyone()
@@ -291,7 +292,7 @@ class _Search:
             # In this order: whatever a kill leaves undone is done again, the same, by the resumed epoch.
             append_row(self.metrics, row)
             write_logits(self.history, self.space, self.out)
-            write_result(self._result(), self.out)
+            write_json(self.out / RESULT, self._result())
         self._save()
         self._report(row)
         return self._result()

@@ -127,6 +127,9 @@ class SearchSpace:
         """(edge, names) in edge order."""
         return ((f.name, getattr(self, f.name)) for f in fields(self))
 
+    def __contains__(self, genotype: Genotype) -> bool:
+        return all(getattr(genotype, edge) in names for edge, names in self)
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """Operations on each edge."""
