@@ -16,8 +16,8 @@ import platform
 import socket
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import field, fields, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,10 @@ LOCK_POLL_SECONDS = 1.0  # seconds between looks at a folder that another run ha
 
 
 def setting(default: Any, help: str, **more: Any) -> Any:
-    """A field of a configuration with the text that the command line shows for it.
+    """A field of a ``RunConfig`` with its help text.
 
-    More: ``choices``; ``free=True`` for a setting that a resumed run may change; ``place=True`` for where something
-    lies, which may change too, while what lies there is compared otherwise.
+    More: ``choices``, or what the value is ``expected`` to be, a key of ``EXPECTED``; ``free=True`` if a resumed run
+    may change it; ``place=True`` for a path, which may also change, because its content is compared instead.
     """
     return field(default=default, metadata={'help': help, **more})
 
@@ -61,16 +61,62 @@ def require_used(config: Any, used: bool, name: str, when: str) -> None:
     require(config, used or getattr(config, name) == default, name, f'left at {default!r} {when}')
 
 
-def require_choices(config: Any) -> None:
-    """``require`` for every setting with ``choices``."""
-    for entry in fields(config):
-        choices = entry.metadata.get('choices')
-        require(config, not choices or getattr(config, entry.name) in choices, entry.name, f'one of {choices}')
+EXPECTED: dict[str, Callable[[Any], bool]] = {
+    'at least 0': lambda value: value >= 0,
+    'at least 1': lambda value: value >= 1,
+    'at least 2': lambda value: value >= 2,
+    'above 0': lambda value: value > 0,
+    'between 0 and 1': lambda value: 0 < value < 1,
+    'at least 0 and below 1': lambda value: 0 <= value < 1,
+    'at least 0 and below 2**64': lambda value: 0 <= value < 2**64,  # the seeds of torch's generators
+    'a probability': lambda value: 0 <= value <= 1,
+}
 
 
-def require_seed(config: Any) -> None:
-    """``require`` for ``config.seed``: what torch's generators take."""
-    require(config, 0 <= config.seed < 2**64, 'seed', 'at least 0 and below 2**64')
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of every run; each is also an option. A subclass adds its own and may change default and help."""
+
+    data: str = field(metadata={'place': True, 'help': 'folder with train/CLASS/* in it, or the root of --dataset'})
+    out: str = setting('runs/train', 'folder for checkpoints, metrics.jsonl and the TensorBoard log', place=True)
+    resume: bool = setting(
+        False, 'resume the run in --out, waiting for a live one to finish; start a new run if there is none', free=True
+    )
+
+    dataset: str = setting('', "timm's name of a data set, such as torch/cifar10; --data is then its root")
+    train_split: str = setting('train', 'training split of a --dataset')
+    num_classes: int | None = setting(
+        None, 'number of classes, if the --dataset does not define it', expected='at least 1'
+    )
+    download: bool = setting(False, 'let a --dataset download itself', free=True)
+    skip_broken: bool = setting(False, 'leave broken images out, with a warning')
+    hflip: float = setting(0.5, 'probability of a horizontal flip; 0 for text and digits', expected='a probability')
+
+    epochs: int = setting(100, 'passes over the training images', expected='at least 1')
+    batch_size: int = setting(128, 'images per step, over all processes together', expected='at least 1')
+    lr: float = setting(0.1, 'highest learning rate', expected='above 0')
+    momentum: float = setting(0.9, 'momentum of SGD', expected='at least 0 and below 1')
+    weight_decay: float = setting(
+        1e-4, 'weight decay, except for vectors and parameters that blocks exclude', expected='at least 0'
+    )
+    clip_grad: float | None = setting(None, 'maximum gradient norm', expected='above 0')
+
+    seed: int = setting(0, 'random seed', expected='at least 0 and below 2**64')
+    mixed_precision: str = setting('no', 'arithmetic below fp32', choices=('no', 'bf16'))
+    channels_last: bool = setting(False, 'channels_last memory format; often faster on GPUs and in bf16')
+    deterministic: bool = setting(False, 'use only deterministic algorithms; slower on GPUs')
+    cpu: bool = setting(False, 'use the CPU even if there is a GPU', free=True)
+    workers: int = setting(4, 'loader processes for each process', free=True, expected='at least 0')
+    tensorboard: bool = setting(True, 'write a TensorBoard log', free=True)
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value, choices = getattr(self, entry.name), entry.metadata.get('choices')
+            require(self, not choices or value in choices, entry.name, f'one of {choices}')
+            if value is not None and (expected := entry.metadata.get('expected')):
+                require(self, EXPECTED[expected](value), entry.name, expected)
+            if entry.name in ('train_split', 'val_split', 'download'):
+                require_used(self, bool(self.dataset), entry.name, 'without a dataset')
 
 
 def fixed_settings(config: Any) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from .reading import one_line, quoted, shorten
 from .runs import (
     LOSS_CHECK_STEPS,
     Progress,
+    RunConfig,
     append_row,
     be_deterministic,
     check_finite,
@@ -52,8 +53,6 @@ from .runs import (
     open_log,
     read_rows,
     require,
-    require_choices,
-    require_seed,
     require_used,
     resuming,
     run_lock,
@@ -67,77 +66,42 @@ ADVICE = 'Try a lower --lr, a longer --warmup or --clip-grad.'
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RunConfig):
     """Settings of a training run; each is also an option of ``sase-blocks train``, whose help describes it."""
 
     data: str = field(
         metadata={'place': True, 'help': 'folder with train/CLASS/* and val/CLASS/* (or validation/, test/) in it'}
     )
     model: str = setting('resnet50_sase', 'name of any timm model')
-    out: str = setting('runs/train', 'folder for checkpoints, metrics.jsonl and the TensorBoard log', place=True)
-    resume: bool = setting(
-        False, 'resume the run in --out, waiting for a live one to finish; start a new run if there is none', free=True
-    )
-
     model_args: dict[str, Any] = field(default_factory=dict, metadata={'help': 'model arguments'})
     pretrained: bool = setting(False, "start from timm's pretrained weights (may download)")
     checkpoint: str | None = setting(None, 'start from the weights in this file (.pt, .pth, .safetensors)', place=True)
-    img_size: int | None = setting(None, "image height and width in px (default: the model's)")
+    img_size: int | None = setting(None, "image height and width in px (default: the model's)", expected='at least 1')
 
-    dataset: str = setting('', "timm's name of a data set, such as torch/cifar10; --data is then its root")
-    train_split: str = setting('train', 'training split of a --dataset')
     val_split: str = setting('validation', 'validation split of a --dataset')
-    num_classes: int | None = setting(None, 'number of classes, if the --dataset does not define it')
-    download: bool = setting(False, 'let a --dataset download itself', free=True)
     check: bool = setting(True, 'decode every image once before training', free=True)
-    skip_broken: bool = setting(False, 'leave broken images out, with a warning')
-    hflip: float = setting(0.5, 'probability of a horizontal flip; 0 for text and digits')
     auto_augment: str | None = setting(None, "timm's policy for images above 64 px, such as 'rand-m9-mstd0.5'")
 
-    epochs: int = setting(100, 'passes over the training images')
-    batch_size: int = setting(128, 'images a step, over all processes together')
     opt: str = setting('sgd', 'optimizer', choices=('sgd', 'adamw'))
-    lr: float = setting(0.1, 'highest learning rate')
-    warmup: float = setting(0.05, 'fraction of all steps for warm-up; then cosine decay to 0')
-    momentum: float = setting(0.9, 'momentum of SGD')
-    weight_decay: float = setting(1e-4, 'weight decay, except for vectors and parameters that blocks exclude')
-    label_smoothing: float = setting(0.0, 'label smoothing')
-    clip_grad: float | None = setting(None, 'maximum gradient norm')
+    warmup: float = setting(
+        0.05, 'fraction of all steps for warm-up; then cosine decay to 0', expected='at least 0 and below 1'
+    )
+    label_smoothing: float = setting(0.0, 'label smoothing', expected='at least 0 and below 1')
     ema_decay: float | None = setting(
         None,
         'keep and evaluate an average of the weights whose decay rises as 1 - step^(-2/3) to this, e.g. 0.9999',
+        expected='between 0 and 1',
     )
 
-    eval_every: int = setting(1, 'validate every N epochs; 0: only after the last')
-    seed: int = setting(0, 'random seed')
+    eval_every: int = setting(1, 'validate every N epochs; 0: only after the last', expected='at least 0')
     mixed_precision: str = setting('no', 'arithmetic below fp32', choices=('no', 'bf16', 'fp16'))
-    channels_last: bool = setting(False, 'channels_last memory format; often faster on GPUs and in bf16')
     compile: bool = setting(False, 'compile the attention blocks of the model')
-    deterministic: bool = setting(False, 'use only deterministic algorithms; slower on GPUs')
-    cpu: bool = setting(False, 'train on the CPU even if there is a GPU', free=True)
-    workers: int = setting(4, 'loader processes per training process', free=True)
-    tensorboard: bool = setting(True, 'write a TensorBoard log', free=True)
 
     def __post_init__(self) -> None:
-        for name in ('epochs', 'batch_size'):
-            require(self, getattr(self, name) >= 1, name, 'at least 1')
-        for name in ('workers', 'weight_decay', 'eval_every'):
-            require(self, getattr(self, name) >= 0, name, 'at least 0')
-        for name in ('img_size', 'num_classes'):
-            require(self, getattr(self, name) is None or getattr(self, name) >= 1, name, 'at least 1')
-        for name in ('warmup', 'label_smoothing', 'momentum'):
-            require(self, 0 <= getattr(self, name) < 1, name, 'at least 0 and below 1')
-        require(self, self.lr > 0, 'lr', 'above 0')
-        require(self, 0 <= self.hflip <= 1, 'hflip', 'a probability')
-        require(self, self.clip_grad is None or self.clip_grad > 0, 'clip_grad', 'above 0')
-        require(self, self.ema_decay is None or 0 < self.ema_decay < 1, 'ema_decay', 'between 0 and 1')
+        super().__post_init__()
         require(self, self.check or not self.skip_broken, 'skip_broken', 'used with the check of the images')
-        for name in ('train_split', 'val_split', 'download'):
-            require_used(self, bool(self.dataset), name, 'without a dataset')
         require_used(self, self.opt == 'sgd', 'momentum', 'for adamw')
         require(self, 'num_classes' not in self.model_args, 'model_args', 'without num_classes, which the data says')
-        require_seed(self)
-        require_choices(self)
 
 
 def check_model_name(name: str) -> None:

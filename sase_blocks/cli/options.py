@@ -15,7 +15,8 @@ __all__ = ['add_model_options', 'add_ray_options', 'add_settings', 'check_demo',
 def add_settings(parser: argparse.ArgumentParser, config: type[Any], leave_out: Collection[str] = ()) -> None:
     """Add an option for each setting of a configuration class, with its default and help text."""
     kinds = {'int': int, 'float': float, 'str': str}
-    for setting in fields(config):
+    own = config.__annotations__  # listed before those that all runs have
+    for setting in sorted(fields(config), key=lambda entry: entry.name not in own):
         if setting.name == 'model_args' or setting.name in leave_out:
             continue
         option, kind = setting.name.replace('_', '-'), str(setting.type).split(' |')[0]
