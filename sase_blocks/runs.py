@@ -461,15 +461,6 @@ def check_finite(losses: list[float], first_step: int, last: Path, advice: str) 
             raise FloatingPointError(f'the loss is {loss} at step {step}; {kept}. {advice}')
 
 
-def open_log(config: Any, out: Path, step: int) -> Any:
-    """A TensorBoard log in ``out`` from a step on, or None where ``config.tensorboard`` is off."""
-    if not config.tensorboard:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(out / 'tensorboard'), purge_step=step)
-
-
 def environment() -> dict[str, dict[str, Any]]:
     """What a result was made with: 'versions' and 'machine'."""
     versions = {'python': platform.python_version()}
@@ -488,16 +479,43 @@ def say(text: str) -> None:
     print(printable(text, keep='\n\t'), flush=True)
 
 
-class Progress:
-    """A bar over all steps with the time left on a terminal, and plain lines now and then elsewhere."""
+class RunLog:
+    """The log of a run: metrics.jsonl and TensorBoard's in ``config.out``, progress and messages on the screen.
 
-    def __init__(self, total: int, done: int, *, enabled: bool) -> None:
-        self.bar = tqdm(total=total, initial=done, unit='step', disable=None if enabled else True)
-        self.enabled = enabled
-        self.total, self.first, self.done = total, done, done
+    Progress is a bar on a terminal, and a line now and then elsewhere. Only the main process writes and prints.
+
+    Args:
+        config, accelerator: of the run.
+        steps: steps per epoch.
+        step: where the run starts. Rows of later steps, which a killed run may leave, are removed.
+    """
+
+    def __init__(self, config: Any, accelerator: Any, steps: int, step: int) -> None:
+        self.main, self.metrics = accelerator.is_main_process, Path(config.out) / 'metrics.jsonl'
+        self.rows = read_rows(self.metrics, step // steps)
+        self.writer: Any = None
+        if self.main:
+            write_rows(self.metrics, self.rows)
+            if config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(Path(config.out) / 'tensorboard'), purge_step=step)
+        self.total, self.first, self.done = config.epochs * steps, step, step
+        self.bar = tqdm(total=self.total, initial=step, unit='step', disable=None if self.main else True)
         self.began = self.last_line = time.perf_counter()
 
+    def add(self, row: dict[str, Any], scalars: Mapping[str, float] | None = None) -> None:
+        """Append a row to metrics.jsonl, and its values, or ``scalars``, to the TensorBoard log."""
+        self.rows.append(row)
+        if self.main:
+            append_row(self.metrics, row)
+        if self.writer:
+            for name, value in (scalars or row).items():
+                self.writer.add_scalar(name, value, row['step'])
+            self.writer.flush()
+
     def update(self, done: int, label: str, loss: float) -> None:
+        """Show the number of steps done and the loss."""
         self.bar.set_description(label, refresh=False)
         self.bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
         self.bar.update(done - self.done)
@@ -511,7 +529,8 @@ class Progress:
         return str(tqdm.format_interval(rate * (self.total - self.done)))
 
     def line(self, text: str) -> None:
-        if self.enabled:
+        """Print a line."""
+        if self.main:
             self.last_line = time.perf_counter()
             if self.bar.disable:
                 say(text)
@@ -520,3 +539,5 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
+        if self.writer:
+            self.writer.close()

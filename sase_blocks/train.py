@@ -42,16 +42,13 @@ from .ops import no_weight_decay
 from .reading import one_line, quoted, shorten
 from .runs import (
     LOSS_CHECK_STEPS,
-    Progress,
     RunConfig,
-    append_row,
+    RunLog,
     be_deterministic,
     check_finite,
     drop_broken,
     load_optimizer,
     open_accelerator,
-    open_log,
-    read_rows,
     require,
     require_used,
     resuming,
@@ -59,7 +56,6 @@ from .runs import (
     saved_run,
     setting,
     whole_number,
-    write_rows,
 )
 
 ADVICE = 'Try a lower --lr, a longer --warmup or --clip-grad.'
@@ -167,7 +163,7 @@ def train(config: TrainConfig, data: tuple[Samples, Samples] | None = None) -> d
 def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] | None) -> dict[str, Any]:
     main, device = accelerator.is_main_process, accelerator.device
     out = Path(config.out)
-    last, best_path, metrics = out / 'last.pt', out / 'best.pt', out / 'metrics.jsonl'
+    last, best_path = out / 'last.pt', out / 'best.pt'
 
     # Cheap checks first, slow ones last.
     needed = ['config', 'data', 'epoch', 'best', 'scores', 'state_dict', 'optimizer', 'scaler']
@@ -244,24 +240,18 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
         if saved and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved['scaler'])
 
-    history = read_rows(metrics, start)
-    writer = None
-    if main:
-        # Remove what a killed run logged after its last checkpoint; it is written again.
-        write_rows(metrics, history)
-        writer = open_log(config, out, start * steps_per_epoch)
-    progress = Progress(steps, start * steps_per_epoch, enabled=main)
+    log = RunLog(config, accelerator, steps_per_epoch, start * steps_per_epoch)
     parameters = sum(p.numel() for p in model.parameters())
     shape = ' x '.join(str(n) for n in data_config['input_size'])
-    progress.line(f'{config.model}: {parameters / 1e6:.3f} M parameters; {_describe(facts)}, as {shape}')
-    progress.line(
+    log.line(f'{config.model}: {parameters / 1e6:.3f} M parameters; {_describe(facts)}, as {shape}')
+    log.line(
         f'{config.epochs} epochs of {steps_per_epoch} steps of {config.batch_size} images; {accelerator.num_processes} '
         f'process(es) on {device.type}, mixed precision {config.mixed_precision}; writing to {out}'
     )
     if report:
-        progress.line(str(report))
+        log.line(str(report))
     if saved:
-        progress.line(f'resuming after epoch {start} of {config.epochs}')
+        log.line(f'resuming after epoch {start} of {config.epochs}')
 
     step = start * steps_per_epoch
     for epoch in range(start, config.epochs):
@@ -287,7 +277,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
                 losses = accelerator.reduce(torch.stack(unseen), 'mean').tolist()
                 check_finite(losses, step - len(losses) + 1, last, ADVICE)
                 loss_sum += sum(losses)
-                progress.update(step, f'epoch {epoch + 1}/{config.epochs}', losses[-1])
+                log.update(step, f'epoch {epoch + 1}/{config.epochs}', losses[-1])
                 unseen = []
         seconds = time.perf_counter() - began
 
@@ -311,7 +301,8 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
             improved = scores['acc1'] > best['acc1']
             if improved:
                 best = {'acc1': scores['acc1'], 'epoch': epoch + 1}
-        history.append(row)
+        # In this order, the resumed epoch redoes whatever a kill leaves undone, with the same result.
+        log.add(row)
         if main:
             weights = {
                 'arch': config.model,
@@ -323,36 +314,28 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
                 'config': asdict(config),
                 'data': facts,
             }
-            # In this order, the resumed epoch redoes whatever a kill leaves undone, with the same result.
-            append_row(metrics, row)
             if improved:
                 save_checkpoint(weights, best_path)
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             save_checkpoint({**weights, 'optimizer': optimizer.state_dict(), 'scaler': scaler}, last)
-            if writer:
-                for name, value in row.items():
-                    writer.add_scalar(name, value, step)
-                writer.flush()
         accelerator.wait_for_everyone()
         seen = (
             f'validation loss {row["val_loss"]:.4f}, accuracy {row["acc1"]:.2f} % (best {best["acc1"]:.2f} %), '
             if 'acc1' in row
             else ''
         )
-        progress.line(
+        log.line(
             f'epoch {epoch + 1}/{config.epochs}: training loss {row["train_loss"]:.4f}, {seen}'
-            f'{row["images_per_second"]:.0f} images/s, {progress.left()} left'
+            f'{row["images_per_second"]:.0f} images/s, {log.left()} left'
         )
-    progress.close()
-    if writer:
-        writer.close()
+    log.close()
     return {
         'epochs': config.epochs,
         'acc1': scores['acc1'],
         'loss': scores['val_loss'],
         'best_acc1': best['acc1'],
         'best_epoch': best['epoch'],
-        'history': history,
+        'history': log.rows,
         'checkpoint': str(last),
     }
 

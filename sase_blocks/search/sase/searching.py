@@ -1,15 +1,16 @@
-"""One SASE search (arXiv 2411.08333, section 4 of the authors' code; extra ``search``): the loop, and what it leaves.
+"""One SASE search (arXiv 2411.08333, section 4 of the authors' code; extra ``search``): the loop and its output.
 
-A step is one update of the logits on held-out images and one of the weights. What differs from the authors' code:
-fair mixing by default, an exact second order, a held-out half without augmentation, statistics of batch norm that the
-logits' passes leave alone, a result on disk. Everything random is a function of the seed and of the step, so a run
-that is killed at any moment and resumed arrives at the same bits.
+A step is one update of the logits on held-out images and one of the weights. Differences from the authors' code: fair
+mixing by default, an exact second order, no augmentation of held-out images, batch-norm statistics that the logits'
+passes do not change, a result on disk. All randomness depends only on the seed and the step, so a run that is killed at
+any moment and resumed gives the same bits.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -24,21 +25,17 @@ from sase_blocks.checkpoint import save_checkpoint
 from sase_blocks.data import MODEL, Samples, derive_seed, image_config
 from sase_blocks.runs import (
     LOSS_CHECK_STEPS,
-    Progress,
-    append_row,
+    RunLog,
     be_deterministic,
     check_finite,
     drop_broken,
     load_optimizer,
     open_accelerator,
-    open_log,
-    read_rows,
     resuming,
     run_lock,
     saved_run,
     whole_number,
     write_json,
-    write_rows,
 )
 from sase_blocks.search.data import Arrays, check_same_data, find_samples, split_data
 from sase_blocks.search.sync_batch_norm import synchronize_norms
@@ -56,11 +53,11 @@ from .space import SearchSpace
 __all__ = ['saved_search', 'search']
 
 ADVICE = 'Try a lower --lr or --clip-grad.'
-HESSIAN_IMAGES = 32  # of a held-out batch, for the look at the Hessian
+HESSIAN_IMAGES = 32  # of a held-out batch
 
 
 def saved_search(config: SearchConfig) -> dict[str, Any] | None:
-    """The checkpoint in ``config.out`` to resume from, None for a fresh start; raises as ``runs.saved_run``."""
+    """The checkpoint in ``config.out`` to resume from, None for a new run. Raises as ``runs.saved_run``."""
     needed = ['config', 'data', 'step', 'network', 'optimizer', 'arch', 'sums', 'logits_history']
     return saved_run(config, Path(config.out) / 'last.pt', needed, 'sase-blocks search sase')
 
@@ -68,24 +65,24 @@ def saved_search(config: SearchConfig) -> dict[str, Any] | None:
 def search(config: SearchConfig, images: Arrays | Samples | None = None) -> dict[str, Any]:
     """Search an attention block.
 
-    Writes into ``config.out``: after each epoch, and every ``save_minutes``, ``last.pt``, which is all that resuming
-    needs; after each epoch ``metrics.jsonl``, ``alphas.npz``, ``genotype.json`` and ``tensorboard/``; at the end
-    ``genotype.png`` and ``logits.png``.
+    Writes to ``config.out``: ``last.pt`` (everything needed to resume) after each epoch and every ``save_minutes``;
+    ``metrics.jsonl``, ``alphas.npz``, ``genotype.json`` and ``tensorboard/`` after each epoch; ``genotype.png`` and
+    ``logits.png`` at the end.
 
     Args:
         config: the settings.
         images: in place of ``config.data``: uint8 images (N, C, H, W), labels (N,) and the names of the classes; or its
-            training split, opened and checked for broken images already.
+            training split, opened and checked for broken images.
 
     Returns:
-        What genotype.json holds, see ``describe_result``.
+        The content of genotype.json, see ``describe_result``.
 
     Raises:
         ImportError: accelerate or tensorboard is missing.
-        ValueError, FileNotFoundError: a wrong setting, wrong data, a run that cannot be resumed, or
-            that another process writes (with ``config.resume`` this one waits for it); before any work.
-        OSError: ``config.out`` cannot be written, before any work; a full disk, after which the last good checkpoint
-            is still there.
+        ValueError, FileNotFoundError: a wrong setting, wrong data, a run that cannot be resumed or that another process
+            writes (with ``config.resume`` this one waits for it); before any work.
+        OSError: ``config.out`` cannot be written, before any work; or the disk is full, which keeps the last good
+            checkpoint.
         FloatingPointError: the loss is no longer finite.
     """
     deterministic = be_deterministic(config.deterministic)
@@ -96,18 +93,17 @@ def search(config: SearchConfig, images: Arrays | Samples | None = None) -> dict
 class _Search:
     def __init__(self, config: SearchConfig, accelerator: Any, images: Arrays | Samples | None) -> None:
         self.config, self.accelerator = config, accelerator
-        self.device = accelerator.device
+        self.main, self.device = accelerator.is_main_process, accelerator.device
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.out = Path(config.out)
-        self.last, self.metrics = self.out / 'last.pt', self.out / 'metrics.jsonl'
+        self.last = self.out / 'last.pt'
 
-        # What can be wrong is found out first, and what takes long to find out last.
+        # Cheap checks first, slow ones last.
         saved = saved_search(config)
         if config.batch_size % self.world:
-            raise ValueError(f'batch_size {config.batch_size} cannot be cut among {self.world} processes')
+            raise ValueError(f'batch_size {config.batch_size} cannot be split over {self.world} processes')
         check_model_name(config.model)
         self.space = SearchSpace.parse(config.space)
-        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         data = find_samples(config, accelerator) if images is None else images
         classes = data.classes if isinstance(data, Samples) else list(data[2])
         torch.manual_seed(config.seed)
@@ -118,7 +114,7 @@ class _Search:
             data = data.in_channels(channels)
         elif data[0].shape[1] != channels:
             raise ValueError(f'the images have {data[0].shape[1]} channels, the model takes {channels}')
-        self.network = SearchNetwork(
+        network = self.network = SearchNetwork(
             model,
             self.space,
             per_stage=config.per_stage,
@@ -129,17 +125,15 @@ class _Search:
         )
         if isinstance(data, Samples) and data.fingerprint is None:
             (data,) = drop_broken(config.skip_broken, accelerator, data)
+        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.data = split_data(
-            data, config, data_config, device=self.device, memory_format=self.memory_format, null=config.null
+            data, config, data_config, device=self.device, memory_format=memory_format, null=config.null
         )
         if saved:
             check_same_data(self.last, saved['data'], self.data)
         self.steps = len(self.data.training) // config.batch_size  # a last partial batch is dropped
-        self._prepare(saved)
 
-    def _prepare(self, saved: dict[str, Any] | None) -> None:
-        config, network = self.config, self.network
-        network.to(self.device).to(memory_format=self.memory_format)
+        network.to(self.device).to(memory_format=memory_format)
         if self.world > 1:
             synchronize_norms(network.model)
         self.named = network.weights()
@@ -154,10 +148,9 @@ class _Search:
         self.arch = torch.optim.Adam(
             [network.logits], config.arch_lr, betas=(0.5, 0.999), weight_decay=config.arch_weight_decay
         )
-        self.step = 0
-        self.sums = torch.zeros(4, dtype=torch.float64)  # of the epoch: training loss, held-out loss, right, gradient
+        self.step, self.resumed = 0, saved is not None
+        self.sums = torch.zeros(4, dtype=torch.float64)  # training loss, held-out loss, correct, unused; of the epoch
         self.history: list[Tensor] = [network.logits.detach().cpu().clone()]
-        self.rows: list[dict[str, Any]] = []
         if saved:
             with resuming(self.last):
                 network.load_state_dict(saved['network'])
@@ -166,8 +159,6 @@ class _Search:
                 self.step = whole_number(saved['step'], 'step', config.epochs * self.steps)
                 self.sums = saved['sums'].reshape(self.sums.shape)
                 self.history = [logits.reshape(network.logits.shape) for logits in saved['logits_history']]
-            self.rows = read_rows(self.metrics, self.step // self.steps)
-        self.resumed = saved is not None
         if config.compile:
             compile_mixed_blocks(network)
 
@@ -185,13 +176,15 @@ class _Search:
     def _train_step(
         self, training: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], lr: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One update of the logits and one of the weights. -> both losses, and how many held-out images were right."""
+        """Update the logits and the weights. -> both losses, and the number of correct held-out images."""
         config, network = self.config, self.network
-        # Dropout and the like: a function of the step, whatever drew random numbers in between.
+        # Dropout depends only on the step, whatever drew random numbers in between.
         torch.manual_seed(derive_seed(config.seed, MODEL, self.step, self.rank))
         held_loss = right = torch.zeros((), device=self.device)
         if self.step % config.arch_every == 0:
-            look = VirtualStep(lr, config.momentum, config.weight_decay, self._momentum())
+            state = self.optimizer.state
+            momentum = {n: state[w]['momentum_buffer'] for n, w in self.named.items() if 'momentum_buffer' in state[w]}
+            look = VirtualStep(lr, config.momentum, config.weight_decay, momentum)
             found = logits_gradient(
                 network,
                 self._loss,
@@ -218,138 +211,115 @@ class _Search:
         if config.clip_grad is not None:
             flat = flat * (config.clip_grad / (torch.linalg.vector_norm(flat) + 1e-6)).clamp(max=1.0)
         for weight, part in zip(self.weights, flat.split([w.numel() for w in self.weights]), strict=True):
-            # In the weight's own memory format: the fused step goes through both as they lie.
+            # The fused step needs the weight's own memory format.
             grad = part.view_as(weight)
             weight.grad = grad if weight.is_contiguous() else torch.empty_like(weight).copy_(grad)
         self.optimizer.step()
         return loss.detach(), held_loss.detach(), right
 
-    def _momentum(self) -> dict[str, Tensor]:
-        state = self.optimizer.state
-        return {n: state[w]['momentum_buffer'] for n, w in self.named.items() if 'momentum_buffer' in state[w]}
-
     # ---- the run ----
 
     def run(self) -> dict[str, Any]:
-        config, main = self.config, self.accelerator.is_main_process
-        writer = None
-        if main:
-            write_rows(self.metrics, self.rows)
-            writer = open_log(config, self.out, self.step)
-        self.progress = Progress(config.epochs * self.steps, self.step, enabled=main)
+        config = self.config
+        self.log = RunLog(config, self.accelerator, self.steps, self.step)
         self._announce()
-        result = self._result()
         for epoch in range(self.step // self.steps, config.epochs):
-            result = self._epoch(epoch)
-            if main and writer:
-                for name, value in _scalars(self.rows[-1]):
-                    writer.add_scalar(name, value, self.step)
-                writer.flush()
+            self._epoch(epoch)
             self.accelerator.wait_for_everyone()
-        self.progress.close()
-        if main:
-            if writer:
-                writer.close()
+        self.log.close()
+        result = self._result()
+        if self.main:
             write_json(self.out / RESULT, result)
             if missing_matplotlib() is None:
                 draw_result(self.history, self.space, result['edges'], self.out)
         self.accelerator.wait_for_everyone()
         return result
 
-    def _epoch(self, epoch: int) -> dict[str, Any]:
-        config, network, network_steps = self.config, self.network, self.steps
-        first = self.step - epoch * network_steps
+    def _epoch(self, epoch: int) -> None:
+        config, steps = self.config, self.steps
+        first = self.step - epoch * steps
         lr = config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
         for group in self.optimizer.param_groups:
             group['lr'] = lr
-        network.train()
-        at = (epoch, config.batch_size, first, network_steps, self.rank, self.world)
+        self.network.train()
+        at = (epoch, config.batch_size, first, steps, self.rank, self.world)
         began = last_save = time.perf_counter()
         unseen: list[Tensor] = []
-        held_out = (0.0, 0.0)
         pairs = zip(self.data.training.epoch(*at), self.data.held_out.epoch(*at), strict=True)
         for number, (training, held) in enumerate(pairs, start=first + 1):
-            loss, held_loss, right = self._train_step(training, held, lr)
+            unseen.append(torch.stack([value.double() for value in self._train_step(training, held, lr)]))
             self.step += 1
-            unseen.append(torch.stack([loss.double(), held_loss.double(), right.double()]))
-            if len(unseen) == LOSS_CHECK_STEPS or number == network_steps:
+            if len(unseen) == LOSS_CHECK_STEPS or number == steps:
                 seen = self._mean(torch.stack(unseen)).cpu()
                 check_finite((seen[:, 0] + seen[:, 1]).tolist(), self.step - len(unseen) + 1, self.last, ADVICE)
                 self.sums[:3] += seen.sum(0)
                 unseen = []
-                held_out = (float(seen[-1, 0]), float(seen[-1, 1]))
-                self.progress.update(self.step, f'epoch {epoch + 1}/{config.epochs}', held_out[0])
-                if number < network_steps and time.perf_counter() - last_save > 60 * config.save_minutes:
+                self.log.update(self.step, f'epoch {epoch + 1}/{config.epochs}', float(seen[-1, 0]))
+                if number < steps and time.perf_counter() - last_save > 60 * config.save_minutes:
                     self._save()
                     last_save = time.perf_counter()
-        seconds = (time.perf_counter() - began) / max(network_steps - first, 1)
-        row = self._row(epoch, lr, seconds, held)
-        self.rows.append(row)
-        row['warnings'] = warnings_of(self.rows, len(self.data.classes))
-        self.history.append(network.logits.detach().cpu().clone())
+        row = self._row(epoch, lr, (time.perf_counter() - began) / max(steps - first, 1), held)
+        self.history.append(self.network.logits.detach().cpu().clone())
         self.sums = torch.zeros_like(self.sums)
-        if self.accelerator.is_main_process:
-            # In this order: whatever a kill leaves undone is done again, the same, by the resumed epoch.
-            append_row(self.metrics, row)
+        # In this order, the resumed epoch redoes whatever a kill leaves undone, with the same result.
+        self.log.add(row, _scalars(row))
+        if self.main:
             write_logits(self.history, self.space, self.out)
             write_json(self.out / RESULT, self._result())
         self._save()
         self._report(row)
-        return self._result()
+
+    def _updates(self, step: int) -> int:
+        """The number of updates of the logits before a step."""
+        return -(-step // self.config.arch_every)
 
     def _row(self, epoch: int, lr: float, seconds: float, held: tuple[Tensor, Tensor]) -> dict[str, Any]:
-        """The line of metrics.jsonl. Held-out figures are means over the batches of the epoch, each met before the
-        logits learned from it, in train mode."""
+        """The line of metrics.jsonl.
+
+        Held-out figures are means over the epoch's batches in train mode, each before the logits learned from it.
+        """
         config, network = self.config, self.network
-        updates = sum(1 for s in range(epoch * self.steps, self.step) if s % config.arch_every == 0)
-        looked = max(updates, 1)
+        updates = max(self._updates(self.step) - self._updates(epoch * self.steps), 1)
         hessian = None
-        if config.hessian_every and (epoch + 1) % config.hessian_every == 0:
-            n = max(HESSIAN_IMAGES // self.world, 2)
-            with without_compilation(network):
-                hessian = hessian_eigenvalue(network, self._loss, held[0][:n], held[1][:n], self._mean)
         with without_compilation(network):
+            if config.hessian_every and (epoch + 1) % config.hessian_every == 0:
+                n = max(HESSIAN_IMAGES // self.world, 2)
+                hessian = hessian_eigenvalue(network, self._loss, held[0][:n], held[1][:n], self._mean)
             dead = dead_operations(network, held[0])
         logits = network.logits.detach().cpu()
-        noise = noise_leads(self.space, len(logits), self._updates(), config.arch_lr)
-        edges = {
-            (f'stage {number + 1}, ' if len(logits) > 1 else ''): describe_edges(self.space, row, noise)
-            for number, row in enumerate(logits)
-        }
-        return {
+        noise = noise_leads(self.space, len(logits), self._updates(self.step), config.arch_lr)
+        row = {
             'epoch': epoch + 1,
             'step': self.step,
             'lr': lr,
             'train_loss': float(self.sums[0]) / self.steps,
-            'held_out_loss': float(self.sums[1]) / looked,
-            'held_out_acc1': 100 * float(self.sums[2]) * self.world / (looked * config.batch_size),
+            'held_out_loss': float(self.sums[1]) / updates,
+            'held_out_acc1': 100 * float(self.sums[2]) * self.world / (updates * config.batch_size),
             'genotype': '; '.join(map(str, network.genotypes())),
-            'edges': edges,
+            'edges': {
+                (f'stage {number}, ' if len(logits) > 1 else ''): describe_edges(self.space, one, noise)
+                for number, one in enumerate(logits, start=1)
+            },
             'dead': dead,
             'blocks': len(network.blocks),
             'hessian': hessian,
             'seconds_per_step': seconds,
         }
-
-    def _updates(self) -> int:
-        """Of the logits so far."""
-        return -(-self.step // self.config.arch_every)
+        return {**row, 'warnings': warnings_of([*self.log.rows, row], len(self.data.classes))}
 
     def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            save_checkpoint(
-                {
-                    'config': asdict(self.config),
-                    'data': self.data.facts,
-                    'step': self.step,
-                    'network': self.network.state_dict(),
-                    'optimizer': self.optimizer.state_dict(),
-                    'arch': self.arch.state_dict(),
-                    'sums': self.sums,
-                    'logits_history': self.history,
-                },
-                self.last,
-            )
+        if self.main:
+            state = {
+                'config': asdict(self.config),
+                'data': self.data.facts,
+                'step': self.step,
+                'network': self.network.state_dict(),
+                'optimizer': self.optimizer.state_dict(),
+                'arch': self.arch.state_dict(),
+                'sums': self.sums,
+                'logits_history': self.history,
+            }
+            save_checkpoint(state, self.last)
 
     def _result(self) -> dict[str, Any]:
         return describe_result(
@@ -358,26 +328,24 @@ class _Search:
             config=asdict(self.config),
             facts=self.data.facts,
             epoch=self.step // self.steps,
-            updates=self._updates(),
-            warnings=self.rows[-1]['warnings'] if self.rows else [],
+            updates=self._updates(self.step),
+            warnings=self.log.rows[-1]['warnings'] if self.log.rows else [],
         )
 
-    # ---- what is said ----
+    # ---- messages ----
 
     def _announce(self) -> None:
-        config, say = self.config, self.progress.line
-        weights = sum(w.numel() for w in self.weights)
+        config, say = self.config, self.log.line
         sets, blocks = self.network.logits.shape[0], len(self.network.blocks)
         mixing = "the paper's" if config.paper_mixing else 'fair'
         say(
-            f'{config.model}: {blocks} mixed blocks, {weights:,} weights; space {self.space}: '
-            f'{self.space.genotypes:,} genotypes, {sets} set{"s"[: sets > 1]} of logits; {mixing} mixing'
+            f'{config.model}: {blocks} mixed blocks, {sum(w.numel() for w in self.weights):,} weights; space '
+            f'{self.space}: {self.space.genotypes:,} genotypes, {sets} set{"s"[: sets > 1]} of logits; {mixing} mixing'
         )
         null = ', each with the label of another image' if config.null else ''
         say(
-            f'{self.data}{null}; {config.epochs} epochs of {self.steps} steps of '
-            f'{config.batch_size}; order {config.order}; {self.world} process(es) on {self.device.type}; '
-            f'writing to {self.out}'
+            f'{self.data}{null}; {config.epochs} epochs of {self.steps} steps of {config.batch_size}; order '
+            f'{config.order}; {self.world} process(es) on {self.device.type}; writing to {self.out}'
         )
         if config.order == '2' and not self.resumed:
             shape = next(self.data.training.epoch(0, self.world, 0, 1, self.rank, self.world))[0].shape
@@ -389,30 +357,29 @@ class _Search:
             say(f'resuming at step {self.step} of {config.epochs * self.steps}')
 
     def _report(self, row: dict[str, Any]) -> None:
-        margins = [state['margin'] for edges in row['edges'].values() for state in edges.values()]
-        entropies = [state['entropy'] for edges in row['edges'].values() for state in edges.values()]
-        decided = [state['decided'] for edges in row['edges'].values() for state in edges.values()]
+        states = [state for edges in row['edges'].values() for state in edges.values()]
+        margins, entropies, decided = ([state[key] for state in states] for key in ('margin', 'entropy', 'decided'))
         hessian = '' if row['hessian'] is None else f', Hessian {row["hessian"]:.3g}'
-        self.progress.line(
+        self.log.line(
             f'epoch {row["epoch"]}/{self.config.epochs}: training loss {row["train_loss"]:.4f}, held-out loss '
             f'{row["held_out_loss"]:.4f}, accuracy {row["held_out_acc1"]:.2f} %{hessian}, margin '
             f'{min(margins):.4f} to {max(margins):.4f}, entropy {min(entropies):.3f} to {max(entropies):.3f}, '
             f'{decided.count(True)} of {len(decided) - decided.count(None)} edges decided, '
-            f'{row["seconds_per_step"]:.3f} s a step, {self.progress.left()} left\n  {row["genotype"]}'
+            f'{row["seconds_per_step"]:.3f} s a step, {self.log.left()} left\n  {row["genotype"]}'
         )
-        before = set(self.rows[-2]['warnings']) if len(self.rows) > 1 else set()
+        before = self.log.rows[-2]['warnings'] if len(self.log.rows) > 1 else []
         for text in row['warnings']:
             if text not in before:
-                self.progress.line(f'  warning: {text}')
+                self.log.line(f'  warning: {text}')
 
 
-def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
-    """A row of metrics.jsonl as names and numbers for TensorBoard."""
-    out = [(name, float(value)) for name, value in row.items() if isinstance(value, (int, float)) and name != 'epoch']
+def _scalars(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row of metrics.jsonl for TensorBoard."""
+    out = {name: float(value) for name, value in row.items() if isinstance(value, (int, float))}
     for stage, edges in row['edges'].items():
         for edge, state in edges.items():
             for name in ('margin', 'entropy'):
-                out.append((f'{name}/{stage.replace(", ", "/").replace(" ", "")}{edge}', state[name]))
+                out[f'{name}/{stage.replace(", ", "/").replace(" ", "")}{edge}'] = state[name]
     return out
 
 
@@ -422,39 +389,33 @@ def second_order_bytes(
     shape: tuple[int, ...],
     batch_size: int,
 ) -> int:
-    """What one exact second-order gradient keeps at its peak, in bytes, from two small batches: it grows linearly."""
+    """The peak memory of an exact second-order gradient in bytes, extrapolated linearly from two small batches."""
+    held: Counter[tuple[int, int]] = Counter()  # address and size of a storage -> saved tensors in it
+    peak = 0
 
     class Kept:
-        """A saved tensor; its storage counts while anything holds it."""
-
-        alive: dict[int, int] = {}  # noqa: RUF012
-        now = peak = 0
-
         def __init__(self, tensor: Tensor) -> None:
-            self.tensor = tensor
-            self.key, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-            self.size = size
-            Kept.alive[self.key] = Kept.alive.get(self.key, 0) + 1
-            if Kept.alive[self.key] == 1:
-                Kept.now += size
-                Kept.peak = max(Kept.peak, Kept.now)
+            nonlocal peak
+            storage = tensor.untyped_storage()
+            self.tensor, self.storage = tensor, (storage.data_ptr(), storage.nbytes())
+            held[self.storage] += 1
+            if held[self.storage] == 1:
+                peak = max(peak, sum(size for (_, size), count in held.items() if count))
 
         def __del__(self) -> None:
-            Kept.alive[self.key] -= 1
-            if Kept.alive[self.key] == 0:
-                Kept.now -= self.size
+            held[self.storage] -= 1
 
-    def peak(n: int) -> int:
-        Kept.alive, Kept.now, Kept.peak = {}, 0, 0
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(n, *shape, generator=generator).to(network.logits.device)
+    def measure(n: int) -> int:
+        nonlocal peak
+        peak = 0
+        images = torch.randn(n, *shape, generator=torch.Generator().manual_seed(0)).to(network.logits.device)
         batch = (images, torch.zeros(n, dtype=torch.int64, device=images.device))
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
             logits_gradient(network, loss, '2', batch, batch, VirtualStep(0.01))
-        return Kept.peak
+        return peak
 
     was = network.training
     network.train()
-    small, large = peak(2), peak(4)
+    small, large = measure(2), measure(4)
     network.train(was)
     return max(small + (large - small) * (batch_size - 2) // 2, 0)

@@ -32,16 +32,12 @@ from sase_blocks.jobs import check_settings
 from sase_blocks.models import Architecture
 from sase_blocks.runs import (
     LOSS_CHECK_STEPS,
-    Progress,
-    append_row,
+    RunLog,
     check_finite,
     load_optimizer,
-    open_log,
-    read_rows,
     resuming,
     saved_run,
     whole_number,
-    write_rows,
 )
 from sase_blocks.search.data import SearchData
 from sase_blocks.train import make_optimizer
@@ -152,8 +148,7 @@ class SupernetTraining:
     ) -> None:
         self.config, self.accelerator, self.data, self.in_chans = config, accelerator, data, in_chans
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.out = Path(config.out)
-        self.last, self.metrics = self.out / 'supernet.pt', self.out / 'metrics.jsonl'
+        self.last = Path(config.out) / 'supernet.pt'
         self.space, self.law = TrioSpace.parse(config.space), config.law
         torch.manual_seed(derive_seed(config.seed, MODEL))
         self.supernet = SuperNet(self.space, len(data.classes), in_chans, config.sharing, config.drop_rate)
@@ -169,7 +164,6 @@ class SupernetTraining:
         self.average = ModelEmaV3(self.supernet, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.step = 0
         self.sums = torch.zeros(2 + config.networks, dtype=torch.float64)
-        self.rows: list[dict[str, Any]] = []
         self.resumed = saved is not None
         if saved:
             with resuming(self.last):
@@ -179,7 +173,6 @@ class SupernetTraining:
                     self.average.module.load_state_dict(saved['average'])
                 self.step = whole_number(saved['step'], 'step', total)
                 self.sums = saved['sums'].reshape(self.sums.shape)
-            self.rows = read_rows(self.metrics, self.step // self.steps)
 
     @property
     def found(self) -> SuperNet:
@@ -223,25 +216,16 @@ class SupernetTraining:
 
     def run(self) -> SuperNet:
         """Train to the end. -> ``found``."""
-        config, main = self.config, self.accelerator.is_main_process
-        if self.step == config.epochs * self.steps:
+        total = self.config.epochs * self.steps
+        if self.step == total:
             return self.found
-        writer = open_log(config, self.out, self.step) if main else None
-        if main:
-            write_rows(self.metrics, self.rows)
-        self.progress = Progress(config.epochs * self.steps, self.step, enabled=main)
+        self.log = RunLog(self.config, self.accelerator, self.steps, self.step)
         if self.resumed:
-            self.progress.line(f'resuming the supernet at step {self.step} of {config.epochs * self.steps}')
-        for epoch in range(self.step // self.steps, config.epochs):
+            self.log.line(f'resuming the supernet at step {self.step} of {total}')
+        for epoch in range(self.step // self.steps, self.config.epochs):
             self._epoch(epoch)
-            if writer:
-                for name, value in self.rows[-1].items():
-                    writer.add_scalar(name, value, self.step)
-                writer.flush()
             self.accelerator.wait_for_everyone()
-        self.progress.close()
-        if writer:
-            writer.close()
+        self.log.close()
         return self.found
 
     def _epoch(self, epoch: int) -> None:
@@ -256,32 +240,30 @@ class SupernetTraining:
             self.step += 1
             if len(unseen) == LOSS_CHECK_STEPS or number == self.steps:
                 self._look(unseen)
-                self.progress.update(self.step, f'epoch {epoch + 1}/{config.epochs}', float(unseen[-1][0]))
+                self.log.update(self.step, f'epoch {epoch + 1}/{config.epochs}', float(unseen[-1][0]))
                 unseen = []
                 if number < self.steps and time.perf_counter() - last_save > 60 * config.save_minutes:
                     self._save()
                     last_save = time.perf_counter()
         seconds = (time.perf_counter() - began) / max(self.steps - first, 1)
-        means = (self.sums / self.steps).tolist()
+        largest, smallest, *others = (self.sums / self.steps).tolist()
         row = {
             'epoch': epoch + 1,
             'step': self.step,
             'lr': self.optimizer.param_groups[0]['lr'],
-            'largest_loss': means[0],
-            'smallest_loss': means[1],
-            **({'random_loss': sum(means[2:]) / config.networks} if config.networks else {}),
+            'largest_loss': largest,
+            'smallest_loss': smallest,
+            **({'random_loss': sum(others) / len(others)} if others else {}),
             **{f'{extent}_accuracy': self._accuracy(extent) for extent in ('largest', 'smallest')},
             'seconds_per_step': seconds,
         }
-        self.rows.append(row)
         self.sums = torch.zeros_like(self.sums)
-        if self.accelerator.is_main_process:
-            append_row(self.metrics, row)
+        self.log.add(row)
         self._save()
-        self.progress.line(
-            f'epoch {row["epoch"]}/{config.epochs}: loss of the largest network {row["largest_loss"]:.4f}, of the '
-            f'smallest {row["smallest_loss"]:.4f}; held-out accuracy {row["largest_accuracy"]:.2f} % and '
-            f'{row["smallest_accuracy"]:.2f} %, {seconds:.3f} s a step, {self.progress.left()} left'
+        self.log.line(
+            f'epoch {epoch + 1}/{config.epochs}: loss of the largest network {largest:.4f}, of the smallest '
+            f'{smallest:.4f}; held-out accuracy {row["largest_accuracy"]:.2f} % and {row["smallest_accuracy"]:.2f} %, '
+            f'{seconds:.3f} s a step, {self.log.left()} left'
         )
 
     def _look(self, unseen: list[Tensor]) -> None:
@@ -321,17 +303,15 @@ class SupernetTraining:
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            save_checkpoint(
-                {
-                    'config': asdict(self.config),
-                    'space': self.space.to_dict(),
-                    'data': self.data.facts,
-                    'in_chans': self.in_chans,
-                    'step': self.step,
-                    'supernet': self.supernet.state_dict(),
-                    'average': self.average.module.state_dict() if self.average else None,
-                    'optimizer': self.optimizer.state_dict(),
-                    'sums': self.sums,
-                },
-                self.last,
-            )
+            state = {
+                'config': asdict(self.config),
+                'space': self.space.to_dict(),
+                'data': self.data.facts,
+                'in_chans': self.in_chans,
+                'step': self.step,
+                'supernet': self.supernet.state_dict(),
+                'average': self.average.module.state_dict() if self.average else None,
+                'optimizer': self.optimizer.state_dict(),
+                'sums': self.sums,
+            }
+            save_checkpoint(state, self.last)
