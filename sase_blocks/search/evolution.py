@@ -167,16 +167,12 @@ def evolve(
     problem.check()
     if algorithm not in ALGORITHMS:
         raise ValueError(f'algorithm: expected {" or ".join(ALGORITHMS)}, got {algorithm!r}')
-    evolving = algorithm == 'nsga2'
-    for what, value, least in (
-        ('evaluations', evaluations, 1),
-        ('population', population, 2),
-        ('seed', seed, 0),
-        ('tries', tries, 1),
-    ):
+    for what, value, least in [
+        ('evaluations', evaluations, 1), ('population', population, 2), ('seed', seed, 0), ('tries', tries, 1),
+    ]:  # fmt: skip
         if value < least:
             raise ValueError(f'{what}: expected at least {least}, got {value}')
-    if evolving and population >= evaluations:
+    if algorithm == 'nsga2' and population >= evaluations:
         raise ValueError(
             f'population: {evaluations} evaluations end before a first generation of {population} has children; '
             f"expected fewer, or algorithm='random'"
@@ -184,10 +180,11 @@ def evolve(
     if mutation is not None and not 0 <= mutation <= 1:
         raise ValueError(f'mutation: expected a probability, got {mutation}')
     planned = [problem.check_genome(genome, 'a seed') for genome in seeds]
+    size, mutation = (population, mutation) if algorithm == 'nsga2' else (None, None)
     ours: dict[str, Any] = {
         'algorithm': algorithm,
-        'population': population if evolving else None,
-        'mutation': mutation if evolving else None,
+        'population': size,
+        'mutation': mutation,
         'seed': seed,
         'seeds': [problem.decode(genome) for genome in planned],
         **{f'gene {name}': list(choices) for name, choices in problem.genes.items()},
@@ -199,7 +196,6 @@ def evolve(
     for text in ours['seeds']:
         if not problem.fits(text):
             raise ValueError(f'a seed is over the limits: {text}')
-    size = population if evolving else None
     search = _Search(problem, load_optuna(), Path(file), evaluations, size, mutation, seed, tries, planned)
     search.open({**theirs, **ours})
     return search.run(each, say or print_line)
@@ -207,7 +203,7 @@ def evolve(
 
 @dataclass
 class _Search:
-    """The candidates, in memory and in their file, and how new ones come about.
+    """The candidates, in memory and in their file, and the draws of new ones.
 
     The first line of the file is {'settings'}. Each other one is {'number', 'text', 'genome'} of a drawn candidate,
     {'number', 'score', 'cost'} of a scored one, or {'number', 'error'}.
@@ -222,9 +218,7 @@ class _Search:
     seed: int
     tries: int
     seeds: Sequence[Genome]
-    drawn: list[tuple[str, Genome]] = field(default_factory=list)  # by number
-    scored: dict[int, Candidate] = field(default_factory=dict)
-    failed: set[int] = field(default_factory=set)
+    drawn: list[dict[str, Any]] = field(default_factory=list)  # by number, the values of all lines together
     parents: dict[int, list[Any]] = field(default_factory=dict)  # by generation
     trials: dict[int, Any] = field(default_factory=dict)  # the scored candidates as Optuna has them
 
@@ -242,56 +236,56 @@ class _Search:
             before = rows[0]['settings'] if rows else {}
             for row in rows[1:]:
                 self._note(row)
+            last = max((one.number for one in self.candidates()), default=0)
         except (LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f'{self.file} is damaged ({type(error).__name__}); delete it, and the networks are scored again'
             ) from error
         check_settings(before, settings, f'{self.file}')
-        self.failed = {number for number in self.failed if number < max(self.scored, default=-1)}
+        for one in self.drawn[last:]:
+            one.pop('error', None)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_rows(self.file, rows or [{'settings': settings}])
 
     def _note(self, row: Mapping[str, Any]) -> None:
         if 'text' in row:
-            self.drawn.append((row['text'], dict(row['genome'])))
-            return
-        number = row['number']
-        text, genome = self.drawn[number]
-        if 'error' in row:
-            self.failed.add(number)
+            self.drawn.append({'text': row['text'], 'genome': dict(row['genome'])})
         else:
-            self.scored[number] = Candidate(text, row['score'], row['cost'], genome, number)
+            self.drawn[row['number']].update(row)
 
     def _write(self, row: Mapping[str, Any]) -> None:
         append_row(self.file, row)
         self._note(row)
 
     def candidates(self) -> list[Candidate]:
-        return [self.scored[number] for number in sorted(self.scored)]
+        """The scored ones, in the order of their draws."""
+        return [
+            Candidate(one['text'], one['score'], one['cost'], one['genome'], number)
+            for number, one in enumerate(self.drawn)
+            if 'score' in one
+        ]
 
     def run(self, each: Each, say: Callable[[str], None]) -> list[Candidate]:
         total, told, failures = self.evaluations, 0, 0
-        while (left := total - len(self.scored)) > 0:
-            waiting = [n for n in range(len(self.drawn)) if n not in self.scored and n not in self.failed]
+        while (scored := len(self.candidates())) < total:
+            waiting = [number for number, one in enumerate(self.drawn) if not one.keys() & {'score', 'error'}]
             # The rest of the generation, whose parents are known; a random search has one generation.
-            batch = min(left, self.population - len(self.scored) % self.population) if self.population else left
+            batch = min(total - scored, self.population - scored % self.population if self.population else total)
             empty = ''
-            while len(waiting) < batch and not empty:
-                if not (empty := self.propose()):
-                    waiting.append(len(self.drawn) - 1)
+            while len(waiting) < batch and not (empty := self.propose()):
+                waiting.append(len(self.drawn) - 1)
             if not waiting:
-                if not self.scored:
+                if not scored:
                     raise ValueError(f'nothing was found: {empty}')
-                say(f'the search ends after {len(self.scored)} of {total} evaluations: {empty}')
+                say(f'the search ends after {scored} of {total} evaluations: {empty}')
                 break
-            for at, ended in each(self.problem.score, [self.drawn[number][0] for number in waiting[:batch]]):
-                number = waiting[at]
-                if not (error := self._end(number, ended)):
+            for at, ended in each(self.problem.score, [self.drawn[number]['text'] for number in waiting[:batch]]):
+                number, text = waiting[at], self.drawn[waiting[at]]['text']
+                if not (error := self._end(number, text, ended)):
                     failures = 0
                     told = self._tell(told, say)
                     continue
                 failures += 1
-                text = self.drawn[number][0]
                 say(f'network {number} failed: {error} ({text})')
                 if failures == FAILURES:
                     raise RuntimeError(f'{failures} candidates in a row failed, the last one, {text}: {error}')
@@ -299,34 +293,33 @@ class _Search:
             self._tell(told, say)
         return self.candidates()
 
-    def _end(self, number: int, ended: Ended) -> str:
+    def _end(self, number: int, text: str, ended: Ended) -> str:
         """Write the values or the error of a candidate. -> the error."""
-        error = ended.error
-        row: dict[str, Any] = {'number': number}
+        error, values = ended.error, {}
         if not error:
             try:
-                row |= {'score': float(ended.value), 'cost': float(self.problem.cost(self.drawn[number][0]))}
-                for name in ('cost', 'score'):
-                    if not math.isfinite(row[name]):
-                        raise ValueError(f'the {name} is {row[name]}')
+                values = {'score': float(ended.value), 'cost': float(self.problem.cost(text))}
+                for name, value in reversed(values.items()):
+                    if not math.isfinite(value):
+                        raise ValueError(f'the {name} is {value}')
             except Exception as wrong:
                 error = f'{type(wrong).__name__}: {one_line(wrong)}'
-        self._write({'number': number, 'error': error} if error else row)
+        self._write({'number': number, **({'error': error} if error else values)})
         return error
 
     def _tell(self, told: int, say: Callable[[str], None]) -> int:
         """Say a line after each twentieth of the search. -> the number of evaluations in the last line."""
-        now, total = len(self.scored), self.evaluations
-        if now * LINES // total == told * LINES // total:
+        found, total = self.candidates(), self.evaluations
+        if len(found) * LINES // total == told * LINES // total:
             return told
-        first = best(self.candidates())
+        first = best(found)
         cost = f'{first.cost:,.0f}' if first.cost >= 1000 else f'{first.cost:.4g}'
-        say(f'{now} of {total} evaluated, best score {first.score:.6g} at cost {cost}')
-        return now
+        say(f'{len(found)} of {total} evaluated, best score {first.score:.6g} at cost {cost}')
+        return len(found)
 
     def propose(self) -> str:
         """Add a new candidate: the first missing seed, or a draw. -> the reason if there is none."""
-        known = {text for text, _ in self.drawn}
+        known = {one['text'] for one in self.drawn}
         for genome in self.seeds:
             if (text := self.problem.decode(genome)) not in known:
                 self._write({'number': len(self.drawn), 'text': text, 'genome': genome})
@@ -335,11 +328,11 @@ class _Search:
         rng = np.random.default_rng(sequence)
         counts = Counter[str]()
         for drawn in self._draws(rng, int(sequence.generate_state(1)[0])):
-            whole = self.problem.check_genome(drawn, 'what was drawn')
-            text = self.problem.decode(whole)
+            genome = self.problem.check_genome(drawn, 'what was drawn')
+            text = self.problem.decode(genome)
             reason = 'known' if text in known else '' if self.problem.fits(text) else 'over the limits'
             if not reason:
-                self._write({'number': len(self.drawn), 'text': text, 'genome': whole})
+                self._write({'number': len(self.drawn), 'text': text, 'genome': genome})
                 return ''
             counts[reason] += 1
         return (
@@ -349,13 +342,16 @@ class _Search:
 
     def _draws(self, rng: np.random.Generator, seed: int) -> Iterator[Mapping[str, str]]:
         """Genomes: children of Optuna's NSGA-II after the first generation, then draws of ``problem.draw``."""
-        if self.population and len(self.scored) >= self.population:
-            yield from self._children(rng, seed, self.population)
+        members = self.candidates()
+        if self.population and len(members) >= self.population:
+            yield from self._children(members, self.population, rng, seed)
         for _ in range(self.tries):
             yield self.problem.draw(rng)
 
-    def _children(self, rng: np.random.Generator, seed: int, size: int) -> Iterator[Genome]:
-        optuna, parents, members = self.optuna, self.parents, self.candidates()
+    def _children(
+        self, members: Sequence[Candidate], size: int, rng: np.random.Generator, seed: int
+    ) -> Iterator[Genome]:
+        optuna, parents = self.optuna, self.parents
         generation = len(members) // size
         distributions = {
             name: optuna.distributions.CategoricalDistribution(tuple(choices))
@@ -363,10 +359,10 @@ class _Search:
         }
         for one in members:
             if one.number not in self.trials:
-                self.trials[one.number] = optuna.trial.create_trial(
+                trial = self.trials[one.number] = optuna.trial.create_trial(
                     values=[one.score, one.cost], params=one.genome, distributions=distributions
                 )
-                self.trials[one.number].number = one.number
+                trial.number = one.number
         trials = [self.trials[one.number] for one in members]
 
         class Sampler(optuna.samplers.NSGAIISampler):  # type: ignore[name-defined]

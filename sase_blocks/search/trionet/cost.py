@@ -1,4 +1,4 @@
-"""Cost of a network: multiply-accumulates including attention, parameters, and measured milliseconds; and limits on it.
+"""Cost of a network: multiply-accumulates including attention, parameters, and measured milliseconds; and its limits.
 
 The first two are exact sums over cached blocks, so a search can query thousands of networks. MACs do not count batch
 norms, activations and poolings, as usual.
@@ -184,34 +184,23 @@ def bound(
     stage by stage, the best network for every width.
     """
 
-    def build(image: int, stages: tuple[Stage, ...]) -> Architecture:
+    def build(image: int, *stages: Stage) -> Architecture:
         return Architecture(image, space.stem, space.reduction, space.heads, stages)
 
     ends: list[Architecture] = []
     for image in space.image_sizes:
-
-        def cost(stages: tuple[Stage, ...], image: int = image) -> float:
-            return measure(build(image, stages))
-
         best: list[tuple[Stage, ...]] = [()]
         for number, (depths, widths) in enumerate(zip(space.depths, space.widths, strict=True), start=1):
             found = []
             for width in widths:
-                blocks = [
-                    Block(operator, size, space.width(width, expansion))
-                    for operator in space.stage_operators(number)
-                    for size in space.sizes(operator)
-                    for expansion in space.expansions
-                ]
+                blocks = space.blocks[number, width].values()
                 options = []
                 for before in best:
-                    first = pick(blocks, key=lambda one: cost((*before, Stage(width, (one,)))))
-                    more = pick(blocks, key=lambda one: cost((*before, Stage(width, (first, one)))))
-                    options += [
-                        (*before, Stage(width, (first,) + (more,) * (depth - 1))) for depth in (depths[0], depths[-1])
-                    ]
-                found.append(pick(options, key=cost))
+                    first = pick(blocks, key=lambda one: measure(build(image, *before, Stage(width, (one,)))))
+                    more = pick(blocks, key=lambda one: measure(build(image, *before, Stage(width, (first, one)))))
+                    options.append((*before, Stage(width, (first, *[more] * (pick(depths) - 1)))))
+                found.append(pick(options, key=lambda stages: measure(build(image, *stages))))
             best = found
-        ends += [build(image, stages) for stages in best]
+        ends += [build(image, *stages) for stages in best]
     network = pick(ends, key=measure)
     return measure(network), network

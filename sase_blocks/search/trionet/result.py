@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sase_blocks.checkpoint import save_checkpoint
-from sase_blocks.models import Architecture, TrioNet
-from sase_blocks.runs import environment, write_text
+from sase_blocks.models import Architecture
+from sase_blocks.reading import table
+from sase_blocks.runs import environment
 from sase_blocks.search.evolution import Candidate, best, front
 from sase_blocks.search.significance import not_worse
 
 from .cost import Costs
 from .space import TrioSpace
 
-__all__ = ['describe_result', 'draw_result', 'format_result', 'write_network', 'write_result']
+__all__ = ['RESULT', 'describe_result', 'draw_result', 'format_result']
+
+RESULT = 'architecture.json'  # in the run's folder; timm.create_model('trionet', architecture=PATH) reads it
 
 
 def describe_result(
@@ -88,17 +89,6 @@ def _verdict(tied: int, others: int, images: int) -> str:
     return f'the found network scores better than each of the {others} others by more than chance {on}'
 
 
-def write_result(result: Mapping[str, Any], out: Path) -> None:
-    """Write ``architecture.json`` to ``out``; ``timm.create_model('trionet', architecture=PATH)`` reads it."""
-    write_text(out / 'architecture.json', json.dumps(result, indent=2) + '\n')
-
-
-def write_network(network: TrioNet, architecture: str, out: Path) -> None:
-    """Write ``network.pt`` to ``out``, for the ``checkpoint_path`` of ``timm.create_model``."""
-    saved = {'arch': 'trionet', 'architecture': architecture, 'state_dict': network.state_dict()}
-    save_checkpoint(saved, out / 'network.pt')
-
-
 def draw_result(result: Mapping[str, Any], out: Path) -> None:
     """Write ``front.png`` and ``architecture.png`` to ``out``.
 
@@ -114,13 +104,17 @@ def draw_result(result: Mapping[str, Any], out: Path) -> None:
 
 def format_result(result: Mapping[str, Any]) -> str:
     """The networks of a result as a table: the found one, the pure ones, and the front."""
-    rows = [('found', result), *((f'all {name}', entry) for name, entry in result['pure'].items())]
-    rows += [('front', entry) for entry in result['front'] if entry['architecture'] != result['architecture']]
-    header = f'{"network":12}{"held-out %":>11}{"MACs":>11}{"parameters":>13}'
-    lines = [header, '-' * len(header)]
-    for name, entry in rows:
-        cost = entry['cost']
-        lines.append(f'{name:12}{entry["score"]:11.2f}{cost["macs"] / 1e6:9.2f} M{cost["parameters"]:13,}')
-    lines += ['', f'found: {result["architecture"]}', result['verdict']]
-    lines += [f'all {name}: {entry["architecture"]}' for name, entry in result['pure'].items()]
-    return '\n'.join(lines)
+    pure = [(f'all {name}', entry) for name, entry in result['pure'].items()]
+    front = [('front', entry) for entry in result['front'] if entry['architecture'] != result['architecture']]
+    rows = [
+        {
+            'network': name,
+            'held-out %': f'{entry["score"]:.2f}',
+            'MACs': f'{entry["cost"]["macs"] / 1e6:.2f} M',
+            'parameters': f'{entry["cost"]["parameters"]:,}',
+        }
+        for name, entry in [('found', result), *pure, *front]
+    ]
+    named = [f'{name}: {entry["architecture"]}' for name, entry in pure]
+    found = ['', f'found: {result["architecture"]}', result['verdict']]
+    return '\n'.join([*table(rows, left=['network']), *found, *named])

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor
 
+from sase_blocks.checkpoint import save_checkpoint
 from sase_blocks.data import (
     Batches,
     Samples,
@@ -29,7 +29,18 @@ from sase_blocks.data import (
 from sase_blocks.jobs import Each, Ray, share
 from sase_blocks.models import Architecture
 from sase_blocks.models.trionet import default_cfgs
-from sase_blocks.runs import be_deterministic, check_writable, drop_broken, open_accelerator, run_lock, say
+from sase_blocks.runs import (
+    be_deterministic,
+    check_writable,
+    drop_broken,
+    fixed_settings,
+    is_main,
+    open_accelerator,
+    run_lock,
+    say,
+    shared_settings,
+    write_json,
+)
 from sase_blocks.search.data import Arrays, check_arrays, check_same_data, find_samples, split_data
 from sase_blocks.search.evolution import Candidate, Problem, evolve, load_optuna
 from sase_blocks.search.significance import load_stats
@@ -38,9 +49,9 @@ from sase_blocks.viz import missing_matplotlib
 
 from .config import TrioConfig
 from .cost import SETTINGS, Costs
-from .result import describe_result, draw_result, format_result, write_network, write_result
+from .result import RESULT, describe_result, draw_result, format_result
 from .score import accuracy
-from .space import TrioSpace, draw
+from .space import Law, TrioSpace, draw
 from .training import SupernetTraining, saved_supernet
 
 __all__ = ['search']
@@ -86,12 +97,11 @@ def search(
         raise ValueError('finetune reads class folders or a data set of timm; for images in memory write a loop')
     with open_accelerator(config, 'a search', 'search') as accelerator, be_deterministic(config.deterministic):
         result, splits = _search(config, accelerator, images, test, ray)
-        main = accelerator.is_main_process
         accelerator.wait_for_everyone()
     if config.finetune:
         result['finetuned'] = train(_finetuning(config, result['architecture']), splits)['acc1']
-    if main:
-        write_result(result, Path(config.out))
+    if is_main():
+        write_json(Path(config.out) / RESULT, result)
         if missing_matplotlib() is None:
             draw_result(result, Path(config.out))
     return result
@@ -101,8 +111,8 @@ def _search(
     config: TrioConfig, accelerator: Any, images: Arrays | None, test: Any, ray: Ray | None
 ) -> tuple[dict[str, Any], tuple[Samples, Samples] | None]:
     """The result, and the training and the test split, if the images are files."""
-    out, main, processes = Path(config.out), accelerator.is_main_process, accelerator.num_processes
-    tell = say if main else (lambda text: None)
+    out, processes = Path(config.out), accelerator.num_processes
+    tell = say if accelerator.is_main_process else (lambda text: None)
 
     # Cheap checks first, slow ones last.
     load_stats()
@@ -169,19 +179,18 @@ def _search(
     texts = {name: str(space.architecture(genome)) for name, genome in pure.items()}
     result = describe_result(space, candidates, texts, costs, config=asdict(config), facts=training.data.facts)
     tell(format_result(result))
-    if main:
+    if accelerator.is_main_process:
         found = training.calibrated(Architecture.parse(result['architecture']))
-        write_network(found.extract(), result['architecture'], out)
+        saved = {'arch': 'trionet', 'architecture': result['architecture'], 'state_dict': found.extract().state_dict()}
+        save_checkpoint(saved, out / 'network.pt')
         result['test_accuracy'] = None
         if test is not None:
             # Once, when everything is decided.
             part = _test_part(config, found.architecture, test, training)
-            batches = training.resized(part, found.architecture)
-            result['test_accuracy'] = accuracy(found, batches, training.autocast())
-            tell(
-                f'test accuracy with the weights of the supernet: {result["test_accuracy"]:.2f} % of {len(part)} images'
-            )
-        write_result(result, out)
+            percent = accuracy(found, training.resized(part, found.architecture), training.autocast())
+            result['test_accuracy'] = percent
+            tell(f'test accuracy with the weights of the supernet: {percent:.2f} % of {len(part)} images')
+        write_json(out / RESULT, result)
     return result, (data, test) if isinstance(data, Samples) and isinstance(test, Samples) else None
 
 
@@ -205,24 +214,23 @@ def _open_images(config: TrioConfig, accelerator: Any, test: Any) -> tuple[Sampl
 def pure_networks(space: TrioSpace, costs: Costs, seed: int = 0) -> dict[str, dict[str, str]]:
     """For each operator, the genome of a network with no other operator wherever the space allows that.
 
-    It is the most expensive one of a few hundred draws within the limits. Without any, the operator is left out.
+    It is the most expensive of a few hundred draws within the limits. Without any, the operator is left out.
     """
+
+    def only(number: int) -> Law:
+        return lambda rng, count: np.eye(count)[number]
+
     found: dict[str, dict[str, str]] = {}
+    extents = ['largest', 'smallest', *[None] * (PURE_DRAWS - 2)]
     for number, operator in enumerate(space.operators):
         rng = np.random.default_rng(derive_seed(seed, PURE, number))
-        extents = ['largest', 'smallest', *[None] * (PURE_DRAWS - 2)]
-        drawn = [draw(space, rng, partial(_always, number), extent) for extent in extents]
+        drawn = [draw(space, rng, only(number), extent) for extent in extents]
         fitting = [genome for genome in drawn if costs.fit(space.architecture(genome))]
         if fitting:
             best = max(fitting, key=lambda genome: costs(space.architecture(genome)))  # the first of equal ones
             if best not in found.values():
                 found[operator] = best
     return found
-
-
-def _always(number: int, rng: np.random.Generator, count: int) -> np.ndarray:
-    """A law that always gives one operator."""
-    return np.eye(count)[number]
 
 
 def _candidates_file(config: TrioConfig) -> Path:
@@ -234,9 +242,8 @@ def _candidates_file(config: TrioConfig) -> Path:
 
 def _settings(config: TrioConfig, training: SupernetTraining) -> dict[str, Any]:
     """The settings and data that the scores depend on."""
-    names = {f.name for f in fields(config) if not f.metadata.get('free') and not f.metadata.get('place')}
     return {
-        **{name: value for name, value in asdict(config).items() if name in names - {'space'}},
+        **fixed_settings(config),
         'calibration': config.calibration,
         'space': training.space.to_dict(),
         'limits': config.limits,
@@ -256,11 +263,9 @@ def _fingerprint(state: Mapping[str, torch.Tensor]) -> str:
 class _Score:
     """The score of a network by its text. A worker of a cluster gets this without the supernet and loads it once."""
 
-    def __init__(
-        self, config: TrioConfig, data: Samples | Arrays, in_chans: int, training: SupernetTraining | None
-    ) -> None:
-        self.config, self.data, self.in_chans, self.training = config, data, in_chans, training
-        self.launch: Any = None
+    def __init__(self, config: TrioConfig, data: Samples | Arrays, in_chans: int, training: SupernetTraining) -> None:
+        self.config, self.data, self.in_chans = config, data, in_chans
+        self.training: SupernetTraining | None = training
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), 'training': None, 'config': replace(self.config, resume=True)}
@@ -308,10 +313,8 @@ def _test_part(
 
 def _finetuning(config: TrioConfig, architecture: str) -> TrainConfig:
     """Further training of the found network on all training images, tested once, at the end."""
-    common = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(TrioConfig)}
-    apart = {'out', 'epochs', 'lr', 'resume', 'ema_decay', 'label_smoothing'}
     return TrainConfig(
-        **{name: getattr(config, name) for name in common - apart},
+        **shared_settings(config, TrainConfig, leave_out=('out', 'epochs', 'lr', 'resume', 'ema_decay')),
         # Another limit finds another network, which gets its own folder.
         out=str(Path(config.out) / 'finetuned' / hashlib.sha256(architecture.encode()).hexdigest()[:8]),
         model='trionet',
@@ -319,7 +322,6 @@ def _finetuning(config: TrioConfig, architecture: str) -> TrainConfig:
         checkpoint=str(Path(config.out) / 'network.pt'),
         epochs=config.finetune,
         lr=config.finetune_lr,
-        label_smoothing=config.label_smoothing,
         eval_every=0,
         resume=True,
     )

@@ -124,20 +124,29 @@ class TrioSpace:
         return {'conv': self.kernels, 'local': self.windows, 'axial': (None,)}[operator]
 
     @cached_property
+    def blocks(self) -> dict[tuple[int, int], dict[str, Block]]:
+        """The choices of a block by (stage, width): gene value -> block. Several values may give one block."""
+        return {
+            (stage, width): {
+                # All digits of the expansion, so that rounding does not depend on the text.
+                f'{operator}{size or ""}/{float(expansion)}': Block(operator, size, self.width(width, expansion))
+                for operator in self.stage_operators(stage)
+                for size in self.sizes(operator)
+                for expansion in self.expansions
+            }
+            for stage, widths in enumerate(self.widths, start=1)
+            for width in widths
+        }
+
+    @cached_property
     def genes(self) -> dict[str, tuple[str, ...]]:
         """Every gene and its values, as text."""
         found = {'image': tuple(map(str, self.image_sizes))}
         for stage, (depths, widths) in enumerate(zip(self.depths, self.widths, strict=True), start=1):
             found[f'stage {stage} depth'] = tuple(map(str, depths))
             found[f'stage {stage} width'] = tuple(map(str, widths))
-            blocks = tuple(
-                f'{operator}{size or ""}/{float(expansion)}'  # all digits: rounding must not depend on the text
-                for operator in self.stage_operators(stage)
-                for size in self.sizes(operator)
-                for expansion in self.expansions
-            )
             for number in range(1, max(depths) + 1):
-                found[f'stage {stage} block {number}'] = blocks
+                found[f'stage {stage} block {number}'] = tuple(self.blocks[stage, widths[0]])
         return found
 
     def architecture(self, genome: Genome) -> Architecture:
@@ -151,14 +160,9 @@ class TrioSpace:
                 raise ValueError(f'gene {name!r} must be one of {", ".join(values)}, got {genome.get(name)!r}')
         stages = []
         for stage in range(1, len(self.depths) + 1):
-            width = int(genome[f'stage {stage} width'])
-            blocks = []
-            for number in range(1, int(genome[f'stage {stage} depth']) + 1):
-                kind, _, expansion = genome[f'stage {stage} block {number}'].partition('/')
-                operator = kind.rstrip('0123456789')
-                size = int(kind[len(operator) :]) if kind != operator else None
-                blocks.append(Block(operator, size, self.width(width, float(expansion))))
-            stages.append(Stage(width, tuple(blocks)))
+            width, depth = (int(genome[f'stage {stage} {name}']) for name in ('width', 'depth'))
+            chosen = (genome[f'stage {stage} block {number}'] for number in range(1, depth + 1))
+            stages.append(Stage(width, tuple(self.blocks[stage, width][value] for value in chosen)))
         return Architecture(int(genome['image']), self.stem, self.reduction, self.heads, tuple(stages))
 
     def check(self, architecture: Architecture) -> None:
@@ -170,15 +174,17 @@ class TrioSpace:
             ('number of stages', len(architecture.stages), (len(self.depths),)),
             ('image size', architecture.image_size, self.image_sizes),
         ]
-        places = enumerate(zip(architecture.stages, self.depths, self.widths, strict=False), start=1)
-        for number, (stage, depths, stage_widths) in places:
-            allowed.append((f'stage {number}: depth', len(stage.blocks), depths))
-            allowed.append((f'stage {number}: width', stage.width, stage_widths))
+        stages = enumerate(zip(architecture.stages, self.depths, self.widths, strict=False), start=1)
+        for number, (stage, depths, stage_widths) in stages:
             widths = tuple(dict.fromkeys(self.width(stage.width, e) for e in self.expansions))
+            here: list[Any] = [('depth', len(stage.blocks), depths), ('width', stage.width, stage_widths)]
             for block in stage.blocks:
-                allowed.append((f'stage {number}: operator', block.operator, self.stage_operators(number)))
-                allowed.append((f'stage {number}: size of {block}', block.kernel_size, self.sizes(block.operator)))
-                allowed.append((f'stage {number}: width of {block}', block.width, widths))
+                here += [
+                    ('operator', block.operator, self.stage_operators(number)),
+                    (f'size of {block}', block.kernel_size, self.sizes(block.operator)),
+                    (f'width of {block}', block.width, widths),
+                ]
+            allowed += [(f'stage {number}: {name}', value, values) for name, value, values in here]
         for name, value, values in allowed:
             if value not in values:
                 known = ', '.join(map(str, values))
@@ -198,9 +204,7 @@ class TrioSpace:
         """Number of different networks in the space."""
         count = len(self.image_sizes)
         for stage, (depths, widths) in enumerate(zip(self.depths, self.widths, strict=True), start=1):
-            kinds = sum(len(self.sizes(operator)) for operator in self.stage_operators(stage))
-            blocks = [kinds * len({self.width(width, e) for e in self.expansions}) for width in widths]
-            count *= sum(block**depth for block in blocks for depth in depths)
+            count *= sum(len(set(self.blocks[stage, w].values())) ** depth for w in widths for depth in depths)
         return count
 
     # ---- text ----
@@ -282,7 +286,7 @@ def draw(
             allowed = space.stage_operators(int(name.split()[1]))
             operator = space.operators[rng.choice(len(chances), p=chances / chances.sum())]
             operator = operator if operator in allowed else allowed[0]
-            choices = [value for value in values if value.partition('/')[0].rstrip('0123456789') == operator]
+            choices = [value for value in values if value.startswith(operator)]
         # The values of a gene rise, also within one operator.
         genome[name] = choices[int(rng.integers(len(choices))) if extent is None else ENDS[extent]]
     return genome
