@@ -212,7 +212,7 @@ def test_a_round_trip_through_a_file(tmp_path):
 
 
 def small(**kwargs):
-    return timm.create_model('resnet20_cifar', layers=(1, 1, 1), channels=(8, 8, 8), num_classes=3, **kwargs)
+    return timm.create_model('resnet20_cifar', layers=(1, 1, 1), channels=(8, 16, 16), num_classes=3, **kwargs)
 
 
 def before(prefix, state):

@@ -211,7 +211,7 @@ def test_searches_and_their_evaluation(address, tmp_path):
     data = str(make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog')))
     config = SearchConfig(
         data=data, out=str(tmp_path / 'here'), space=SASE_SPACE, img_size=12, batch_size=4, epochs=1, hessian_every=0,
-        model_args={'layers': [1, 1, 1], 'channels': [8, 8, 8]}, cpu=True, tensorboard=False, workers=0,
+        model_args={'layers': [1, 1, 1], 'channels': [8, 16, 16]}, cpu=True, tensorboard=False, workers=0,
     )  # fmt: skip
     found = {}
     for name, machines in (('here', None), ('there', Ray(address))):

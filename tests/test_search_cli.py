@@ -22,7 +22,7 @@ campaign = sys.modules[function.__module__]  # which the function hides
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-SMALL = f'--space|{SPACE}|--model-args|layers=[1,1,1]|channels=[8,8,8]|--img-size|12|--batch-size|4'.split('|')
+SMALL = f'--space|{SPACE}|--model-args|layers=[1,1,1]|channels=[8,16,16]|--img-size|12|--batch-size|4'.split('|')
 SMALL += ['--epochs', '1', '--hessian-every', '0', '--cpu', '--no-tensorboard', '--workers', '0']
 
 

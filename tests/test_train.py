@@ -642,7 +642,7 @@ def harmed(optimizer):
 
 def test_damaged_checkpoint_is_named_with_what_to_do(config):
     """Whatever is missing or has another form: one line, and the file stays as it was."""
-    small = {'genotype': 'none', 'layers': [1, 1, 1], 'channels': [8, 8, 8]}
+    small = {'genotype': 'none', 'layers': [1, 1, 1], 'channels': [8, 16, 16]}
     config = replace(config, epochs=1, opt='adamw', ema_decay=0.9, model_args=small)
     train(config)
     last = Path(config.out, 'last.pt')
