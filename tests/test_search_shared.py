@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sase_blocks.ops import ChannelPNorm, SpatialAvgStd, SpatialL2Norm
 from sase_blocks.ops.spatial_squeeze import SpatialSqueeze
-from sase_blocks.search.sase import convolutions, formulas, moments, parts, second_order
+from sase_blocks.search.sase import excitations, squeezes, statistics
 from sase_blocks.search.sase.mixed import MixedBlock
 from sase_blocks.search.sase.network import SearchNetwork
 from sase_blocks.search.sase.space import EDGES, SearchSpace
@@ -151,7 +151,7 @@ def test_what_learns():
 def test_in_pieces_of_the_batch(monkeypatch):
     plain, twin = pair('paper', 8, (8, 8), False, torch.float64)
     x = torch.randn(5, 8, 8, 8, dtype=torch.float64)
-    monkeypatch.setattr(moments, 'PIECE', 2 * 8 * 8 * 8)  # 2 + 2 + 1 images
+    monkeypatch.setattr(statistics, 'PIECE', 2 * 8 * 8 * 8)  # 2 + 2 + 1 images
     assert worst(off(derivatives(twin, x, False), derivatives(plain, x, False), least=1e-6)) < (1e-10, '')
 
 
@@ -175,11 +175,11 @@ def test_a_mean_far_from_zero_costs_no_digits(where):
     x = (noise + shift).float()
     for dims in ((2, 3), (1,)):
         for gate in (None, torch.full((4, 16, 1, 1), 0.7)):
-            expected = moments.moments(dims, x.double(), None if gate is None else gate.double())
-            found = moments.moments(dims, x, gate)
+            y = x if gate is None else gate * x
+            expected, found = (statistics.moments(z, dims) for z in (y.double(), y))
             for power, (a, b) in enumerate(zip(found[:4], expected[:4], strict=True), 1):
                 assert (a - b).abs().max() < 2e-4 * b.abs().max(), power
-            total, fourth = formulas.fourth_power_sum(found, 16), formulas.fourth_power_sum(expected, 16)
+            total, fourth = squeezes.fourth_power_sum(found, 16), squeezes.fourth_power_sum(expected, 16)
             assert (total / fourth - 1).abs().max() < 1e-5
 
 
@@ -329,8 +329,8 @@ def test_kept_memory(channels, size, fair):
 def test_selections_are_made_once():
     like = torch.ones(1)
     with torch.inference_mode():
-        first = convolutions.selection(5, 11, like)
-    assert convolutions.selection(5, 11, like) is first
+        first = excitations.selection(5, 11, like)
+    assert excitations.selection(5, 11, like) is first
     assert not first.is_inference()
 
 
