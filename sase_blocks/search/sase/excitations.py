@@ -9,6 +9,7 @@ by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from sase_blocks.ops import (
     SpatialConv7,
 )
 
+from .outputs import Outputs
+
 __all__ = ['excited']
 
 BAND_WIDTH = 64  # rows up to this length are multiplied by band matrices; on longer ones their zeros cost too much
@@ -50,24 +53,33 @@ CONVOLUTIONS: tuple[type, ...] = (
 )
 
 
-def excited(q: Tensor, *edges: Sequence[Any], fair: bool) -> list[list[Tensor]]:
+def excited(q: Tensor, *edges: Sequence[Any], fair: bool) -> list[Outputs]:
     """What the excitations of one or more edges give for the same q; each output is shaped as q.
 
     q: (B, C, 1, 1) for channel excitations, (B, 1, H, W) for spatial ones. fair: a sigmoid behind those that are no
     gates already.
     """
-    shared = [op for edge in edges for op in edge if type(op) in CONVOLUTIONS]
-    found = dict(zip(shared, convolved(q, shared), strict=True)) if len(shared) > 1 else {}
+    shared = [op for ops in edges for op in ops if type(op) in CONVOLUTIONS]
+    maps = iter(convolved(q, shared) if len(shared) > 1 else ())
+    outputs: list[Outputs] = []
+    for ops in edges:
+        found: Outputs = {}
+        chosen = tuple(i for i, op in enumerate(ops) if len(shared) > 1 and type(op) in CONVOLUTIONS)
+        if chosen:
+            found[chosen] = torch.sigmoid(torch.stack([next(maps) for _ in chosen]).view(-1, *q.shape))
+        others = tuple(i for i in range(len(ops)) if i not in chosen)
+        if others:
+            found[others] = torch.stack([_gate(ops[i], q, fair) for i in others])
+        outputs.append(found)
+    return outputs
 
-    def output(op: Any) -> Tensor:
-        y = found[op] if op in found else op(q)
-        return torch.sigmoid(y) if fair and not op.gated else y
 
-    return [[output(op) for op in edge] for edge in edges]
+def _gate(op: Any, q: Tensor, fair: bool) -> Tensor:
+    return torch.sigmoid(op(q)) if fair and not op.gated else op(q)
 
 
 def convolved(q: Tensor, ops: Sequence[Any]) -> list[Tensor]:
-    """What operations of ``CONVOLUTIONS``, all of one set, give for q.
+    """What operations of ``CONVOLUTIONS``, all of one set, give for q before their sigmoid: (B, H, W) each.
 
     Each layer is one convolution: the first of q, each further one of the first maps of what the one before it gave,
     for which the deepest operations come first. There is a ReLU between layers.
@@ -78,23 +90,26 @@ def convolved(q: Tensor, ops: Sequence[Any]) -> list[Tensor]:
             row, column = kernels[i]
             kernels[i] = [column * row]
     z = q.flatten(1)[None, :, None] if isinstance(ops[0], ChannelConv) else q.transpose(0, 1)  # (1, B, H, W)
-    gates: dict[int, Tensor] = {}
-    left = sorted(range(len(ops)), key=lambda i: -len(kernels[i]))
+    found: dict[int, Tensor] = {}
+    left = sorted(range(len(ops)), key=lambda i: (-len(kernels[i]), kernels[i][0].shape))
     for depth in range(len(kernels[left[0]])):
         # All kernels of the first layer are for one map, those of another layer for one each.
         out = correlate(z, stacked_kernels([kernels[i][depth] for i in left]).unsqueeze(min(depth, 1)))
         deeper = [i for i in left if len(kernels[i]) > depth + 1]
         further, last = out.split([len(deeper), len(left) - len(deeper)], 2)
-        gates.update(zip(left[len(deeper) :], torch.sigmoid(last).unbind(2), strict=True))
+        found.update(zip(left[len(deeper) :], last.unbind(2), strict=True))
         z, left = saturate(torch.relu(further)).permute(2, 0, 1, 3), deeper
-    return [gates[i].reshape(q.shape) for i in range(len(ops))]
+    return [found[i] for i in range(len(ops))]
 
 
 def stacked_kernels(kernels: Sequence[Tensor]) -> Tensor:
     """Kernels (kh, kw) of odd sizes, padded around to the largest: (N, kh, kw)."""
     height, width = (max(k.shape[dim] for k in kernels) for dim in range(2))
-    around = [((width - k.shape[1]) // 2, (height - k.shape[0]) // 2) for k in kernels]
-    return torch.stack([F.pad(k, (w, w, h, h)) for k, (w, h) in zip(kernels, around, strict=True)])
+    padded = []
+    for (h, w), alike in groupby(kernels, key=lambda k: k.shape):
+        around = ((width - w) // 2, (width - w) // 2, (height - h) // 2, (height - h) // 2)
+        padded.append(F.pad(torch.stack(list(alike)), around))
+    return torch.cat(padded)
 
 
 def correlate(z: Tensor, weight: Tensor) -> Tensor:

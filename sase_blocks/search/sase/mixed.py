@@ -18,7 +18,6 @@ channels_last, as convolutions like it, is copied, and the result copied back.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
 from typing import Any
 
 import torch
@@ -31,9 +30,9 @@ from sase_blocks.ops import EXTENDED_SETS
 from sase_blocks.ops.primitive import mix
 
 from .excitations import excited
+from .outputs import Outputs, stacked, weighted_sum
 from .space import EDGES, SearchSpace
 from .squeezes import SharedSqueezes
-from .statistics import recomputed
 
 __all__ = ['FORMS', 'MixedBlock']
 
@@ -121,36 +120,35 @@ class MixedBlock(AttentionModule):
             c, d = self._mixed(1, of_c), self._mixed(2, of_d)
             of_gated, of_plain = squeezes.spatial(ops[3], d, ops[4])
         else:
-            q = self._mixed(0, [op(x) for op in ops[0]])
+            q = self._mixed(0, _alone([op(x) for op in ops[0]]))
             c, d = self._mixed(1, self._excited(q, ops[1])), self._mixed(2, self._excited(q, ops[2]))
-            of_gated, of_plain = [op(x, d) for op in ops[3]], [op(x) for op in ops[4]]
+            of_gated, of_plain = _alone([op(x, d) for op in ops[3]]), _alone([op(x) for op in ops[4]])
         s = torch.relu(self.norm(mix(self._mixed(3, of_gated), self._mixed(4, of_plain), self.mix_weight)))
         of_s = excited(s, ops[5], fair=self.fair)[0] if self.form == 'shared' else self._excited(s, ops[5])
         return c, self._mixed(5, of_s)
 
-    def _excited(self, q: Tensor, ops: Sequence[Any]) -> list[Tensor]:
+    def _excited(self, q: Tensor, ops: Sequence[Any]) -> Outputs:
         """What excitations give, each computed by itself; with fair mixing, each behind a sigmoid."""
         outputs = [op(q) for op in ops]
         if self.fair:
             outputs = [y if op.gated else torch.sigmoid(y) for op, y in zip(ops, outputs, strict=True)]
-        return outputs
+        return _alone(outputs)
 
-    def _mixed(self, edge: int, outputs: Sequence[Tensor]) -> Tensor:
+    def _mixed(self, edge: int, outputs: Outputs) -> Tensor:
         """The weighted sum of the outputs of an edge's operations."""
         normed = EDGES[edge] in self.scales
-        weights = None if self.probabilities is None else self.probabilities[edge]
-        if torch.compiler.is_compiling() and weights is not None and not normed:  # sums fuse with what they are of
-            return reduce(torch.add, [w.to(y.dtype) * y for w, y in zip(weights.unbind(0), outputs, strict=True)])
-        stack = torch.stack(tuple(outputs))  # (operations, B, ...)
+        if self.form == 'shared' and not normed and self.observer is None and self.probabilities is not None:
+            return weighted_sum(outputs, self.probabilities[edge])
+        stack = stacked(outputs)  # (operations, B, ...)
         if normed:
             batch = stack.transpose(0, 1)
             stack = self.scales[EDGES[edge]](batch.flatten(2).unsqueeze(3)).reshape(batch.shape).transpose(0, 1)
         if self.observer is not None:
             self.observer(edge, stack)
-        if weights is None:
+        if self.probabilities is None:
             return stack.mean(0)
-        # One product: tensordot, or a sum of products, is several times as many operations on small tensors.
-        return (weights.to(stack.dtype) @ stack.flatten(1)).view(stack.shape[1:])
+        weights = self.probabilities[edge].to(stack.dtype)
+        return torch.tensordot(weights, stack, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # without the alpha of insert: it is searched
         if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
@@ -162,7 +160,7 @@ class MixedBlock(AttentionModule):
         if self.form == 'plain':
             return super().forward(x)
         check_features(x, self.channels)
-        return recomputed(_times_gate, x, *self.gates(x))[0]
+        return _times_gate(x, *self.gates(x))
 
     def gate(self, x: Tensor) -> Tensor:
         return _gate(*self.gates(x))
@@ -177,13 +175,18 @@ class MixedBlock(AttentionModule):
         return f"{self.channels}, '{self.space}', fair={self.fair}, form='{self.form}'"
 
 
+def _alone(outputs: Sequence[Tensor]) -> Outputs:
+    """The outputs of all operations of an edge, each computed by itself."""
+    return {tuple(range(len(outputs))): torch.stack(tuple(outputs))}
+
+
 def _gate(c: Tensor, a: Tensor) -> Tensor:
     """1 + (c + a) / 2 in the order that adds the small ones first. -> (B, C, H, W)."""
     return (1 + c / 2) + a / 2
 
 
-def _times_gate(x: Tensor, c: Tensor, a: Tensor) -> tuple[Tensor]:
-    return (x * _gate(c, a).to(x.dtype),)
+def _times_gate(x: Tensor, c: Tensor, a: Tensor) -> Tensor:
+    return x * (1 + c / 2) + x * (a / 2)
 
 
 @torch.compiler.disable  # a compiler's own copies, and the formats that it chooses behind them, are slower

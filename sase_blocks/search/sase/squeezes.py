@@ -10,7 +10,7 @@ Any operation that is not of the paper's sets, and any subclass, is called by it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +37,19 @@ from sase_blocks.ops import (
 from sase_blocks.ops.primitive import adaptive_avg_pool
 from sase_blocks.ops.spatial_squeeze import pool_to, resize_map
 
+from .outputs import Outputs
 from .second_order import second_order
-from .statistics import Moments, group_means, moments, normed_sums, recomputed, window_means
+from .statistics import (
+    Moments,
+    centred_moments,
+    group_means,
+    images_at_once,
+    joined,
+    moments,
+    normed_sums,
+    recomputed,
+    window_means,
+)
 
 __all__ = ['SharedSqueezes']
 
@@ -79,15 +90,11 @@ BESIDE_MEAN: dict[type, Formula] = {
 OF_MOMENTS = (*BY_THEMSELVES, *BESIDE_MEAN, ChannelL2Norm)
 
 
-def of_moments(ops: Sequence[Any], stats: Moments, n: int) -> dict[int, Tensor]:
-    """What the operations of the two tables give, by their position on the edge; n: values that were squeezed."""
-    found = {i: BY_THEMSELVES[type(op)](stats, n) for i, op in enumerate(ops) if type(op) in BY_THEMSELVES}
-    mixed = [i for i, op in enumerate(ops) if type(op) in BESIDE_MEAN]
-    if mixed:
-        others = torch.stack([BESIDE_MEAN[type(ops[i])](stats, n) for i in mixed])
-        of_mean, of_other = torch.stack([widen(ops[i].weight) for i in mixed]).view(-1, 2, 1, 1, 1, 1).unbind(1)
-        found.update(zip(mixed, torch.relu(of_mean * stats.mean + of_other * others).unbind(0), strict=True))
-    return found
+def beside_mean(ops: Sequence[Any], stats: Moments, n: int) -> Tensor:
+    """What operations of ``BESIDE_MEAN`` give; n: values that were squeezed. -> (operations, B, ...)."""
+    others = torch.stack([BESIDE_MEAN[type(op)](stats, n) for op in ops])
+    of_mean, of_other = torch.stack([widen(op.weight) for op in ops]).view(-1, 2, 1, 1, 1, 1).unbind(1)
+    return torch.relu(of_mean * stats.mean + of_other * others)
 
 
 def channel_l2(op: ChannelL2Norm, stats: Moments, n: int) -> Tensor:
@@ -102,7 +109,7 @@ def spatial_l2(op: SpatialL2Norm, total: Tensor, squares: Tensor, n: int) -> Ten
         weight, bias = resize_map(weight, total), resize_map(bias, total)
     # The sum of (weight * normed + bias)^2 as deviations from the mean and the mean: neither cancels.
     avg = total * (1 / n)
-    deviations = (squares - total * avg).clamp_min(0)
+    deviations = torch.relu(torch.sub(squares, avg * avg, alpha=n))
     shifted = weight * avg + bias
     return safe_sqrt(torch.add(weight * weight * deviations, shifted * shifted, alpha=n))
 
@@ -121,74 +128,78 @@ class SharedSqueezes:
         grids = {op.grid for op in spatial_ops if sharing and type(op) is SpatialSecondOrder}
         self.groups = next((n for n in of_groups if channels % n == 0), 0)
         self.grid = next((n for n in grids if height % n == width % n == 0 and height * width > n * n), 0)
-        self._over_positions: tuple[Tensor, ...] | None = None
+        self.images = images_at_once(x)
+        self.pieces = self.wide.split(self.images)
+        self.centred: list[tuple[Tensor, Tensor]] = []  # of each piece: x without its mean over H and W, and its square
+        self._over_positions: list[Tensor] = []
 
-    def over_positions(self) -> tuple[Tensor, ...]:
+    def over_positions(self) -> list[Tensor]:
         """The moments of each channel over H and W, then the means over windows and over groups, if they are taken."""
-
-        def function(x: Tensor) -> tuple[Tensor, ...]:
-            found = (window_means(x, self.grid),) if self.grid else ()
-            found += (group_means(x, self.groups),) if self.groups else ()
-            return (*moments(x, (2, 3)), *found)
-
-        if self._over_positions is None:
-            self._over_positions = recomputed(function, self.wide)
+        if not self._over_positions:
+            results = []
+            for x in self.pieces:
+                found, *centred = centred_moments(x, (2, 3))
+                self.centred.append((centred[0], centred[1]))
+                means = (window_means(x, self.grid),) if self.grid else ()
+                means += (group_means(x, self.groups),) if self.groups else ()
+                results.append((*found, *means))
+            self._over_positions = joined(results)
         return self._over_positions
 
-    def channel(self) -> list[Tensor]:
+    def channel(self) -> Outputs:
         """What the channel squeezes give for x: (B, C, 1, 1) each."""
         ops, n = self.channel_ops, self.x.shape[2] * self.x.shape[3]
+        stats = Moments(*self.over_positions()[:5]) if _sharing(ops) else None
         found: dict[int, Tensor] = {}
-        if _sharing(ops):
-            stats = Moments(*self.over_positions()[:5])
-            found = of_moments(ops, stats, n)
-            found |= {i: channel_l2(op, stats, n) for i, op in enumerate(ops) if type(op) is ChannelL2Norm}
         for i, op in enumerate(ops):
-            if type(op) is ChannelSecondOrder and self.x.shape[1] % op.row_weight.shape[0] == 0:
+            if stats and type(op) is ChannelL2Norm:
+                found[i] = channel_l2(op, stats, n)
+            elif type(op) is ChannelSecondOrder and self.x.shape[1] % op.row_weight.shape[0] == 0:
                 taken = self.groups == op.row_weight.shape[0]
                 means = self.over_positions()[-1] if taken else group_means(self.wide, op.row_weight.shape[0])
                 found[i] = second_order(op, means.flatten(2).transpose(1, 2))[:, :, None, None]
-        return self._with_others(ops, found, lambda op: op(self.x))
+        return self._outputs(ops, stats, n, found, lambda op: op(self.x))
 
-    def spatial(
-        self, gated_ops: Sequence[Any], gate: Tensor, plain_ops: Sequence[Any]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def spatial(self, gated_ops: Sequence[Any], gate: Tensor, plain_ops: Sequence[Any]) -> tuple[Outputs, Outputs]:
         """What the first squeezes give for ``gate * x`` and the others for x: (B, 1, H, W) each."""
         gate = gate.to(self.wide.dtype)
         edges = ((gated_ops, gate), (plain_ops, None))
         norms = [(op, factor) for ops, factor in edges for op in ops if type(op) is SpatialL2Norm]
 
-        def statistics(x: Tensor, gate: Tensor, *of_norms: Tensor) -> tuple[Tensor, ...]:
-            found = moments(gate * x, (1,)) if _sharing(gated_ops) else ()
-            found += moments(x, (1,)) if _sharing(plain_ops) else ()
-            return found + (normed_sums(x - of_norms[0], of_norms[1]) if of_norms else ())
-
-        of_norms = []
+        gates = gate.split(self.images)
+        results = [() for _ in self.pieces]
+        if _sharing(gated_ops):
+            results = [recomputed(_gated_moments, *piece) for piece in zip(self.pieces, gates, strict=True)]
+        if _sharing(plain_ops):
+            results = [(*found, *recomputed(_gated_moments, x)) for found, x in zip(results, self.pieces, strict=True)]
         if norms:
-            mean, var = self.over_positions()[:2]
-            of_norms = [mean, torch.stack([_rate(op.eps, var, factor) for op, factor in norms], 1).flatten(2)]
-        maps = list(recomputed(statistics, self.wide, gate, *of_norms))
+            var = self.over_positions()[1]
+            rates = torch.stack([_rate(op.eps, var, factor) for op, factor in norms], 1).flatten(2).split(self.images)
+            results = [
+                (*found, *normed_sums(*centred, rate))
+                for found, centred, rate in zip(results, self.centred, rates, strict=True)
+            ]
+        maps = joined(results)
         sums = list(zip(*(m.split(1, 1) for m in maps[-2:]), strict=True)) if norms else []  # in the order of norms
         gated = self._spatial(gated_ops, gate, maps, sums)
         return gated, self._spatial(plain_ops, None, maps, sums)
 
     def _spatial(
         self, ops: Sequence[Any], gate: Tensor | None, maps: list[Tensor], sums: list[tuple[Tensor, Tensor]]
-    ) -> list[Tensor]:
+    ) -> Outputs:
         """What one edge's squeezes give; takes its moments from ``maps`` and its normed sums from ``sums``."""
         n = self.x.shape[1]
-        found: dict[int, Tensor] = {}
-        if _sharing(ops):
-            found = of_moments(ops, Moments(*maps[:5]), n)
+        stats = Moments(*maps[:5]) if _sharing(ops) else None
+        if stats:
             del maps[:5]
+        found: dict[int, Tensor] = {}
         for i, op in enumerate(ops):
             if type(op) is SpatialL2Norm:
                 found[i] = spatial_l2(op, *sums.pop(0), n)
             elif type(op) is SpatialSecondOrder:
-                pooled = self.pooled(op.grid).flatten(2)
-                small = second_order(op, pooled if gate is None else pooled * gate.flatten(2))
+                small = second_order(op, self.pooled(op.grid).flatten(2), None if gate is None else gate.flatten(2))
                 found[i] = self._spread(small.view(-1, 1, op.grid, op.grid))
-        return self._with_others(ops, found, lambda op: op(self.x, gate))
+        return self._outputs(ops, stats, n, found, lambda op: op(self.x, gate))
 
     def pooled(self, grid: int) -> Tensor:
         """x averaged over grid x grid windows: (B, C, grid, grid)."""
@@ -207,15 +218,33 @@ class SharedSqueezes:
         (h, w), (height, width) = s.shape[2:], self.x.shape[2:]
         return pool_to(s, self.x) if height % h or width % w else F.interpolate(s, (height, width))
 
-    def _with_others(
-        self, ops: Sequence[Any], found: Mapping[int, Tensor], call: Callable[[Any], Tensor]
-    ) -> list[Tensor]:
-        """All outputs in the order of the operations; those that are not found are called."""
-        return [narrow(found[i], self.x) if i in found else call(op) for i, op in enumerate(ops)]
+    def _outputs(
+        self,
+        ops: Sequence[Any],
+        stats: Moments | None,
+        n: int,
+        found: dict[int, Tensor],
+        call: Callable[[Any], Tensor],
+    ) -> Outputs:
+        """The outputs of an edge: those that are found, those of the moments, and the others called one by one."""
+        mixed = tuple(i for i, op in enumerate(ops) if stats and type(op) in BESIDE_MEAN)
+        for i, op in enumerate(ops):
+            if stats and type(op) in BY_THEMSELVES:
+                found[i] = BY_THEMSELVES[type(op)](stats, n)
+        found = {i: narrow(y, self.x) for i, y in found.items()}
+        found |= {i: call(op) for i, op in enumerate(ops) if i not in found and i not in mixed}
+        outputs = {tuple(found): torch.stack(list(found.values()))} if found else {}
+        if stats and mixed:
+            outputs[mixed] = narrow(beside_mean([ops[i] for i in mixed], stats, n), self.x)
+        return outputs
 
 
 def _sharing(ops: Sequence[Any]) -> bool:
     return sum(type(op) in OF_MOMENTS for op in ops) > 1
+
+
+def _gated_moments(x: Tensor, gate: Tensor | None = None) -> Moments:
+    return moments(x if gate is None else x * gate, (1,))
 
 
 def _rate(eps: float, var: Tensor, gate: Tensor | None) -> Tensor:

@@ -8,14 +8,14 @@ instead of keeping them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ['Moments', 'group_means', 'moments', 'normed_sums', 'recomputed', 'window_means']
+__all__ = ['Moments', 'group_means', 'images_at_once', 'joined', 'moments', 'normed_sums', 'recomputed', 'window_means']
 
 PIECE = 2**18  # elements: on a CPU a piece of the batch this large stays in the cache from one step to the next
 
@@ -32,27 +32,32 @@ class Moments(NamedTuple):
 
 def moments(y: Tensor, dims: tuple[int, ...]) -> Moments:
     """The moments of ``y`` over ``dims``. Equal maxima share the gradient."""
+    return Moments(*centred_moments(y, dims)[0])
+
+
+def centred_moments(y: Tensor, dims: tuple[int, ...]) -> tuple[Moments, Tensor, Tensor]:
+    """The moments of ``y`` over ``dims``, y without its mean, and the square of that."""
     top = y.amax(dims, keepdim=True)
     # The scale behind the sum: the gradient of a mean is a map, and that of a sum is not.
     scale = top.numel() / y.numel()
     mean = y.sum(dims, keepdim=True) * scale
-    z = y - mean
+    z = y + mean * -1
     square = z * z
     second, third, fourth = (p.sum(dims, keepdim=True) * scale for p in (square, square * z, square * square))
-    return Moments(mean, second, third, fourth, top)
+    return Moments(mean, second, third, fourth, top), z, square
 
 
-def normed_sums(z: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
+def normed_sums(z: Tensor, square: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and sum of squares over C of ``z * rate``, for each of K rates.
 
-    z: (B, C, H, W); rates: (B, K, C) -> two of (B, K, H, W).
+    z and its square: (B, C, H, W); rates: (B, K, C) -> two of (B, K, H, W).
     """
     if torch.compiler.is_compiling():  # sums of products fuse with the moments, and matrix products do not
         normed = z.unsqueeze(1) * rates[..., None, None]
         return normed.sum(2), normed.square().sum(2)
     with torch.autocast(z.device.type, enabled=False):
         sums = torch.bmm(rates, z.flatten(2))
-        squares = torch.bmm(rates * rates, (z * z).flatten(2))
+        squares = torch.bmm(rates * rates, square.flatten(2))
     return sums.unflatten(2, z.shape[2:]), squares.unflatten(2, z.shape[2:])
 
 
@@ -70,22 +75,20 @@ def group_means(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(1, (groups, members)).sum(2) * (1 / members)
 
 
-def recomputed(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """``function(*tensors)``, which keeps its inputs alone and computes the rest again in the backward pass.
+def images_at_once(x: Tensor) -> int:
+    """How many images of the batch x go through the statistics at a time."""
+    if x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return len(x)
+    return max(1, PIECE * len(x) // max(1, x.numel()))
 
-    The function and its results treat each image of the batch (the first dimension of every tensor) by itself: on a
-    CPU a few images at a time go through it, which then stay in the cache.
-    """
+
+def joined(pieces: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """The results for pieces of the batch as those for all of it."""
+    return [torch.cat(results) for results in zip(*pieces, strict=True)]
+
+
+def recomputed(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """``function(*tensors)``, which keeps its inputs alone and computes the rest again in the backward pass."""
     if torch.compiler.is_compiling():  # a compiler itself chooses what to keep
         return function(*tensors)
-    x = tensors[0]
-    pieces = -(-x.numel() // PIECE) if x.device.type == 'cpu' else 1
-    if pieces == 1:
-        return _checkpointed(function, *tensors)
-    images = -(-len(x) // pieces)
-    results = [_checkpointed(function, *piece) for piece in zip(*(t.split(images) for t in tensors), strict=True)]
-    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
-
-
-def _checkpointed(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False, determinism_check='none')
