@@ -114,8 +114,8 @@ class MixedBlock(AttentionModule):
         """The channel attention c (B, C, 1, 1) and the spatial attention a (B, 1, H, W) for x (B, C, H, W)."""
         ops = [self.operations(edge) for edge in range(len(EDGES))]
         if self.form == 'shared':
-            squeezes = SharedSqueezes(x, ops[0], (*ops[3], *ops[4]))
-            q = self._mixed(0, squeezes.channel())
+            squeezes = SharedSqueezes(x)
+            q = self._mixed(0, squeezes.channel(ops[0]))
             of_c, of_d = excited(q, ops[1], ops[2], fair=self.fair)
             c, d = self._mixed(1, of_c), self._mixed(2, of_d)
             of_gated, of_plain = squeezes.spatial(ops[3], d, ops[4])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sase_blocks.ops.normalization import BatchNorm2d
@@ -26,30 +27,41 @@ def second_order(op: Any, values: Tensor, gate: Tensor | None = None) -> Tensor:
     ours = type(norm) is BatchNorm2d and norm.training and norm.track_running_stats and norm.momentum is not None
     if ours and values.shape[2] > 1 and not torch.compiler.is_compiling():
         kernel, weight, bias = (w.to(values.dtype) for w in (op.row_weight, norm.weight, norm.bias))
-        contracted, mean, square = recomputed(_row_sums, kernel, *inputs)
+        with torch.autocast(values.device.type, enabled=False):
+            contracted, mean, square = recomputed(row_sums, kernel, *inputs)
         var = (square - mean * mean).clamp_min(0)
         _move_statistics(norm, mean, var, values.shape[0] * values.shape[2])
         scale = weight * torch.rsqrt(var + norm.eps)
         q = (contracted * scale + (bias - scale * mean) * kernel.sum(1)).to(dtype)
     else:  # another norm (one over several processes), eval mode, a compiler's graph
-        q = contract_rows(norm(_covariance(*inputs).unsqueeze(3)).squeeze(3), op.row_weight)
+        with torch.autocast(values.device.type, enabled=False):
+            rows = _covariance(_centred(values, gate))
+        q = contract_rows(norm(rows.unsqueeze(3)).squeeze(3), op.row_weight)
     return op.fc(torch.relu(q))
 
 
-def _covariance(values: Tensor, gate: Tensor | None = None) -> Tensor:
-    """(B, P, N) times (B, P, 1) -> (B, N, N), divided by N - 1. In fp32 the product needs no scaling."""
+def _centred(values: Tensor, gate: Tensor | None) -> Tensor:
     z = values if gate is None else values * gate
-    z = z + z.sum(1, keepdim=True) * (-1 / z.shape[1])  # the gradient of a mean would be a map
-    with torch.autocast(z.device.type, enabled=False):
-        return torch.baddbmm(z.new_zeros(()), z.transpose(1, 2), z, beta=0, alpha=1 / max(z.shape[2] - 1, 1))
+    return z + z.sum(1, keepdim=True) * (-1 / z.shape[1])  # the gradient of a mean would be a map
 
 
-def _row_sums(kernel: Tensor, values: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _covariance(z: Tensor) -> Tensor:
+    """(B, P, N) -> (B, N, N), divided by N - 1. In fp32 the product needs no scaling."""
+    return torch.baddbmm(z.new_zeros(()), z.transpose(1, 2), z, beta=0, alpha=1 / max(z.shape[2] - 1, 1))
+
+
+def row_sums(kernel: Tensor, values: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Of the covariance's rows: the sum with the kernel for each image (B, N), over all images the mean and that of
     the squares (N).
     """
-    rows = _covariance(values, gate)
-    scale = 1 / (rows.shape[0] * rows.shape[2])
+    z = _centred(values, gate)
+    scale = 1 / (z.shape[0] * z.shape[2])
+    if 2 * z.shape[1] < z.shape[2]:  # few values: products smaller than the covariance
+        f = 1 / max(z.shape[2] - 1, 1)
+        contracted = (z * F.linear(z, kernel)).sum(1) * f
+        mean = (z * z.sum(2, keepdim=True)).sum((0, 1)) * (f * scale)
+        return contracted, mean, (z * torch.bmm(torch.bmm(z, z.transpose(1, 2)), z)).sum((0, 1)) * (f * f * scale)
+    rows = _covariance(z)
     square = (rows * rows).sum((0, 2)) * scale
     return contract_rows(rows, kernel), rows.sum((0, 2)) * scale, square
 

@@ -10,11 +10,10 @@ Any operation that is not of the paper's sets, and any subclass, is called by it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sase_blocks.numerics import narrow, safe_sqrt, widen
@@ -41,7 +40,7 @@ from .outputs import Outputs
 from .second_order import second_order
 from .statistics import (
     Moments,
-    centred_moments,
+    central_moments,
     group_means,
     images_at_once,
     joined,
@@ -115,138 +114,125 @@ def spatial_l2(op: SpatialL2Norm, total: Tensor, squares: Tensor, n: int) -> Ten
 
 
 class SharedSqueezes:
-    """The squeezes of one feature map x (B, C, H, W)."""
+    """The squeezes of one feature map x (B, C, H, W).
 
-    def __init__(self, x: Tensor, channel_ops: Sequence[Any], spatial_ops: Sequence[Any]) -> None:
+    What reads the map takes a few images at a time (``pieces``), which on a CPU then stay in the cache.
+    """
+
+    def __init__(self, x: Tensor) -> None:
         self.x = x
         self.wide = widen(x)
-        self.channel_ops = channel_ops
-        # What else is taken in the pass over x that takes the moments: means over groups of channels, over windows.
-        channels, height, width = x.shape[1:]
-        sharing = _sharing(channel_ops)
-        of_groups = {op.row_weight.shape[0] for op in channel_ops if sharing and type(op) is ChannelSecondOrder}
-        grids = {op.grid for op in spatial_ops if sharing and type(op) is SpatialSecondOrder}
-        self.groups = next((n for n in of_groups if channels % n == 0), 0)
-        self.grid = next((n for n in grids if height % n == width % n == 0 and height * width > n * n), 0)
         self.images = images_at_once(x)
         self.pieces = self.wide.split(self.images)
         self.centred: list[tuple[Tensor, Tensor]] = []  # of each piece: x without its mean over H and W, and its square
-        self._over_positions: list[Tensor] = []
+        self._over_positions: Moments | None = None
+        self._pooled: dict[int, Tensor] = {}
 
-    def over_positions(self) -> list[Tensor]:
-        """The moments of each channel over H and W, then the means over windows and over groups, if they are taken."""
-        if not self._over_positions:
-            results = []
-            for x in self.pieces:
-                found, *centred = centred_moments(x, (2, 3))
-                self.centred.append((centred[0], centred[1]))
-                means = (window_means(x, self.grid),) if self.grid else ()
-                means += (group_means(x, self.groups),) if self.groups else ()
-                results.append((*found, *means))
-            self._over_positions = joined(results)
-        return self._over_positions
-
-    def channel(self) -> Outputs:
-        """What the channel squeezes give for x: (B, C, 1, 1) each."""
-        ops, n = self.channel_ops, self.x.shape[2] * self.x.shape[3]
-        stats = Moments(*self.over_positions()[:5]) if _sharing(ops) else None
+    def channel(self, ops: Sequence[Any]) -> Outputs:
+        """What channel squeezes give for x: (B, C, 1, 1) each."""
+        n = self.x.shape[2] * self.x.shape[3]
+        stats = self.over_positions() if _sharing(ops) else None
         found: dict[int, Tensor] = {}
         for i, op in enumerate(ops):
-            if stats and type(op) is ChannelL2Norm:
+            if stats and type(op) in BY_THEMSELVES:
+                found[i] = BY_THEMSELVES[type(op)](stats, n)
+            elif stats and type(op) is ChannelL2Norm:
                 found[i] = channel_l2(op, stats, n)
             elif type(op) is ChannelSecondOrder and self.x.shape[1] % op.row_weight.shape[0] == 0:
-                taken = self.groups == op.row_weight.shape[0]
-                means = self.over_positions()[-1] if taken else group_means(self.wide, op.row_weight.shape[0])
+                means = torch.cat([group_means(x, op.row_weight.shape[0]) for x in self.pieces])
                 found[i] = second_order(op, means.flatten(2).transpose(1, 2))[:, :, None, None]
-        return self._outputs(ops, stats, n, found, lambda op: op(self.x))
+            elif not (stats and type(op) in BESIDE_MEAN):
+                found[i] = op(self.x)
+        return self._outputs(found, ops, stats, n)
 
     def spatial(self, gated_ops: Sequence[Any], gate: Tensor, plain_ops: Sequence[Any]) -> tuple[Outputs, Outputs]:
         """What the first squeezes give for ``gate * x`` and the others for x: (B, 1, H, W) each."""
         gate = gate.to(self.wide.dtype)
         edges = ((gated_ops, gate), (plain_ops, None))
-        norms = [(op, factor) for ops, factor in edges for op in ops if type(op) is SpatialL2Norm]
+        sums = iter(self.normed_sums([(op, g) for ops, g in edges for op in ops if type(op) is SpatialL2Norm]))
+        gated, plain = (self._spatial(ops, g, sums) for ops, g in edges)
+        return gated, plain
 
-        gates = gate.split(self.images)
-        results = [() for _ in self.pieces]
-        if _sharing(gated_ops):
-            results = [recomputed(_gated_moments, *piece) for piece in zip(self.pieces, gates, strict=True)]
-        if _sharing(plain_ops):
-            results = [(*found, *recomputed(_gated_moments, x)) for found, x in zip(results, self.pieces, strict=True)]
-        if norms:
-            var = self.over_positions()[1]
-            rates = torch.stack([_rate(op.eps, var, factor) for op, factor in norms], 1).flatten(2).split(self.images)
-            results = [
-                (*found, *normed_sums(*centred, rate))
-                for found, centred, rate in zip(results, self.centred, rates, strict=True)
-            ]
-        maps = joined(results)
-        sums = list(zip(*(m.split(1, 1) for m in maps[-2:]), strict=True)) if norms else []  # in the order of norms
-        gated = self._spatial(gated_ops, gate, maps, sums)
-        return gated, self._spatial(plain_ops, None, maps, sums)
-
-    def _spatial(
-        self, ops: Sequence[Any], gate: Tensor | None, maps: list[Tensor], sums: list[tuple[Tensor, Tensor]]
-    ) -> Outputs:
-        """What one edge's squeezes give; takes its moments from ``maps`` and its normed sums from ``sums``."""
+    def _spatial(self, ops: Sequence[Any], gate: Tensor | None, sums: Iterator[tuple[Tensor, Tensor]]) -> Outputs:
         n = self.x.shape[1]
-        stats = Moments(*maps[:5]) if _sharing(ops) else None
-        if stats:
-            del maps[:5]
+        stats = self.over_channels(gate) if _sharing(ops) else None
         found: dict[int, Tensor] = {}
-        for i, op in enumerate(ops):
-            if type(op) is SpatialL2Norm:
-                found[i] = spatial_l2(op, *sums.pop(0), n)
-            elif type(op) is SpatialSecondOrder:
-                small = second_order(op, self.pooled(op.grid).flatten(2), None if gate is None else gate.flatten(2))
-                found[i] = self._spread(small.view(-1, 1, op.grid, op.grid))
-        return self._outputs(ops, stats, n, found, lambda op: op(self.x, gate))
-
-    def pooled(self, grid: int) -> Tensor:
-        """x averaged over grid x grid windows: (B, C, grid, grid)."""
-        height, width = self.x.shape[2:]
-        if grid == self.grid:
-            return self.over_positions()[5]
-        if (height, width) == (grid, grid):
-            return self.wide
-        if height % grid == width % grid == 0:
-            return window_means(self.wide, grid)
-        with torch.autocast(self.x.device.type, enabled=False):  # it is two products
-            return adaptive_avg_pool(self.wide, grid, grid)
-
-    def _spread(self, s: Tensor) -> Tensor:
-        """(B, 1, h, w) pooled adaptively to the H and W of x. To a multiple of h and w it repeats values."""
-        (h, w), (height, width) = s.shape[2:], self.x.shape[2:]
-        return pool_to(s, self.x) if height % h or width % w else F.interpolate(s, (height, width))
-
-    def _outputs(
-        self,
-        ops: Sequence[Any],
-        stats: Moments | None,
-        n: int,
-        found: dict[int, Tensor],
-        call: Callable[[Any], Tensor],
-    ) -> Outputs:
-        """The outputs of an edge: those that are found, those of the moments, and the others called one by one."""
-        mixed = tuple(i for i, op in enumerate(ops) if stats and type(op) in BESIDE_MEAN)
         for i, op in enumerate(ops):
             if stats and type(op) in BY_THEMSELVES:
                 found[i] = BY_THEMSELVES[type(op)](stats, n)
-        found = {i: narrow(y, self.x) for i, y in found.items()}
-        found |= {i: call(op) for i, op in enumerate(ops) if i not in found and i not in mixed}
-        outputs = {tuple(found): torch.stack(list(found.values()))} if found else {}
+            elif type(op) is SpatialL2Norm:
+                found[i] = spatial_l2(op, *next(sums), n)
+            elif type(op) is SpatialSecondOrder:
+                small = second_order(op, self.pooled(op.grid).flatten(2), None if gate is None else gate.flatten(2))
+                found[i] = self._spread(small.view(-1, 1, op.grid, op.grid))
+            elif not (stats and type(op) in BESIDE_MEAN):
+                found[i] = op(self.x, gate)
+        return self._outputs(found, ops, stats, n)
+
+    def _outputs(self, found: dict[int, Tensor], ops: Sequence[Any], stats: Moments | None, n: int) -> Outputs:
+        """The outputs found one by one, and those of ``BESIDE_MEAN`` at once."""
+        outputs = {tuple(found): narrow(torch.stack(list(found.values())), self.x)} if found else {}
+        mixed = tuple(i for i in range(len(ops)) if i not in found)
         if stats and mixed:
             outputs[mixed] = narrow(beside_mean([ops[i] for i in mixed], stats, n), self.x)
         return outputs
 
+    def over_positions(self) -> Moments:
+        """The moments of each channel over H and W."""
+        if self._over_positions is None:
+            found = []
+            for x in self.pieces:
+                moments, z, square = central_moments(x, (2, 3))
+                found.append((*moments, x.amax((2, 3), keepdim=True)))
+                self.centred.append((z, square))
+            self._over_positions = Moments(*joined(found))
+        return self._over_positions
+
+    def over_channels(self, gate: Tensor | None) -> Moments:
+        """The moments of x, or of ``gate * x``, over C."""
+        count = len(self.pieces)
+
+        def function(*tensors: Tensor) -> list[Tensor]:
+            pieces, gates = tensors[:count], tensors[count:]
+            gated = (x * g for x, g in zip(pieces, gates, strict=True)) if gates else pieces
+            return joined([moments(y, (1,)) for y in gated])
+
+        return Moments(*recomputed(function, *self.pieces, *(() if gate is None else gate.split(self.images))))
+
+    def normed_sums(self, norms: Sequence[tuple[SpatialL2Norm, Tensor | None]]) -> list[tuple[Tensor, Tensor]]:
+        """The sum and the sum of squares over C of x, or of a gate times x, normed over H and W."""
+        if not norms:
+            return []
+        var = self.over_positions().second
+        # What normalises each channel of gate * x, whose variance is gate^2 var, times the gate itself.
+        rates = [
+            torch.rsqrt(var + op.eps) if gate is None else gate * torch.rsqrt(gate * gate * var + op.eps)
+            for op, gate in norms
+        ]
+        pieces = torch.stack(rates, 1).flatten(2).split(self.images)
+        sums, squares = joined([normed_sums(*maps, rate) for maps, rate in zip(self.centred, pieces, strict=True)])
+        return list(zip(sums.split(1, 1), squares.split(1, 1), strict=True))
+
+    def pooled(self, grid: int) -> Tensor:
+        """x averaged over grid x grid windows: (B, C, grid, grid)."""
+        height, width = self.x.shape[2:]
+        if (height, width) == (grid, grid):
+            return self.wide
+        if grid not in self._pooled:
+            if height % grid == width % grid == 0:
+                self._pooled[grid] = torch.cat([window_means(x, grid) for x in self.pieces])
+            else:
+                with torch.autocast(self.x.device.type, enabled=False):  # it is two products
+                    self._pooled[grid] = adaptive_avg_pool(self.wide, grid, grid)
+        return self._pooled[grid]
+
+    def _spread(self, s: Tensor) -> Tensor:
+        """(B, 1, h, w) pooled adaptively to the H and W of x. To a multiple of h and w it repeats values."""
+        (h, w), (height, width) = s.shape[2:], self.x.shape[2:]
+        if height % h or width % w:
+            return pool_to(s, self.x)
+        return s[..., :, None, :, None].expand(-1, 1, h, height // h, w, width // w).reshape(-1, 1, height, width)
+
 
 def _sharing(ops: Sequence[Any]) -> bool:
     return sum(type(op) in OF_MOMENTS for op in ops) > 1
-
-
-def _gated_moments(x: Tensor, gate: Tensor | None = None) -> Moments:
-    return moments(x if gate is None else x * gate, (1,))
-
-
-def _rate(eps: float, var: Tensor, gate: Tensor | None) -> Tensor:
-    """What normalises each channel of gate * x, whose variance is gate^2 var, times the gate itself."""
-    return torch.rsqrt(var + eps) if gate is None else gate * torch.rsqrt(gate * gate * var + eps)

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ['Moments', 'group_means', 'images_at_once', 'joined', 'moments', 'normed_sums', 'recomputed', 'window_means']
+__all__ = [
+    'Moments',
+    'central_moments',
+    'group_means',
+    'images_at_once',
+    'joined',
+    'moments',
+    'normed_sums',
+    'recomputed',
+    'window_means',
+]
 
 PIECE = 2**18  # elements: on a CPU a piece of the batch this large stays in the cache from one step to the next
 
@@ -31,20 +41,31 @@ class Moments(NamedTuple):
 
 
 def moments(y: Tensor, dims: tuple[int, ...]) -> Moments:
-    """The moments of ``y`` over ``dims``. Equal maxima share the gradient."""
-    return Moments(*centred_moments(y, dims)[0])
+    """The moments of ``y`` over ``dims``."""
+    top = maximum(y, dims)
+    return Moments(*central_moments(y, dims)[0], top)
 
 
-def centred_moments(y: Tensor, dims: tuple[int, ...]) -> tuple[Moments, Tensor, Tensor]:
-    """The moments of ``y`` over ``dims``, y without its mean, and the square of that."""
-    top = y.amax(dims, keepdim=True)
+def central_moments(y: Tensor, dims: tuple[int, ...]) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """Mean, second, third and fourth moment of ``y`` over ``dims``; y without its mean, and the square of that."""
     # The scale behind the sum: the gradient of a mean is a map, and that of a sum is not.
-    scale = top.numel() / y.numel()
-    mean = y.sum(dims, keepdim=True) * scale
+    total = y.sum(dims, keepdim=True)
+    scale = total.numel() / y.numel()
+    mean = total * scale
     z = y + mean * -1
     square = z * z
-    second, third, fourth = (p.sum(dims, keepdim=True) * scale for p in (square, square * z, square * square))
-    return Moments(mean, second, third, fourth, top), z, square
+    sums = [p.sum(dims, keepdim=True) * scale for p in (square, square * z, square * square)]
+    return (mean, *sums), z, square
+
+
+def maximum(y: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """``amax``, with which equal maxima share the gradient, as the mean of all places that have it.
+
+    On a CPU the backward pass takes a third of the time of that of ``amax``, but it keeps a map.
+    """
+    constant = y.detach()
+    there = torch.eq(constant, constant.amax(dims, keepdim=True), out=torch.empty_like(constant))
+    return (y * there).sum(dims, keepdim=True) / there.sum(dims, keepdim=True)
 
 
 def normed_sums(z: Tensor, square: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,16 +99,16 @@ def group_means(x: Tensor, groups: int) -> Tensor:
 def images_at_once(x: Tensor) -> int:
     """How many images of the batch x go through the statistics at a time."""
     if x.device.type != 'cpu' or torch.compiler.is_compiling():
-        return len(x)
+        return max(1, len(x))
     return max(1, PIECE * len(x) // max(1, x.numel()))
 
 
 def joined(pieces: Iterable[Sequence[Tensor]]) -> list[Tensor]:
     """The results for pieces of the batch as those for all of it."""
-    return [torch.cat(results) for results in zip(*pieces, strict=True)]
+    return [torch.cat(results) if len(results) > 1 else results[0] for results in zip(*pieces, strict=True)]
 
 
-def recomputed(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+def recomputed(function: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> Sequence[Tensor]:
     """``function(*tensors)``, which keeps its inputs alone and computes the rest again in the backward pass."""
     if torch.compiler.is_compiling():  # a compiler itself chooses what to keep
         return function(*tensors)
