@@ -500,7 +500,9 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.writer = SummaryWriter(str(Path(config.out) / 'tensorboard'), purge_step=step)
-        self.total, self.first, self.done = config.epochs * steps, step, step
+        self.epochs, self.steps, self.total = config.epochs, steps, config.epochs * steps
+        self.accelerator, self.first, self.step = accelerator, step, step
+        self.unseen: list[Tensor] = []
         self.bar = tqdm(total=self.total, initial=step, unit='step', disable=None if self.main else True)
         self.began = self.last_line = time.perf_counter()
 
@@ -511,22 +513,35 @@ class RunLog:
             append_row(self.metrics, row)
         if self.writer:
             for name, value in (scalars or row).items():
-                self.writer.add_scalar(name, value, row['step'])
+                self.writer.add_scalar(name, value, self.step)
             self.writer.flush()
 
-    def update(self, done: int, label: str, loss: float) -> None:
-        """Show the number of steps done and the loss."""
+    def count(self, losses: Tensor) -> Tensor | None:
+        """Count a step, whose losses stay on the device for a while.
+
+        Returns:
+            Every ``LOSS_CHECK_STEPS`` and at the end of an epoch the losses of all steps since the last time, as the
+            means over all processes, (steps, ...); else None.
+        """
+        self.unseen.append(losses)
+        self.step += 1
+        if len(self.unseen) < LOSS_CHECK_STEPS and self.step % self.steps:
+            return None
+        seen: Tensor = self.accelerator.reduce(torch.stack(self.unseen), 'mean').cpu()
+        label = f'epoch {-(-self.step // self.steps)}/{self.epochs}'
+        loss = f'loss {float(seen[-1].flatten()[0]):.4f}'  # the first one of a step
         self.bar.set_description(label, refresh=False)
-        self.bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
-        self.bar.update(done - self.done)
-        self.done = done
+        self.bar.set_postfix_str(loss, refresh=False)
+        self.bar.update(len(seen))
+        self.unseen = []
         if self.bar.disable and time.perf_counter() - self.last_line > PROGRESS_LINE_SECONDS:
-            self.line(f'{label}: step {done}/{self.total}, loss {loss:.4f}, {self.left()} left')
+            self.line(f'{label}: step {self.step}/{self.total}, {loss}, {self.left()} left')
+        return seen
 
     def left(self) -> str:
         """Time left of the run as H:MM:SS."""
-        rate = (time.perf_counter() - self.began) / max(self.done - self.first, 1)
-        return str(tqdm.format_interval(rate * (self.total - self.done)))
+        rate = (time.perf_counter() - self.began) / max(self.step - self.first, 1)
+        return str(tqdm.format_interval(rate * (self.total - self.step)))
 
     def line(self, text: str) -> None:
         """Print a line."""

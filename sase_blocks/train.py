@@ -41,7 +41,6 @@ from .insertion.checking import check_inserted
 from .ops import no_weight_decay
 from .reading import one_line, quoted, shorten
 from .runs import (
-    LOSS_CHECK_STEPS,
     RunConfig,
     RunLog,
     be_deterministic,
@@ -253,15 +252,13 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     if saved:
         log.line(f'resuming after epoch {start} of {config.epochs}')
 
-    step = start * steps_per_epoch
     for epoch in range(start, config.epochs):
         began, loss_sum = time.perf_counter(), 0.0
         parallel.train()
-        unseen: list[Tensor] = []  # losses not yet read
         for images, labels in train_batches.epoch(epoch, config.batch_size, 0, steps_per_epoch, **process):
             # Dropout etc. also depend only on the step, whatever drew random numbers in between.
-            torch.manual_seed(derive_seed(config.seed, MODEL, step, accelerator.process_index))
-            scheduler.step_update(step)
+            torch.manual_seed(derive_seed(config.seed, MODEL, log.step, accelerator.process_index))
+            scheduler.step_update(log.step)
             logits = parallel(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
             accelerator.backward(loss)
@@ -270,20 +267,16 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
             optimizer.step()
             optimizer.zero_grad()
             if ema:
-                ema.update(model, step)
-            unseen.append(loss.detach())
-            step += 1
-            if len(unseen) == LOSS_CHECK_STEPS or step % steps_per_epoch == 0:
-                losses = accelerator.reduce(torch.stack(unseen), 'mean').tolist()
-                check_finite(losses, step - len(losses) + 1, last, ADVICE)
+                ema.update(model, log.step)
+            if (read := log.count(loss.detach())) is not None:
+                losses = read.tolist()
+                check_finite(losses, log.step - len(losses) + 1, last, ADVICE)
                 loss_sum += sum(losses)
-                log.update(step, f'epoch {epoch + 1}/{config.epochs}', losses[-1])
-                unseen = []
         seconds = time.perf_counter() - began
 
         row: dict[str, Any] = {
             'epoch': epoch + 1,
-            'step': step,
+            'step': log.step,
             'lr': optimizer.param_groups[0]['lr'],
             'train_loss': loss_sum / steps_per_epoch,
             'images_per_second': steps_per_epoch * config.batch_size / seconds,
@@ -296,7 +289,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
                     torch.distributed.broadcast(buffer, 0)
             batches = val_batches.once(config.batch_size, **process)
             scores = evaluate(evaluated, batches, len(val_batches), accelerator)
-            check_finite([scores['val_loss']], step, last, ADVICE)
+            check_finite([scores['val_loss']], log.step, last, ADVICE)
             row |= scores
             improved = scores['acc1'] > best['acc1']
             if improved:

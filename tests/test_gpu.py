@@ -27,7 +27,7 @@ import torch
 from test_data import make_images
 from torch import Tensor, nn
 
-from sase_blocks import compile_blocks
+from sase_blocks import compile_blocks, runs
 from sase_blocks.search.sase import searching as sase_search
 from sase_blocks.search.sase.config import SearchConfig
 from sase_blocks.search.trionet import SuperNet, TrioConfig, TrioSpace, hierarchical
@@ -455,7 +455,7 @@ def test_no_step_of_a_search_waits(order, space, settings, tmp_path, monkeypatch
         return found
 
     monkeypatch.setattr(sase_search._Search, '_train_step', watched)
-    assert sase_search.LOSS_CHECK_STEPS > STEPS  # a look at the losses waits, and is one in twenty steps
+    assert runs.LOSS_CHECK_STEPS > STEPS  # a look at the losses waits, and is one in twenty steps
     try:
         config = search_config(tmp_path, order=order, space=space, epochs=1, save_minutes=60.0, **settings)
         result = sase_search.search(config, test_search_run.pictures())
@@ -469,7 +469,7 @@ def test_no_step_of_a_search_waits(order, space, settings, tmp_path, monkeypatch
 @pytest.mark.parametrize('deterministic', [False, True], ids=['fast', 'deterministic'])
 @pytest.mark.parametrize('order', ['1', '2'])
 def test_a_search_resumes(order, deterministic, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sase_search, 'LOSS_CHECK_STEPS', 2)
+    monkeypatch.setattr(runs, 'LOSS_CHECK_STEPS', 2)
     step = sase_search._Search._train_step
 
     def interrupted(self, *arguments):

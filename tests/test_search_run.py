@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from test_data import disguise, make_images, swap, truncate
 
+from sase_blocks import runs
 from sase_blocks.blocks import Genotype
 from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
 from sase_blocks.search.sase import bilevel, searching
@@ -82,7 +83,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def look_often(monkeypatch):
-    monkeypatch.setattr(searching, 'LOSS_CHECK_STEPS', 2)
+    monkeypatch.setattr(runs, 'LOSS_CHECK_STEPS', 2)
 
 
 # ---- the loop ----
@@ -237,7 +238,7 @@ def processes():
 
 def _searching(config, delay):
     torch.set_num_threads(1)
-    searching.LOSS_CHECK_STEPS = 2
+    runs.LOSS_CHECK_STEPS = 2
     if delay is not None:
         threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
     search(config, pictures())

@@ -24,6 +24,7 @@ from test_data import disguise, make_images, swap, truncate
 from test_search_run import check_damaged
 from torch import nn
 
+from sase_blocks import runs
 from sase_blocks.checkpoint import read_checkpoint
 from sase_blocks.cli import main
 from sase_blocks.demo import run_trionet_demo
@@ -79,7 +80,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def look_often(monkeypatch):
-    monkeypatch.setattr(training, 'LOSS_CHECK_STEPS', 2)
+    monkeypatch.setattr(runs, 'LOSS_CHECK_STEPS', 2)
 
 
 @pytest.fixture
@@ -425,7 +426,7 @@ def processes():
 
 def _searching(config, delay):
     torch.set_num_threads(1)
-    training.LOSS_CHECK_STEPS = 2
+    runs.LOSS_CHECK_STEPS = 2
     if delay is not None:
         threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
     search(config, pictures())

@@ -1,7 +1,7 @@
 """Statistical tests behind the verdicts of the searches. Not in the papers.
 
-Where there is nothing to find, at most ``LEVEL`` of the runs claim anything, however many blocks, edges or networks
-each of them compares.
+If there is nothing to find, at most ``LEVEL`` of the runs claim anything, however many blocks, edges or networks each
+compares.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 __all__ = ['LEVEL', 'holm', 'load_stats', 'not_worse', 'paired_test', 'shown_from']
 
 LEVEL = 0.05
-SAME = 1e-9  # accuracies in percent that differ by no more are equal, and differ by rounding alone
+SAME = 1e-9  # largest difference of equal accuracies in percent, by rounding
 
 
 def load_stats() -> Any:
-    """``scipy.stats``. Raises ImportError that names the extra; call it before the work whose results it judges."""
+    """``scipy.stats``; raises ImportError that names the extra. Call it before the work whose results it judges."""
     try:
         from scipy import stats
     except ImportError as error:
@@ -27,17 +27,14 @@ def load_stats() -> Any:
 
 
 def paired_test(differences: Any) -> tuple[Any, Any, Any]:
-    """Student's t-test, two-sided, of the hypothesis that the mean of paired differences is 0.
+    """Two-sided t-test of the hypothesis that the mean of paired differences (..., seeds) is 0.
 
     Equal differences have no spread to test their mean against, so they give NaN. They are common, because accuracies
     come in steps of one image.
 
-    Args:
-        differences: (..., seeds), such as the accuracies of two blocks with the same seeds, subtracted.
-
     Returns:
-        p and both ends of the 1 - LEVEL interval of the mean, each (...), NaN for fewer than two seeds and where all
-        differences are equal.
+        p and both ends of the 1 - LEVEL interval of the mean, each (...); NaN for fewer than two seeds and for equal
+        differences.
 
     Raises:
         ImportError: SciPy is missing (extra ``search``).
@@ -55,14 +52,9 @@ def paired_test(differences: Any) -> tuple[Any, Any, Any]:
 
 
 def shown_from(seeds: int, comparisons: int) -> float:
-    """The smallest mean difference, in its standard deviations over the seeds, that ``paired_test`` and ``holm`` show.
+    """The smallest mean difference, in standard deviations over the seeds, that ``paired_test`` and ``holm`` show.
 
-    Args:
-        seeds: at least 2.
-        comparisons: how many are made; the first one to be shown counts.
-
-    Raises:
-        ImportError: SciPy is missing (extra ``search``).
+    ``seeds`` is at least 2. The first of the comparisons to be shown counts. Raises ImportError if SciPy is missing.
     """
     return float(load_stats().t.isf(LEVEL / (2 * comparisons), seeds - 1) / seeds**0.5)
 
@@ -70,13 +62,11 @@ def shown_from(seeds: int, comparisons: int) -> float:
 def holm(p: Any) -> Any:
     """Adjust p values for multiple comparisons (Holm, "A simple sequentially rejective multiple test procedure", 1979).
 
-    Whatever the dependence between them, at most ``LEVEL`` of runs without any true difference have one below LEVEL.
+    However the comparisons depend on each other, at most ``LEVEL`` of runs without any true difference have a value
+    below LEVEL.
 
     Args:
-        p: (..., comparisons). NaN, for what could not be tested, counts as a comparison and stays NaN.
-
-    Returns:
-        The adjusted values, of the same shape, at most 1.
+        p: (..., comparisons). NaN, for a comparison that could not be tested, counts and stays NaN.
     """
     p = np.asarray(p, dtype=np.float64)
     order = np.argsort(p, axis=-1)  # NaN last
@@ -87,24 +77,17 @@ def holm(p: Any) -> Any:
 
 
 def not_worse(scores: Sequence[float], images: int) -> list[bool]:
-    """Which of several networks may be as good as the best of them, by accuracies on the same images.
+    """Whether each network may be as good as the best, by accuracies in percent on the same ``images`` images.
 
     Fisher's exact test of each against the best. The best was picked by these scores, so the bound is Bonferroni's over
-    all ordered pairs, which holds for any pick. The test takes the images of each network for a sample of its own. As
-    they are the same, it errs on the side of "may be".
-
-    Args:
-        scores: of each network, percent.
-        images: how many were scored.
-
-    Returns:
-        For each network; True for the best.
+    all ordered pairs, which holds for any pick. The test assumes different images for each network. As they are the
+    same, it errs on the side of "may be".
 
     Raises:
         ImportError: SciPy is missing (extra ``search``).
     """
     right = np.rint(np.asarray(scores, dtype=np.float64) * images / 100).astype(int)
     best = right.max()
-    # As many or more of all right answers on the side of the best network, if each image were dealt to a side by lot.
+    # The chance that the best network has so many of all correct answers or more if they fall on either at random.
     p = load_stats().hypergeom.sf(best - 1, 2 * images, best + right, images)
     return ((p * len(right) * (len(right) - 1) > LEVEL) | (right == best)).tolist()

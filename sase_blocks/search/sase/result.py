@@ -32,15 +32,10 @@ def describe_result(
     updates: int,
     **more: Any,
 ) -> dict[str, Any]:
-    """The result as plain data.
+    """The result as plain data, from the logits (sets, sum of sizes), the settings, and facts about the data.
 
     Args:
-        space: the search space.
-        logits: (sets, sum of sizes).
-        config: the settings.
-        facts: facts about the data: classes, counts, fingerprint.
-        epoch: number of epochs so far.
-        updates: number of updates of the logits so far.
+        epoch, updates: numbers of epochs, and of updates of the logits, so far.
         **more: further entries.
 
     Returns:
@@ -100,9 +95,7 @@ def draw_result(
 
     Args:
         history: the logits over time, each (sets, sum of sizes).
-        space: the search space.
         edges: of ``describe_result``.
-        out: the folder.
 
     Raises:
         ImportError: matplotlib is missing (extra ``viz``).

@@ -24,7 +24,6 @@ from torch import Tensor
 from sase_blocks.checkpoint import save_checkpoint
 from sase_blocks.data import MODEL, Samples, derive_seed, image_config
 from sase_blocks.runs import (
-    LOSS_CHECK_STEPS,
     RunLog,
     be_deterministic,
     check_finite,
@@ -244,18 +243,14 @@ class _Search:
         self.network.train()
         at = (epoch, config.batch_size, first, steps, self.rank, self.world)
         began = last_save = time.perf_counter()
-        unseen: list[Tensor] = []
         pairs = zip(self.data.training.epoch(*at), self.data.held_out.epoch(*at), strict=True)
-        for number, (training, held) in enumerate(pairs, start=first + 1):
-            unseen.append(torch.stack([value.double() for value in self._train_step(training, held, lr)]))
+        for training, held in pairs:
+            seen = self.log.count(torch.stack([value.double() for value in self._train_step(training, held, lr)]))
             self.step += 1
-            if len(unseen) == LOSS_CHECK_STEPS or number == steps:
-                seen = self._mean(torch.stack(unseen)).cpu()
-                check_finite((seen[:, 0] + seen[:, 1]).tolist(), self.step - len(unseen) + 1, self.last, ADVICE)
+            if seen is not None:
+                check_finite((seen[:, 0] + seen[:, 1]).tolist(), self.step - len(seen) + 1, self.last, ADVICE)
                 self.sums[:3] += seen.sum(0)
-                unseen = []
-                self.log.update(self.step, f'epoch {epoch + 1}/{config.epochs}', float(seen[-1, 0]))
-                if number < steps and time.perf_counter() - last_save > 60 * config.save_minutes:
+                if self.step % steps and time.perf_counter() - last_save > 60 * config.save_minutes:
                     self._save()
                     last_save = time.perf_counter()
         row = self._row(epoch, lr, (time.perf_counter() - began) / max(steps - first, 1), held)

@@ -1,7 +1,7 @@
-"""The space of the SASE search (arXiv 2411.08333): what each of the six edges chooses from, and what logits mean in it.
+"""The space of the SASE search (arXiv 2411.08333): the choices of the six edges, and the meaning of logits.
 
-The paper's space holds 7 operations an edge. Any other choice of names is a space as well (ours): a subset, the
-extended sets, a different list for each edge.
+The paper's space has 7 operations per edge. Not in the paper: any other choice of names, such as a subset, the extended
+sets, or a different list for each edge.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ EDGES = tuple(Genotype.SET_OF)
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The names that each edge chooses from; primitives' names or the paper's keys, stored as names.
+    """The choices of each edge: primitives' names or the paper's keys, stored as names.
 
-    The logits of a space are one flat vector: the operations of edge 0, then of edge 1, and so on (``sizes``).
+    The logits of a space are one flat vector: the operations of edge 0, then those of edge 1, and so on (``sizes``).
 
     Args:
         channel_squeeze, channel_excite, gate_excite, gated_squeeze, spatial_squeeze, spatial_excite: as in
-            ``Genotype``; each at least one name of the edge's set in ``ops.EXTENDED_SETS``, none twice.
+            ``Genotype``; each one or more names of the edge's set in ``ops.EXTENDED_SETS``.
 
     Raises:
-        ValueError: an edge without operations, a name twice, an unknown name.
+        ValueError: an edge without operations, a repeated or an unknown name.
 
     Examples:
         >>> space = SearchSpace.parse('paper')
@@ -54,24 +54,22 @@ class SearchSpace:
     def __post_init__(self) -> None:
         for edge, set_name in Genotype.SET_OF.items():
             given = getattr(self, edge)
-            if isinstance(given, str) or not isinstance(given, Sequence):
-                raise ValueError(f'search space, {edge}: expected a list of names, got {quoted(given)}')
             try:
+                if isinstance(given, str) or not isinstance(given, Sequence):
+                    raise ValueError(f'expected a list of names, got {quoted(given)}')
                 names = tuple(primitive_name(set_name, name) for name in given)
+                if not names:
+                    raise ValueError('no operation is left; give at least one name')
+                if twice := sorted({name for name in names if names.count(name) > 1}):
+                    raise ValueError(f'{", ".join(twice)} is in it twice')
             except ValueError as error:
                 raise ValueError(f'search space, {edge}: {error}') from None
-            if not names:
-                raise ValueError(f'search space, {edge}: no operation is left; give at least one name')
-            twice = sorted({name for name in names if names.count(name) > 1})
-            if twice:
-                raise ValueError(f'search space, {edge}: {", ".join(twice)} is in it twice')
             object.__setattr__(self, edge, names)
 
     @classmethod
     def of(cls, edges: Mapping[str, Sequence[str]]) -> SearchSpace:
-        """From lists of names by edge; an edge that is not named has the paper's seven operations."""
-        unknown = sorted(set(edges) - set(EDGES))
-        if unknown:
+        """From lists of names by edge; other edges have the paper's seven operations."""
+        if unknown := sorted(set(edges) - set(EDGES)):
             raise ValueError(f'a search space has no edge {quoted(unknown[0])}; edges: {", ".join(EDGES)}')
         paper: dict[str, Sequence[str]] = {edge: tuple(SETS[set_name]) for edge, set_name in Genotype.SET_OF.items()}
         return cls(**{**paper, **edges})  # type: ignore[arg-type]
@@ -84,17 +82,15 @@ class SearchSpace:
             ValueError: none of these.
         """
         text = text.strip()
-        if text == 'paper':
-            return cls.of({})
-        if text == 'extended':
-            return cls.of({edge: tuple(EXTENDED_SETS[set_name]) for edge, set_name in Genotype.SET_OF.items()})
-        if text.endswith('.json'):
-            content = read_text(text, 'search space')
-            try:
-                return cls._of_text(content)
-            except ValueError as error:
-                raise ValueError(f'{text}: {error}') from None
-        return cls._of_text(text)
+        if (sets := {'paper': SETS, 'extended': EXTENDED_SETS}.get(text)) is not None:
+            return cls.of({edge: tuple(sets[set_name]) for edge, set_name in Genotype.SET_OF.items()})
+        if not text.endswith('.json'):
+            return cls._of_text(text)
+        content = read_text(text, 'search space')
+        try:
+            return cls._of_text(content)
+        except ValueError as error:
+            raise ValueError(f'{text}: {error}') from None
 
     @classmethod
     def _of_text(cls, text: str) -> SearchSpace:
@@ -137,7 +133,7 @@ class SearchSpace:
 
     @property
     def genotypes(self) -> int:
-        """How many blocks the space holds."""
+        """Number of blocks in the space."""
         return math.prod(self.sizes)
 
     @property
@@ -150,13 +146,13 @@ class SearchSpace:
         return tuple(part.softmax(-1) for part in logits.split(self.sizes, dim=-1))
 
     def genotype(self, logits: Tensor) -> Genotype:
-        """The operation with the largest logit on each edge; of equal ones the first. logits: (sum of sizes,)."""
+        """The operation with the largest logit on each edge, the first of equal ones. logits: (sum of sizes,)."""
         if logits.shape != (sum(self.sizes),):
             raise ValueError(f'expected {sum(self.sizes)} logits, got a tensor of shape {tuple(logits.shape)}')
         parts = logits.split(self.sizes)
         return Genotype.of([names[int(torch.argmax(part))] for (_, names), part in zip(self, parts, strict=True)])
 
     def random(self, seed: int) -> Genotype:
-        """One genotype of the space, uniformly; the same one for the same seed."""
+        """A uniformly random genotype, equal for equal seeds."""
         generator = torch.Generator().manual_seed(seed)
         return self.genotype(torch.rand(sum(self.sizes), generator=generator))

@@ -7,7 +7,7 @@ norms, activations and poolings, as usual.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -89,14 +89,11 @@ class Latency:
         self.parts: dict[tuple[Any, ...], float] = {}
 
     def __call__(self, architecture: Architecture) -> float:
-        k, stride = _stem(architecture.reduction)
-
-        def build_stem() -> nn.Module:
-            return nn.Conv2d(3, architecture.stem, k, stride, k // 2, bias=False)
-
-        total = self._time((architecture.stem, k, architecture.image_size), build_stem, 3, architecture.image_size)
+        (k, stride), size = _stem(architecture.reduction), architecture.image_size
+        stem = partial(nn.Conv2d, 3, architecture.stem, k, stride, k // 2, bias=False)
+        total = self._time((architecture.stem, k, size), stem, 3, size)
         for part in _parts(architecture):
-            total += self._time(part, lambda part=part: _build(*part), part[1], part[4])  # type: ignore[misc]
+            total += self._time(part, partial(_build, *part), part[1], part[4])
         return total
 
     def _time(self, key: tuple[Any, ...], build: Callable[[], nn.Module], channels: int, size: int) -> float:

@@ -29,15 +29,11 @@ def describe_result(
     config: Mapping[str, Any],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The result as plain data.
+    """The result as plain data, from all scored networks, the settings, and facts about the data.
 
     Args:
-        space: the search space.
-        candidates: all scored networks.
         pure: maps each operator to the text of the network that uses it wherever the space allows.
         costs: the costs, their limits, and the cost axis of the front.
-        config: the settings.
-        facts: facts about the data.
 
     Returns:
         'architecture' (text), 'score' (held-out accuracy in percent, with the supernet's weights), 'cost'; 'tied', the

@@ -6,7 +6,6 @@ The steps are the paper's by its abstract; the other modules say how each is don
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -141,7 +140,7 @@ def _search(
     if (missing := missing_matplotlib()) is not None:
         tell(f'no pictures will be drawn: {missing}')
     with run_lock(config, accelerator):
-        training = _open_training(config, accelerator, data, in_chans)
+        training = _open_training(config, accelerator, data)
         weights = sum(p.numel() for p in training.supernet.parameters())
         tell(f'{space.size:.3g} networks of {weights:,} shared weights; {training.data}')
         tell(
@@ -152,7 +151,7 @@ def _search(
         training.run().eval()
 
         pure = pure_networks(space, costs, config.seed)
-        score = _Score(config, data, in_chans, training)
+        score = _Score(config, data, training)
 
         def drive(each: Each) -> list[Candidate]:
             return evolve(
@@ -242,30 +241,24 @@ def _candidates_file(config: TrioConfig) -> Path:
 
 def _settings(config: TrioConfig, training: SupernetTraining) -> dict[str, Any]:
     """The settings and data that the scores depend on."""
+    digest = hashlib.sha256()
+    for tensor in training.found.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return {
         **fixed_settings(config),
         'calibration': config.calibration,
         'space': training.space.to_dict(),
         'limits': config.limits,
         'data': training.data.facts['fingerprint'],
-        'supernet': _fingerprint(training.found.state_dict()),
+        'supernet': digest.hexdigest()[:16],  # of the trained weights, the same on every machine
     }
 
 
-def _fingerprint(state: Mapping[str, torch.Tensor]) -> str:
-    """A short hash of trained weights, the same on every machine."""
-    digest = hashlib.sha256()
-    for tensor in state.values():
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 class _Score:
-    """The score of a network by its text. A worker of a cluster gets this without the supernet and loads it once."""
+    """The score of a network by its text. A Ray worker gets this without the supernet, and loads that once."""
 
-    def __init__(self, config: TrioConfig, data: Samples | Arrays, in_chans: int, training: SupernetTraining) -> None:
-        self.config, self.data, self.in_chans = config, data, in_chans
-        self.training: SupernetTraining | None = training
+    def __init__(self, config: TrioConfig, data: Samples | Arrays, training: SupernetTraining | None) -> None:
+        self.config, self.data, self.training = config, data, training
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), 'training': None, 'config': replace(self.config, resume=True)}
@@ -275,13 +268,14 @@ class _Score:
             if self.training is None:
                 self.launch = open_accelerator(self.config, 'a search', 'search')  # kept, or it would end here
                 accelerator = self.launch.__enter__()
-                self.training = _open_training(self.config, accelerator, self.data, self.in_chans)
+                self.training = _open_training(self.config, accelerator, self.data)
                 self.training.found.eval()
             return self.training.score(Architecture.parse(text))
 
 
-def _open_training(config: TrioConfig, accelerator: Any, data: Samples | Arrays, in_chans: int) -> SupernetTraining:
+def _open_training(config: TrioConfig, accelerator: Any, data: Samples | Arrays) -> SupernetTraining:
     """The training of the supernet, where a checkpoint has left it. The images are checked already."""
+    in_chans = config.in_chans if isinstance(data, Samples) else data[0].shape[1]
     data_config = _data_config(TrioSpace.parse(config.space).image_sizes[-1], in_chans)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     device = accelerator.device

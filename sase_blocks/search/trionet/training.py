@@ -31,7 +31,6 @@ from sase_blocks.data import MODEL, Batches, derive_seed
 from sase_blocks.jobs import check_settings
 from sase_blocks.models import Architecture
 from sase_blocks.runs import (
-    LOSS_CHECK_STEPS,
     RunLog,
     check_finite,
     load_optimizer,
@@ -70,11 +69,7 @@ def saved_supernet(config: TrioConfig) -> dict[str, Any] | None:
 
 
 def load_supernet(path: str | Path, *, average: bool = True) -> SuperNet:
-    """A supernet from its checkpoint, in eval mode, on the CPU.
-
-    Args:
-        path: supernet.pt, or the run's folder.
-        average: load the average of the weights, if the run kept one.
+    """A supernet in eval mode on the CPU, from supernet.pt or a run's folder; the average of its weights if it has one.
 
     Raises:
         ValueError, OSError: no such file, or not a supernet.
@@ -112,7 +107,7 @@ def sandwich_step(
     label_smoothing: float = 0.0,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Tensor:
-    """Accumulate the gradients of these networks in the supernet's parameters. -> their losses, (networks,).
+    """Add the gradients of these networks to the supernet's parameters. -> their losses, (networks,).
 
     The first network learns from the labels and teaches the others.
     """
@@ -133,15 +128,7 @@ def sandwich_step(
 
 
 class SupernetTraining:
-    """A supernet that trains, and scores its networks.
-
-    Args:
-        config: the settings.
-        accelerator: accelerate's.
-        data: see ``split_data``.
-        in_chans: channels of the images.
-        saved: the checkpoint from ``saved_supernet``.
-    """
+    """A supernet that trains, and scores its networks; ``saved`` is the checkpoint from ``saved_supernet``."""
 
     def __init__(
         self, config: TrioConfig, accelerator: Any, data: SearchData, in_chans: int, saved: dict[str, Any] | None
@@ -233,16 +220,14 @@ class SupernetTraining:
         first = self.step - epoch * self.steps
         self.supernet.train()
         began = last_save = time.perf_counter()
-        unseen: list[Tensor] = []
         batches = self.data.training.epoch(epoch, config.batch_size, first, self.steps, self.rank, self.world)
-        for number, (images, labels) in enumerate(batches, start=first + 1):
-            unseen.append(self._train_step(images, labels).double())
+        for images, labels in batches:
+            seen = self.log.count(self._train_step(images, labels).double())
             self.step += 1
-            if len(unseen) == LOSS_CHECK_STEPS or number == self.steps:
-                self._look(unseen)
-                self.log.update(self.step, f'epoch {epoch + 1}/{config.epochs}', float(unseen[-1][0]))
-                unseen = []
-                if number < self.steps and time.perf_counter() - last_save > 60 * config.save_minutes:
+            if seen is not None:
+                self._check_losses(seen)
+                self.sums += seen.sum(0)
+                if self.step % self.steps and time.perf_counter() - last_save > 60 * config.save_minutes:
                     self._save()
                     last_save = time.perf_counter()
         seconds = (time.perf_counter() - began) / max(self.steps - first, 1)
@@ -266,16 +251,12 @@ class SupernetTraining:
             f'{seconds:.3f} s a step, {self.log.left()} left'
         )
 
-    def _look(self, unseen: list[Tensor]) -> None:
-        """Read the losses, stop at a non-finite one, and sum them."""
-        seen = torch.stack(unseen)
-        seen = (self.accelerator.reduce(seen, 'mean') if self.world > 1 else seen).cpu()
-        start = self.step - len(unseen)
-        for bad, number in (~seen.isfinite()).nonzero().tolist():  # in the order of the steps; the first one stops
-            step = start + bad
+    def _check_losses(self, losses: Tensor) -> None:
+        """Stop at the first non-finite loss of the last steps; losses: (steps, networks)."""
+        for bad, number in (~losses.isfinite()).nonzero().tolist():
+            step = self.step - len(losses) + bad
             network = networks_of(self.space, self.law, self.config.seed, step, self.config.networks)[number]
-            check_finite([float(seen[bad, number])], step + 1, self.last, f'The network is "{network}". {ADVICE}')
-        self.sums += seen.sum(0)
+            check_finite([float(losses[bad, number])], step + 1, self.last, f'The network is "{network}". {ADVICE}')
 
     def _accuracy(self, extent: str) -> float:
         """Held-out accuracy, in percent, of the largest or smallest network, with the same operators each time."""
