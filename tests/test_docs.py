@@ -19,6 +19,7 @@ DOCTESTS = [
     'sase_blocks.blocks.genotype',
     'sase_blocks.blocks.named',
     'sase_blocks.models.architecture',
+    'sase_blocks.ops.options',
     'sase_blocks.search.sase.space',
     'sase_blocks.search.trionet.space',
     'sase_blocks.search.trionet.supernet',
