@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import mostly_slow
 from torch import nn
 
 from sase_blocks import create_block
@@ -84,6 +85,7 @@ def test_compiled_counts_traversals(bench, tmp_path):
     assert row['kept_for_backward_x'] >= 1
 
 
+@pytest.mark.slow
 def test_time_limit_leaves_out_and_says_so(bench, tmp_path, capsys):
     arguments = [*TINY, '--minutes', '0', '--blocks', 'timm/eca', '--out', str(tmp_path / 'bench')]
     assert bench.main(arguments) == 0
@@ -128,7 +130,7 @@ def passes(bench, module, x):
     return [n / x.numel() / x.element_size() for n in (forward.bytes, backward.bytes, kept)]
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('dtype', mostly_slow([torch.float32, torch.bfloat16], torch.bfloat16), ids=str)
 def test_an_inserted_block_makes_the_passes_of_the_block_alone(bench, dtype):
     """Nothing of the size of x is read, written or kept more where the gate is small, a sum or a product.
 
@@ -181,6 +183,7 @@ def test_a_block_that_fails_costs_only_its_own_row(bench, tmp_path, capsys, monk
     assert 'failed: RuntimeError: no kernel for this' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_sase_blocks_it_times_timm(bench, tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *rest: None if name == 'sase_blocks' else find(name))

@@ -328,7 +328,11 @@ def test_list_shows_everything_of_ours(capsys):
             ['in 9 blocks, layer3.0.se to layer4.2.se'],
             marks=pytest.mark.slow,
         ),
-        (['resnet50_sase', '--genotype', 'avg,conv3,affine,avg,avg,affine'], ['[conv3]', 'in 16 blocks']),
+        pytest.param(
+            ['resnet50_sase', '--genotype', 'avg,conv3,affine,avg,avg,affine'],
+            ['[conv3]', 'in 16 blocks'],
+            marks=pytest.mark.slow,
+        ),
         (['sase', '--channels', '64', '--img-size', '9'], ['output 64 x 9 x 9', '(the genotype of sase)']),
         pytest.param(
             ['resnet50_cbam'],
@@ -439,10 +443,11 @@ def inserted(folder):
     ('prepare', 'argv', 'says'),
     [
         (None, ['--model', 'resnet20_cifar', '--genotype', 'cbam'], 'note: without --checkpoint'),
-        (
+        pytest.param(
             None,
             ['--model', 'resnet20_cifar', '--genotype', 'se', '--model-args', 'num_classes=0', 'in_chans=1'],
             'note',
+            marks=pytest.mark.slow,
         ),
         (trained_run, ['--checkpoint', 'best.pt'], 'best.pt: 146 tensors loaded'),
         pytest.param(
@@ -483,6 +488,7 @@ def test_attend(capsys, tmp_path, monkeypatch, prepare, argv, says):
             assert ': class ' in line
 
 
+@pytest.mark.slow
 def test_attend_overwrites_no_image(capsys, tmp_path):
     """Not even one that has the name of a picture."""
     paths = photos(tmp_path, 'cat.png', 'cat_attention.png')

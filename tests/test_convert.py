@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import mostly_slow
 from golden_data import GOLDEN, load, section
 from torch.optim.swa_utils import AveragedModel
 
@@ -72,7 +73,7 @@ def test_wrappings_of_an_imagenet_file(wrap, paper50):
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in expected.items()}
 
 
-@pytest.mark.parametrize('outer', ['', 'module.'])
+@pytest.mark.parametrize('outer', mostly_slow(['', 'module.'], 'module.'))
 def test_a_detectors_backbone(outer, paper50):
     detector = {f'{outer}backbone.{k}': v for k, v in paper50.items() if not k.startswith('fc.')}
     detector[f'{outer}neck.lateral_convs.0.conv.weight'] = torch.zeros(1)
@@ -98,6 +99,7 @@ def test_a_single_blocks_state_dict(name):
         )
 
 
+@pytest.mark.slow
 def test_a_plain_resnet_keeps_the_attentions_initial_values():
     plain = timm.create_model('resnet50', num_classes=10)
     model = timm.create_model('resnet50_sase', num_classes=10)
@@ -112,6 +114,7 @@ def test_a_plain_resnet_keeps_the_attentions_initial_values():
     assert '.se.' in text
 
 
+@pytest.mark.slow
 def test_timm_loads_plain_and_authors_files_by_itself(tmp_path, paper50):
     """timm's own pretrained path, strict: the filter fills in the attention of a plain file only."""
     for state, fits in [
@@ -156,7 +159,17 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize(('damage', 'text'), DAMAGED.values(), ids=DAMAGED)
+@pytest.mark.parametrize(
+    ('damage', 'text'),
+    [
+        pytest.param(
+            *row,
+            id=name,
+            marks=() if name in ('attention keys missing', 'another shape', 'no tensors') else pytest.mark.slow,
+        )
+        for name, row in DAMAGED.items()
+    ],
+)
 def test_a_damaged_checkpoint_is_refused_and_the_model_unchanged(damage, text, paper50):
     model = timm.create_model('resnet50_sase', num_classes=10)
     before = model.conv1.weight.clone()

@@ -91,6 +91,7 @@ def test_digits():
     assert torch.equal(small.test_labels, digits.test_labels[:16])
 
 
+@pytest.mark.slow
 def test_training_follows_the_seed():
     digits = load_digits(48)
 

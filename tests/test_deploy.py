@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch._inductor
+from conftest import mostly_slow
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -59,9 +60,7 @@ def images(batch: int = 2, height: int = 32, width: int = 40) -> Tensor:
 
 every_block = pytest.mark.parametrize('name', BLOCKS)
 # Alone, every block is asked the same in test_contract.py.
-some_blocks = pytest.mark.parametrize(
-    'name', [pytest.param(n, marks=() if n in ('sase', 'cbam', 'ge_theta') else pytest.mark.slow) for n in BLOCKS]
-)
+some_blocks = pytest.mark.parametrize('name', mostly_slow(BLOCKS, 'sase', 'ge_theta'))
 
 
 # ---- whole networks ----
@@ -76,7 +75,7 @@ def test_torchscript(name):
 
 
 @some_blocks
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('dtype', mostly_slow([torch.float16, torch.bfloat16], torch.float16), ids=str)
 def test_half_precision_and_autocast(name, dtype):
     """In eval and train mode finite; in eval mode as the float32 network up to the precision of the type."""
     model = network(name)
@@ -230,7 +229,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize('name', WRONG)
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow if n == 'new opset' else ()) for n in WRONG])
 def test_one_clear_error_and_nothing_written(name, tmp_path):
     arguments, error, text = WRONG[name]
     arguments = {'model': Small(), 'input_size': 16, 'file': 'model.onnx', **arguments}
@@ -252,6 +251,7 @@ def test_a_size_that_the_exporter_fixed_is_an_error():
     assert [dim.dim_param for dim in graph.output[0].type.tensor_type.shape.dim] == ['batch', 's1//2']
 
 
+@pytest.mark.slow
 def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     file = tmp_path / 'model.onnx'
     file.write_text('the last good one')
@@ -274,6 +274,7 @@ def test_a_missing_library_is_named(library, check, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_network_that_is_not_finite_in_torch_is_not_blamed_on_onnxruntime(tmp_path):
     model = Small().eval()
     with torch.no_grad():

@@ -81,7 +81,7 @@ def assert_equal_after_fuse(model: nn.Module, x: Tensor) -> None:
 # ---- fuse ----
 
 
-@pytest.mark.parametrize('name', mostly_slow((*BLOCKS, GENOTYPE), 'cbam', 'srm', GENOTYPE))
+@pytest.mark.parametrize('name', mostly_slow((*BLOCKS, GENOTYPE), 'cbam', 'srm'))
 def test_every_block_in_a_network_gives_the_same(name):
     model = network(name)
     assert_equal_after_fuse(model, images())
@@ -141,9 +141,7 @@ class Last(nn.Module):
         return self.model(x)[-1]
 
 
-@pytest.mark.parametrize(
-    'name', mostly_slow(NETWORKS, 'resnet50_sase', 'features_only', 'inserted behind convolutions')
-)
+@pytest.mark.parametrize('name', mostly_slow(NETWORKS, 'inserted behind convolutions'))
 def test_networks_give_the_same(name):
     build, left = NETWORKS[name]
     torch.manual_seed(0)
@@ -376,6 +374,7 @@ def test_an_inserted_attention_is_still_one():
     assert type(model.layer1[0].bn1) is nn.Identity
 
 
+@pytest.mark.slow
 def test_alpha_is_folded():
     """At 0 the attention goes away and at 1 the wrapper, in each way of holding one; between them alpha stays."""
     for alpha, what in ((0.0, 'alpha was 0, block removed'), (0.7, None), (1.0, 'alpha was 1, now dropped')):

@@ -175,7 +175,7 @@ def build(name: str) -> nn.Module:
 
 
 # In `make test` one of a kind: of block, of library, and of what stands before and behind.
-QUICK = ('ours', 'torchvision resnet', 'timm convnext')
+QUICK = ('torchvision resnet', 'timm convnext')
 every_network = pytest.mark.parametrize('name', mostly_slow(NETWORKS, *QUICK))
 
 
@@ -480,7 +480,7 @@ def network(name: str) -> nn.Module:
     return Net() if name == 'net' else tiny() if name == 'tiny' else build(name)
 
 
-@pytest.mark.parametrize('input_size', [None, 32])
+@pytest.mark.parametrize('input_size', mostly_slow([None, 32], 32))
 @pytest.mark.parametrize(('name', 'where', 'expected'), WHERE, ids=lambda v: None if callable(v) else str(v)[:40])
 def test_where(name, where, expected, input_size):
     plain, x = network(name), images(size=32)
@@ -918,8 +918,7 @@ def test_the_optimizer_decays_what_the_block_lets_it(block, without, start):
 @pytest.mark.parametrize(
     'name',
     mostly_slow(
-        ('timm resnet, basic', 'torchvision resnet', 'timm convnext', 'timm se-resnet', 'ours'),
-        *('torchvision resnet', 'timm se-resnet'),
+        ('timm resnet, basic', 'torchvision resnet', 'timm convnext', 'timm se-resnet', 'ours'), 'torchvision resnet'
     ),
 )
 def test_a_plain_checkpoint_still_loads(name, start, tmp_path):

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from conftest import mostly_slow
 from timm.optim import create_optimizer_v2
 
 import sase_blocks
@@ -43,7 +44,10 @@ def test_registered_without_weights():
     assert not set(OURS) & set(timm.list_models(pretrained=True))
 
 
-@pytest.mark.parametrize(('name', 'expected'), [('resnet50_sase', 28_102_568), ('resnet101_sase', 49_358_144)])
+@pytest.mark.parametrize(
+    ('name', 'expected'),
+    [('resnet50_sase', 28_102_568), pytest.param('resnet101_sase', 49_358_144, marks=pytest.mark.slow)],
+)
 def test_parameters_of_the_paper(name, expected):
     model = timm.create_model(name, device='meta')
     assert params(model) == expected
@@ -199,7 +203,7 @@ def test_no_gradient_is_non_finite_at_step_0(genotype):
     assert [n for n, g in grads.items() if g is None or not g.isfinite().all()] == []
 
 
-@pytest.mark.parametrize('half', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('half', mostly_slow([torch.bfloat16, torch.float16], torch.bfloat16), ids=str)
 def test_autocast_step_0(half):
     model = timm.create_model('resnet20_cifar', genotype='sase')
     with torch.autocast('cpu', dtype=half):

@@ -230,7 +230,14 @@ REACHED = {
 }
 
 
-@pytest.mark.parametrize(('build', 'size', 'places', 'layout', 'first'), REACHED.values(), ids=REACHED)
+# One more of a kind.
+SLOW = ('channels last', 'tokens', 'registers too', 'one size', 'tuples', 'a network that keeps what it saw')
+
+
+@pytest.mark.parametrize(
+    ('build', 'size', 'places', 'layout', 'first'),
+    [pytest.param(*row, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, row in REACHED.items()],
+)
 def test_reached_without_where(build, size, places, layout, first):
     torch.manual_seed(0)
     plain, height, width = build(), *(size if isinstance(size, tuple) else (size, size))
@@ -354,6 +361,7 @@ def test_layouts_turn_the_map_and_nothing_else():
     assert on_tokens(torch.randn(2, 3 + 32, 6).double().float()).is_contiguous()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:.torch.jit.*is deprecated')
 def test_layouts_go_through_the_compilers():
     class Both(nn.Module):

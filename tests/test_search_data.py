@@ -106,6 +106,7 @@ def test_wrong_data():
     assert classes == CLASSES
 
 
+@pytest.mark.slow
 def test_samples_given_to_a_search_are_checked_once(tmp_path):
     """Broken images are named, or left out, before any work, also where another check was switched off."""
     root = make_images(tmp_path / 'images', train=6, val=1, classes=('cat', 'dog'))

@@ -142,6 +142,7 @@ def test_other_images_are_refused(budget, trained, tmp_path, check):
     assert len(trained.configs) == 2
 
 
+@pytest.mark.slow
 def test_one_block_for_each_stage(budget, trained):
     found = f'{FOUND};{OTHER} ; {FOUND}'
     result = evaluate(found, budget, baselines=['none'], randoms=1, seeds=[0], say=[].append)
@@ -151,6 +152,7 @@ def test_one_block_for_each_stage(budget, trained):
     assert len({str(Genotype.parse(part)) for part in parts}) == 3
 
 
+@pytest.mark.slow
 def test_a_candidate_that_fails(budget, trained):
     trained.accuracies[OTHER] = lambda seed: FloatingPointError('the loss is nan') if seed else 60.0
     trained.accuracies['none'] = ValueError('no')
@@ -474,9 +476,10 @@ SPACE = SearchSpace.parse(
         ([[0, 0, 0, 0, 0]], [[False, False]], '^nothing was decided: .* take the genotype as drawn at random$'),
         ([[0, 9, 0, 5, 5]], [[True, False]], r'^decided: 1 of 2 edges \(channel_squeeze\); on the others'),
         ([[0, 9, 0, 5, 9]], [[True, True]], '^all 2 edges were decided'),
-        (
+        pytest.param(
             [[0, 0.1, 0, 0, 0], [0, 0, 0, 0.1, 4]], [[False, False], [False, True]],
             r'^decided: 1 of 4 edges \(stage 2, channel_excite\)',
+            marks=pytest.mark.slow,
         ),
     ],
 )  # fmt: skip

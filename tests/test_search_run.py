@@ -129,7 +129,7 @@ def test_what_a_search_leaves(config, look_often, capsys):
 @pytest.mark.parametrize(
     'changes',
     [
-        {'order': '2'},
+        pytest.param({'order': '2'}, marks=pytest.mark.slow),
         pytest.param({'order': '2-fd'}, marks=pytest.mark.slow),
         pytest.param({'per_stage': True}, marks=pytest.mark.slow),
         pytest.param({'paper_mixing': True, 'arch_every': 4}, marks=pytest.mark.slow),
@@ -190,7 +190,7 @@ def pictures_of(size):
 @pytest.mark.parametrize(
     ('size', 'channels'),
     [
-        pytest.param(12, 1, id='grey, in memory'),
+        pytest.param(12, 1, id='grey, in memory', marks=pytest.mark.slow),
         pytest.param(72, 3, id='by loading processes', marks=pytest.mark.slow),
     ],
 )
@@ -291,6 +291,7 @@ def test_a_second_process_waits_and_finds_it_done(config, processes, twice_at_on
     assert not list(Path(config.out).glob('*.tmp'))
 
 
+@pytest.mark.slow
 def test_not_a_number_stops(config, look_often, monkeypatch):
     real = searching.logits_gradient
 
@@ -308,6 +309,7 @@ def test_not_a_number_stops(config, look_often, monkeypatch):
     assert saved['step'] == STEPS + 2
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_last_checkpoint(config, look_often, monkeypatch):
     search(replace(config, epochs=1), pictures())
     before = (Path(config.out) / 'last.pt').read_bytes()
@@ -390,6 +392,7 @@ def test_wrong_files(config, tmp_path, harm, says):
         search(replace(config, data=str(data), batch_size=2))
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_run(config, look_often):
     config = replace(config, epochs=1, hessian_every=0)
     search(config, pictures())
@@ -466,6 +469,7 @@ def test_edges_described():
     assert edges['gate_excite'] == {'leader': 'affine', 'probability': 0.5, 'margin': 0, 'entropy': pytest.approx(1)}
 
 
+@pytest.mark.slow
 def test_hessian_against_differences():
     network = small_network(per_stage=True).double().train()
     x, y = small_batch()
@@ -519,6 +523,7 @@ def test_warnings(rows, says):
     assert found == [] if says is None else len(found) == 1 and says in found[0]
 
 
+@pytest.mark.slow
 def test_memory_of_the_second_order_grows_with_the_batch():
     network = small_network()
     sizes = [second_order_bytes(network, F.cross_entropy, (3, 12, 12), n) for n in (4, 8, 16)]

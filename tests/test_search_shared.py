@@ -347,6 +347,7 @@ def to_compile(fair):
     return SearchNetwork(model, SearchSpace.parse(TO_COMPILE), fair=fair, where='1', input_size=(3, 8, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning')  # of dynamo's own
 @pytest.mark.parametrize(
     'fair', [pytest.param(False, id='paper-mixing', marks=pytest.mark.slow), pytest.param(True, id='fair')]

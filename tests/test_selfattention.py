@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import mostly_slow
 from torch import Tensor, nn
 
 from sase_blocks.selfattention import (
@@ -146,7 +147,8 @@ def moved(layer: nn.Module) -> nn.Module:
 @pytest.mark.parametrize('border', BORDERS)
 @pytest.mark.parametrize('terms', [1, 3])
 @pytest.mark.parametrize(
-    ('height', 'width', 'size', 'heads', 'd'), [(3, 5, 3, 2, 4), (9, 2, 5, 1, 2), (1, 1, 7, 1, 2), (8, 4, 3, 1, 2)]
+    ('height', 'width', 'size', 'heads', 'd'),
+    mostly_slow([(3, 5, 3, 2, 4), (9, 2, 5, 1, 2), (1, 1, 7, 1, 2), (8, 4, 3, 1, 2)], (3, 5, 3, 2, 4), (1, 1, 7, 1, 2)),
 )
 def test_local_equals_loops(height, width, size, heads, d, terms, border):
     arguments = local_arguments(terms, heads, d, height, width, size)
@@ -246,7 +248,10 @@ def test_windows_and_their_transpose():
     assert [block_side(n, n) for n in (4, 7, 8, 14, 28, 32, 56, 1)] == [4, 7, 8, 7, 7, 8, 7, 4]
 
 
-@pytest.mark.parametrize(('name', 'position'), [('local', 'sasa'), ('local', 'position_sensitive'), ('axial', '')])
+@pytest.mark.parametrize(
+    ('name', 'position'),
+    mostly_slow([('local', 'sasa'), ('local', 'position_sensitive'), ('axial', '')], ('local', 'sasa')),
+)
 def test_second_derivatives(name, position):
     if name == 'local':
         terms = 1 if position == 'sasa' else 3

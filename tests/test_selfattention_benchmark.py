@@ -24,6 +24,7 @@ def bench(monkeypatch):
 TINY = ['--device', 'cpu', '--batch', '1', '--rounds', '2', '--sizes', '7', '--kernels', '3']
 
 
+@pytest.mark.slow
 def test_table_and_json(bench, tmp_path, capsys):
     file = tmp_path / 'new' / 'attention.json'
     assert bench.main([*TINY, '--json', str(file)]) == 0

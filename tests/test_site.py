@@ -73,6 +73,7 @@ def test_cost(hooks, name, channels, expected):
     assert hooks.cost(name, channels) == expected
 
 
+@pytest.mark.slow
 def test_a_drawing_is_svg_and_the_same_every_time(hooks):
     svg = hooks.drawing('cbam')
     assert svg.lstrip().startswith('<?xml')

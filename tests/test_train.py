@@ -432,6 +432,7 @@ def test_diverged_loss_stops_with_step_and_checkpoint(config):
         train(replace(config, epochs=2, resume=True))
 
 
+@pytest.mark.slow
 def test_average_of_the_weights_is_warmed_up(config, monkeypatch):
     """A short run scores its weights, not those that it started from, and a resumed one knows how far it is."""
     seen = []
@@ -640,6 +641,7 @@ def harmed(optimizer):
     yield 'no exp_avg', {**optimizer, 'state': {**optimizer['state'], first: {'step': state['step']}}}
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_named_with_what_to_do(config):
     """Whatever is missing or has another form: one line, and the file stays as it was."""
     small = {'genotype': 'none', 'layers': [1, 1, 1], 'channels': [8, 16, 16]}

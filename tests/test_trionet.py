@@ -157,8 +157,9 @@ def test_features_feed_dense_prediction(name):
 MIXED = 'conv,local3,local*3+axial*3,axial'
 
 
-@pytest.mark.parametrize('precision', mostly_slow(('fp32', 'bf16'), 'bf16'))
-@pytest.mark.parametrize('operators', mostly_slow(('conv', 'local', 'axial', MIXED), MIXED))
+@pytest.mark.slow
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize('operators', ['conv', 'local', 'axial', MIXED])
 def test_a_step_of_training(operators, precision):
     model = timm.create_model('resnet50_trionet', operators=operators, layers=LAYERS, zero_init_last=False, **SMALL)
     x, y = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
@@ -336,7 +337,7 @@ OTHERS = [  # network, operator, where, how many, the first
 
 @pytest.mark.parametrize(
     ('name', 'operator', 'where', 'count', 'first'),
-    [pytest.param(*o, id=o[0], marks=() if o[0] in ('resnet26d', 'dla34') else pytest.mark.slow) for o in OTHERS],
+    [pytest.param(*o, id=o[0], marks=() if o[0] == 'dla34' else pytest.mark.slow) for o in OTHERS],
 )
 def test_replacing_in_other_networks(name, operator, where, count, first):
     """It runs at the size the tables were made for and at another, and every new parameter gets a gradient."""

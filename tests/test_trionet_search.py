@@ -260,7 +260,10 @@ def test_what_a_search_leaves(config, look_often, capsys):
     'changes',
     [
         pytest.param({'sampling': 'uniform', 'sharing': 'plain', 'networks': 0}, marks=pytest.mark.slow),
-        {'mixed_precision': 'bf16', 'channels_last': True, 'ema_decay': None, 'clip_grad': None},
+        pytest.param(
+            {'mixed_precision': 'bf16', 'channels_last': True, 'ema_decay': None, 'clip_grad': None},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {'algorithm': 'random', 'deterministic': True, 'label_smoothing': 0.0, 'drop_rate': 0.0},
             marks=pytest.mark.slow,
@@ -280,6 +283,7 @@ def test_settings(config, changes, monkeypatch):
         assert result['cost']['milliseconds'] <= 1e4
 
 
+@pytest.mark.slow
 def test_images_from_files_and_finetuning(config, tmp_path, look_often, capsys):
     """Under names that are not UTF-8. A broken test image is found before any work."""
     data = disguise(make_images(tmp_path / 'images', train=8, val=3, classes=('cat', 'dog')))
@@ -364,6 +368,7 @@ def test_another_limit_is_finetuned_beside_the_first(config, tmp_path):
 # ---- faults ----
 
 
+@pytest.mark.slow
 def test_no_test_images(config, tmp_path, capsys):
     data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
     shutil.rmtree(data / 'val')
@@ -550,6 +555,7 @@ def test_two_processes_step_as_one(processes, to_a_good_end, config, tmp_path):
         torch.testing.assert_close(a, alone, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_not_a_number_stops(config, look_often, monkeypatch):
     real = training.sandwich_step
 

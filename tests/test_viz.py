@@ -238,7 +238,10 @@ def test_maps_show_the_gates(model, batch, arguments, blocks):
     ('model', 'batch', 'arguments', 'blocks'),
     [
         (network(SASE(8), SASE(8)), images(1), {}, {'3': ('3', '3')}),
-        (network(SASE(8), SASE(8)), images(2), {'blocks': ['1', '3']}, {'1': ('1', '1'), '3': ('3', '3')}),
+        pytest.param(
+            *(network(SASE(8), SASE(8)), images(2), {'blocks': ['1', '3']}, {'1': ('1', '1'), '3': ('3', '3')}),
+            marks=pytest.mark.slow,
+        ),
         (network(ChannelAttention(8)), images(2), {}, {'1': ('1', None)}),
         (network(SpatialAttention(8)), images(1, height=6, width=12), {}, {'1': (None, '1')}),
         (network(create_block('cbam', 8)), images(1), {}, {'1': ('1.0', '1.1')}),
