@@ -118,6 +118,10 @@ class RunConfig:
             if entry.name in ('train_split', 'val_split', 'download'):
                 require_used(self, bool(self.dataset), entry.name, 'without a dataset')
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
 
 def fixed_settings(config: Any) -> dict[str, Any]:
     """The settings that a resumed run must keep, by name: all without ``free`` and ``place``."""
@@ -236,6 +240,7 @@ def open_accelerator(config: Any, purpose: str, extra: str = 'train') -> Iterato
 
     Raises:
         ImportError: accelerate or tensorboard is missing; the text names ``extra``.
+        ValueError: the processes of this launch cannot share a batch equally.
     """
     try:
         from accelerate import Accelerator
@@ -250,7 +255,10 @@ def open_accelerator(config: Any, purpose: str, extra: str = 'train') -> Iterato
     this = object()
     _launches.add(this)
     try:
-        yield Accelerator(cpu=config.cpu, mixed_precision=config.mixed_precision)
+        accelerator = Accelerator(cpu=config.cpu, mixed_precision=config.mixed_precision)
+        if config.batch_size % (world := accelerator.num_processes):
+            raise ValueError(f'batch_size {config.batch_size} cannot be split over {world} processes')
+        yield accelerator
     finally:
         _launches.discard(this)
         keep_process_group()

@@ -168,8 +168,6 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     needed = ['config', 'data', 'epoch', 'best', 'scores', 'state_dict', 'optimizer', 'scaler']
     needed += ['state_dict_ema'] if config.ema_decay else []
     saved = saved_run(config, last, needed, 'sase-blocks train')
-    if config.batch_size % accelerator.num_processes:
-        raise ValueError(f'batch_size {config.batch_size} cannot be split over {accelerator.num_processes} processes')
     check_model_name(config.model)
     train_samples, val_samples = data or open_in_turn(config, accelerator)
     classes = train_samples.classes
@@ -198,8 +196,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     if saved and not same:
         raise ValueError(f'{last} was trained on other data: {before}, this is {_describe(facts)}')
 
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    model.to(device).to(memory_format=memory_format)
+    model.to(device).to(memory_format=config.memory_format)
     check_inserted(model, data_config['input_size'])
     optimizer = make_optimizer(config, model)
     steps = config.epochs * steps_per_epoch
@@ -216,7 +213,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     train_transform, val_transform = create_transforms(
         data_config, hflip=config.hflip, auto_augment=config.auto_augment
     )
-    loading: dict[str, Any] = {'workers': config.workers, 'device': device, 'memory_format': memory_format}
+    loading: dict[str, Any] = {'workers': config.workers, 'device': device, 'memory_format': config.memory_format}
     train_batches = Batches(TransformedSamples(train_samples, train_transform, config.seed), **loading)
     val_batches = Batches(TransformedSamples(val_samples, val_transform, config.seed), shuffle=False, **loading)
     process = {'rank': accelerator.process_index, 'world': accelerator.num_processes}

@@ -443,7 +443,7 @@ STEPS = test_search_run.STEPS
 @pytest.mark.parametrize('order', ['1', '2'])
 def test_no_step_of_a_search_waits(order, space, settings, tmp_path, monkeypatch):
     """From the end of the first step to that of the last: steps, the next batches, and what is noted of each."""
-    step, seen = sase_search._Search._train_step, []
+    step, seen = sase_search._Search.train_step, []
 
     def watched(self, *arguments):
         if CUDA and self.step == STEPS - 1:
@@ -454,7 +454,7 @@ def test_no_step_of_a_search_waits(order, space, settings, tmp_path, monkeypatch
             torch.cuda.set_sync_debug_mode('error' if self.step < STEPS - 1 else 'default')
         return found
 
-    monkeypatch.setattr(sase_search._Search, '_train_step', watched)
+    monkeypatch.setattr(sase_search._Search, 'train_step', watched)
     assert runs.LOSS_CHECK_STEPS > STEPS  # a look at the losses waits, and is one in twenty steps
     try:
         config = search_config(tmp_path, order=order, space=space, epochs=1, save_minutes=60.0, **settings)
@@ -470,7 +470,7 @@ def test_no_step_of_a_search_waits(order, space, settings, tmp_path, monkeypatch
 @pytest.mark.parametrize('order', ['1', '2'])
 def test_a_search_resumes(order, deterministic, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, 'LOSS_CHECK_STEPS', 2)
-    step = sase_search._Search._train_step
+    step = sase_search._Search.train_step
 
     def interrupted(self, *arguments):
         if self.step == STEPS + 3:
@@ -482,7 +482,7 @@ def test_a_search_resumes(order, deterministic, tmp_path, monkeypatch, capsys):
         whole = sase_search.search(search_config(tmp_path / 'whole', **options), test_search_run.pictures())
         config = search_config(tmp_path / 'cut', **options)
         with monkeypatch.context() as patch:
-            patch.setattr(sase_search._Search, '_train_step', interrupted)
+            patch.setattr(sase_search._Search, 'train_step', interrupted)
             with pytest.raises(KeyboardInterrupt):
                 sase_search.search(config, test_search_run.pictures())
         result = sase_search.search(replace(config, resume=True), test_search_run.pictures())
@@ -541,13 +541,13 @@ def trionet_config(folder: Path, **settings) -> TrioConfig:
 def test_a_trionet_search_ends(precision, tmp_path, monkeypatch, capsys):
     pytest.importorskip('optuna', reason='the evolution needs Optuna')
     devices = set()
-    step = SupernetTraining._train_step
+    step = SupernetTraining.train_step
 
     def watched(self, images, labels):
         devices.add(images.device.type)
         return step(self, images, labels)
 
-    monkeypatch.setattr(SupernetTraining, '_train_step', watched)
+    monkeypatch.setattr(SupernetTraining, 'train_step', watched)
     config = trionet_config(tmp_path, max_macs='40k', mixed_precision=precision)
     images, test = test_trionet_search.pictures(), test_trionet_search.pictures(30, seed=1)[:2]
     result = search_trionet(config, images, test)

@@ -36,7 +36,7 @@ from sase_blocks.search.sase.diagnostics import (
 )
 from sase_blocks.search.sase.network import SearchNetwork
 from sase_blocks.search.sase.result import read_result
-from sase_blocks.search.sase.searching import search, second_order_bytes
+from sase_blocks.search.sase.searching import search
 from sase_blocks.search.sase.space import SearchSpace
 from sase_blocks.search.sync_batch_norm import synchronize_norms
 
@@ -521,14 +521,6 @@ def test_warnings(rows, says):
     ]
     found = warnings_of(full, 10)
     assert found == [] if says is None else len(found) == 1 and says in found[0]
-
-
-@pytest.mark.slow
-def test_memory_of_the_second_order_grows_with_the_batch():
-    network = small_network()
-    sizes = [second_order_bytes(network, F.cross_entropy, (3, 12, 12), n) for n in (4, 8, 16)]
-    assert 0 < sizes[0] < sizes[1] < sizes[2]
-    assert sizes[2] - sizes[1] == 2 * (sizes[1] - sizes[0])
 
 
 # ---- gradients ----

@@ -540,7 +540,7 @@ def _stepping(rank, world, store, out):
     one.supernet.double().eval()  # in training a batch norm sees its own process's images alone
     batches = list(data.training.epoch(0, 12, 0, 2, rank, world))
     for images, labels in batches:
-        one._train_step(images.double(), labels)
+        one.train_step(images.double(), labels)
     torch.save([p.detach() for p in one.supernet.parameters()], f'{out}-{rank}.pt')
 
 

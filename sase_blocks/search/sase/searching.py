@@ -9,10 +9,7 @@ any moment and resumed gives the same bits.
 from __future__ import annotations
 
 import math
-import time
-from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,27 +18,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sase_blocks.checkpoint import save_checkpoint
 from sase_blocks.data import MODEL, Samples, derive_seed, image_config
 from sase_blocks.runs import (
     RunLog,
     be_deterministic,
-    check_finite,
     drop_broken,
-    load_optimizer,
     open_accelerator,
     resuming,
     run_lock,
     saved_run,
-    whole_number,
     write_json,
 )
-from sase_blocks.search.data import Arrays, check_same_data, find_samples, split_data
+from sase_blocks.search.data import Arrays, find_samples, split_data
+from sase_blocks.search.loop import TrainingLoop
 from sase_blocks.search.sync_batch_norm import synchronize_norms
 from sase_blocks.train import build_model, check_model_name, hits
 from sase_blocks.viz import missing_matplotlib
 
-from .bilevel import VirtualStep, logits_gradient
+from .bilevel import Batch, VirtualStep, logits_gradient
 from .compiling import compile_mixed_blocks, without_compilation
 from .config import SearchConfig
 from .diagnostics import dead_operations, describe_edges, hessian_eigenvalue, noise_leads, warnings_of
@@ -51,7 +45,6 @@ from .space import SearchSpace
 
 __all__ = ['saved_search', 'search']
 
-ADVICE = 'Try a lower --lr or --clip-grad.'
 HESSIAN_IMAGES = 32  # of a held-out batch
 
 
@@ -89,18 +82,10 @@ def search(config: SearchConfig, images: Arrays | Samples | None = None) -> dict
         return _Search(config, accelerator, images).run()
 
 
-class _Search:
+class _Search(TrainingLoop):
     def __init__(self, config: SearchConfig, accelerator: Any, images: Arrays | Samples | None) -> None:
-        self.config, self.accelerator = config, accelerator
-        self.main, self.device = accelerator.is_main_process, accelerator.device
-        self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.out = Path(config.out)
-        self.last = self.out / 'last.pt'
-
         # Cheap checks first, slow ones last.
         saved = saved_search(config)
-        if config.batch_size % self.world:
-            raise ValueError(f'batch_size {config.batch_size} cannot be split over {self.world} processes')
         check_model_name(config.model)
         self.space = SearchSpace.parse(config.space)
         data = find_samples(config, accelerator) if images is None else images
@@ -124,16 +109,11 @@ class _Search:
         )
         if isinstance(data, Samples) and data.fingerprint is None:
             (data,) = drop_broken(config.skip_broken, accelerator, data)
-        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.data = split_data(
-            data, config, data_config, device=self.device, memory_format=memory_format, null=config.null
-        )
-        if saved:
-            check_same_data(self.last, saved['data'], self.data)
-        self.steps = len(self.data.training) // config.batch_size  # a last partial batch is dropped
+        device, layout = accelerator.device, config.memory_format
+        parts = split_data(data, config, data_config, device=device, memory_format=layout, null=config.null)
 
-        network.to(self.device).to(memory_format=memory_format)
-        if self.world > 1:
+        network.to(device).to(memory_format=layout).train()
+        if accelerator.num_processes > 1:
             synchronize_norms(network.model)
         self.named = network.weights()
         self.weights = list(self.named.values())
@@ -142,48 +122,52 @@ class _Search:
             config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
-            fused=self.device.type in ('cpu', 'cuda'),  # hundreds of small tensors: one pass instead of four
+            fused=device.type in ('cpu', 'cuda'),  # hundreds of small tensors: one pass instead of four
         )
         self.arch = torch.optim.Adam(
             [network.logits], config.arch_lr, betas=(0.5, 0.999), weight_decay=config.arch_weight_decay
         )
-        self.step, self.resumed = 0, saved is not None
-        self.sums = torch.zeros(4, dtype=torch.float64)  # training loss, held-out loss, correct, unused; of the epoch
         self.history: list[Tensor] = [network.logits.detach().cpu().clone()]
+        trained = {'network': network, 'optimizer': self.optimizer, 'arch': self.arch}
+        self.out = Path(config.out)
+        # The sums of the training loss, the held-out loss, the correct held-out images, and one that is unused.
+        super().__init__(config, accelerator, parts, self.out / 'last.pt', trained, 4)
         if saved:
-            with resuming(self.last):
-                network.load_state_dict(saved['network'])
-                load_optimizer(self.optimizer, saved['optimizer'])
-                load_optimizer(self.arch, saved['arch'])
-                self.step = whole_number(saved['step'], 'step', config.epochs * self.steps)
-                self.sums = saved['sums'].reshape(self.sums.shape)
-                self.history = [logits.reshape(network.logits.shape) for logits in saved['logits_history']]
+            self.load_state(saved)
         if config.compile:
             compile_mixed_blocks(network)
 
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), 'logits_history': self.history}
+
+    def load_state(self, saved: Mapping[str, Any]) -> None:
+        super().load_state(saved)
+        with resuming(self.last):
+            self.history = [logits.reshape(self.network.logits.shape) for logits in saved['logits_history']]
+
     # ---- one step ----
 
-    def _mean(self, flat: Tensor) -> Tensor:
-        return self.accelerator.reduce(flat, 'mean') if self.world > 1 else flat
+    def batches(self, *place: int) -> Iterator[tuple[Batch, Batch]]:
+        return zip(self.data.training.epoch(*place), self.data.held_out.epoch(*place), strict=True)
 
-    def _autocast(self) -> Any:
-        return self.accelerator.autocast() if self.config.mixed_precision != 'no' else nullcontext()
+    def advice(self, step: int, number: int) -> str:
+        return 'Try a lower --lr or --clip-grad.'
 
     def _loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(outputs.float() if outputs.dtype == torch.bfloat16 else outputs, labels)
 
-    def _train_step(
-        self, training: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], lr: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def train_step(self, training: Batch, held_out: Batch) -> Tensor:
         """Update the logits and the weights. -> both losses, and the number of correct held-out images."""
         config, network = self.config, self.network
-        # Dropout depends only on the step, whatever drew random numbers in between.
-        torch.manual_seed(derive_seed(config.seed, MODEL, self.step, self.rank))
-        held_loss = right = torch.zeros((), device=self.device)
+        turn = math.cos(math.pi * (self.step // self.steps) / config.epochs)
+        (group,) = self.optimizer.param_groups
+        group['lr'] = config.min_lr + (config.lr - config.min_lr) * (1 + turn) / 2
+        self.held_out = held_out
+        held_loss = right = torch.zeros((), device=self.accelerator.device)
         if self.step % config.arch_every == 0:
             state = self.optimizer.state
             momentum = {n: state[w]['momentum_buffer'] for n, w in self.named.items() if 'momentum_buffer' in state[w]}
-            look = VirtualStep(lr, config.momentum, config.weight_decay, momentum)
+            look = VirtualStep(group['lr'], config.momentum, config.weight_decay, momentum)
             found = logits_gradient(
                 network,
                 self._loss,
@@ -191,18 +175,18 @@ class _Search:
                 held_out,
                 training,
                 look,
-                mean=self._mean,
-                autocast=self._autocast,
+                mean=self.mean,
+                autocast=self.accelerator.autocast,
             )
             network.logits.grad = found.gradient
             self.arch.step()
             held_loss = found.loss
             right = hits(found.outputs, held_out[1]).sum()
         with network.learning(weights=True):
-            with self._autocast():
+            with self.accelerator.autocast():
                 loss = self._loss(network(training[0]), training[1])
             grads = torch.autograd.grad(loss, self.weights, allow_unused=True)
-        flat = self._mean(
+        flat = self.mean(
             torch.cat(
                 [(torch.zeros_like(w) if g is None else g).flatten() for w, g in zip(self.weights, grads, strict=True)]
             )
@@ -214,79 +198,50 @@ class _Search:
             grad = part.view_as(weight)
             weight.grad = grad if weight.is_contiguous() else torch.empty_like(weight).copy_(grad)
         self.optimizer.step()
-        return loss.detach(), held_loss.detach(), right
+        return torch.stack([value.detach().double() for value in (loss, held_loss, right)])
 
     # ---- the run ----
 
     def run(self) -> dict[str, Any]:
-        config = self.config
-        self.log = RunLog(config, self.accelerator, self.steps, self.step)
+        self.log = RunLog(self.config, self.accelerator, self.steps, self.step)
         self._announce()
-        for epoch in range(self.step // self.steps, config.epochs):
-            self._epoch(epoch)
-            self.accelerator.wait_for_everyone()
-        self.log.close()
-        result = self._result()
-        if self.main:
-            write_json(self.out / RESULT, result)
-            if missing_matplotlib() is None:
-                draw_result(self.history, self.space, result['edges'], self.out)
+        self.train()
+        result = self._write_result()
+        if self.accelerator.is_main_process and missing_matplotlib() is None:
+            draw_result(self.history, self.space, result['edges'], self.out)
         self.accelerator.wait_for_everyone()
         return result
 
-    def _epoch(self, epoch: int) -> None:
-        config, steps = self.config, self.steps
-        first = self.step - epoch * steps
-        lr = config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
-        for group in self.optimizer.param_groups:
-            group['lr'] = lr
-        self.network.train()
-        at = (epoch, config.batch_size, first, steps, self.rank, self.world)
-        began = last_save = time.perf_counter()
-        pairs = zip(self.data.training.epoch(*at), self.data.held_out.epoch(*at), strict=True)
-        for training, held in pairs:
-            seen = self.log.count(torch.stack([value.double() for value in self._train_step(training, held, lr)]))
-            self.step += 1
-            if seen is not None:
-                check_finite((seen[:, 0] + seen[:, 1]).tolist(), self.step - len(seen) + 1, self.last, ADVICE)
-                self.sums[:3] += seen.sum(0)
-                if self.step % steps and time.perf_counter() - last_save > 60 * config.save_minutes:
-                    self._save()
-                    last_save = time.perf_counter()
-        row = self._row(epoch, lr, (time.perf_counter() - began) / max(steps - first, 1), held)
+    def end_epoch(self, epoch: int, seconds: float) -> None:
+        row = self._row(epoch, seconds)
         self.history.append(self.network.logits.detach().cpu().clone())
-        self.sums = torch.zeros_like(self.sums)
-        # In this order, the resumed epoch redoes whatever a kill leaves undone, with the same result.
         self.log.add(row, _scalars(row))
-        if self.main:
-            write_logits(self.history, self.space, self.out)
-            write_json(self.out / RESULT, self._result())
-        self._save()
+        self._write_result()
         self._report(row)
 
     def _updates(self, step: int) -> int:
         """The number of updates of the logits before a step."""
         return -(-step // self.config.arch_every)
 
-    def _row(self, epoch: int, lr: float, seconds: float, held: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    def _row(self, epoch: int, seconds: float) -> dict[str, Any]:
         """The line of metrics.jsonl.
 
         Held-out figures are means over the epoch's batches in train mode, each before the logits learned from it.
         """
-        config, network = self.config, self.network
+        config, network, (images, labels) = self.config, self.network, self.held_out
         updates = max(self._updates(self.step) - self._updates(epoch * self.steps), 1)
         hessian = None
         with without_compilation(network):
             if config.hessian_every and (epoch + 1) % config.hessian_every == 0:
                 n = max(HESSIAN_IMAGES // self.world, 2)
-                hessian = hessian_eigenvalue(network, self._loss, held[0][:n], held[1][:n], self._mean)
-            dead = dead_operations(network, held[0])
+                hessian = hessian_eigenvalue(network, self._loss, images[:n], labels[:n], self.mean)
+            dead = dead_operations(network, images)
         logits = network.logits.detach().cpu()
         noise = noise_leads(self.space, len(logits), self._updates(self.step), config.arch_lr)
         row = {
             'epoch': epoch + 1,
             'step': self.step,
-            'lr': lr,
+            'lr': self.optimizer.param_groups[0]['lr'],
             'train_loss': float(self.sums[0]) / self.steps,
             'held_out_loss': float(self.sums[1]) / updates,
             'held_out_acc1': 100 * float(self.sums[2]) * self.world / (updates * config.batch_size),
@@ -302,22 +257,8 @@ class _Search:
         }
         return {**row, 'warnings': warnings_of([*self.log.rows, row], len(self.data.classes))}
 
-    def _save(self) -> None:
-        if self.main:
-            state = {
-                'config': asdict(self.config),
-                'data': self.data.facts,
-                'step': self.step,
-                'network': self.network.state_dict(),
-                'optimizer': self.optimizer.state_dict(),
-                'arch': self.arch.state_dict(),
-                'sums': self.sums,
-                'logits_history': self.history,
-            }
-            save_checkpoint(state, self.last)
-
-    def _result(self) -> dict[str, Any]:
-        return describe_result(
+    def _write_result(self) -> dict[str, Any]:
+        result = describe_result(
             self.space,
             self.network.logits.detach().cpu(),
             config=asdict(self.config),
@@ -326,6 +267,10 @@ class _Search:
             updates=self._updates(self.step),
             warnings=self.log.rows[-1]['warnings'] if self.log.rows else [],
         )
+        if self.accelerator.is_main_process:
+            write_logits(self.history, self.space, self.out)
+            write_json(self.out / RESULT, result)
+        return result
 
     # ---- messages ----
 
@@ -340,15 +285,11 @@ class _Search:
         null = ', each with the label of another image' if config.null else ''
         say(
             f'{self.data}{null}; {config.epochs} epochs of {self.steps} steps of {config.batch_size}; order '
-            f'{config.order}; {self.world} process(es) on {self.device.type}; writing to {self.out}'
+            f'{config.order}; {self.world} process(es) on {self.accelerator.device.type}; writing to {self.out}'
         )
-        if config.order == '2' and not self.resumed:
-            shape = next(self.data.training.epoch(0, self.world, 0, 1, self.rank, self.world))[0].shape
-            size = second_order_bytes(self.network, self._loss, tuple(shape[1:]), config.batch_size // self.world)
-            say(f'the exact second order keeps about {size / 2**20:,.0f} MiB for its gradients on each process')
         if (missing := missing_matplotlib()) is not None:
             say(f'no pictures will be drawn: {missing}')
-        if self.resumed:
+        if self.step:
             say(f'resuming at step {self.step} of {config.epochs * self.steps}')
 
     def _report(self, row: dict[str, Any]) -> None:
@@ -376,41 +317,3 @@ def _scalars(row: dict[str, Any]) -> dict[str, float]:
             for name in ('margin', 'entropy'):
                 out[f'{name}/{stage.replace(", ", "/").replace(" ", "")}{edge}'] = state[name]
     return out
-
-
-def second_order_bytes(
-    network: SearchNetwork,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    shape: tuple[int, ...],
-    batch_size: int,
-) -> int:
-    """The peak memory of an exact second-order gradient in bytes, extrapolated linearly from two small batches."""
-    held: Counter[tuple[int, int]] = Counter()  # address and size of a storage -> saved tensors in it
-    peak = 0
-
-    class Kept:
-        def __init__(self, tensor: Tensor) -> None:
-            nonlocal peak
-            storage = tensor.untyped_storage()
-            self.tensor, self.storage = tensor, (storage.data_ptr(), storage.nbytes())
-            held[self.storage] += 1
-            if held[self.storage] == 1:
-                peak = max(peak, sum(size for (_, size), count in held.items() if count))
-
-        def __del__(self) -> None:
-            held[self.storage] -= 1
-
-    def measure(n: int) -> int:
-        nonlocal peak
-        peak = 0
-        images = torch.randn(n, *shape, generator=torch.Generator().manual_seed(0)).to(network.logits.device)
-        batch = (images, torch.zeros(n, dtype=torch.int64, device=images.device))
-        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            logits_gradient(network, loss, '2', batch, batch, VirtualStep(0.01))
-        return peak
-
-    was = network.training
-    network.train()
-    small, large = measure(2), measure(4)
-    network.train(was)
-    return max(small + (large - small) * (batch_size - 2) // 2, 0)

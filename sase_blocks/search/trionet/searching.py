@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from timm.data import resolve_data_config
 from torch import Tensor
 
@@ -40,7 +39,7 @@ from sase_blocks.runs import (
     shared_settings,
     write_json,
 )
-from sase_blocks.search.data import Arrays, check_arrays, check_same_data, find_samples, split_data
+from sase_blocks.search.data import Arrays, check_arrays, find_samples, split_data
 from sase_blocks.search.evolution import Candidate, Problem, evolve, load_optuna
 from sase_blocks.search.significance import load_stats
 from sase_blocks.train import TrainConfig, open_in_turn, train
@@ -118,8 +117,6 @@ def _search(
     load_optuna()
     check_writable(out)
     saved_supernet(config)  # and again below, when no other run writes it
-    if config.batch_size % processes:
-        raise ValueError(f'batch_size {config.batch_size} cannot be split over {processes} processes')
     if config.algorithm == 'nsga2' and config.population >= config.evaluations:
         raise ValueError(f'population {config.population} must be below evaluations, got {config.evaluations}')
     if config.finetune:
@@ -186,7 +183,7 @@ def _search(
         if test is not None:
             # Once, when everything is decided.
             part = _test_part(config, found.architecture, test, training)
-            percent = accuracy(found, training.resized(part, found.architecture), training.autocast())
+            percent = accuracy(found, training.resized(part, found.architecture), accelerator.autocast())
             result['test_accuracy'] = percent
             tell(f'test accuracy with the weights of the supernet: {percent:.2f} % of {len(part)} images')
         write_json(out / RESULT, result)
@@ -277,13 +274,9 @@ def _open_training(config: TrioConfig, accelerator: Any, data: Samples | Arrays)
     """The training of the supernet, where a checkpoint has left it. The images are checked already."""
     in_chans = config.in_chans if isinstance(data, Samples) else data[0].shape[1]
     data_config = _data_config(TrioSpace.parse(config.space).image_sizes[-1], in_chans)
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    device = accelerator.device
-    parts = split_data(data, config, data_config, device=device, memory_format=memory_format, trains_on_both=False)
-    saved = saved_supernet(config)
-    if saved:
-        check_same_data(Path(config.out) / 'supernet.pt', saved['data'], parts)
-    return SupernetTraining(config, accelerator, parts, in_chans, saved)
+    device, layout = accelerator.device, config.memory_format
+    parts = split_data(data, config, data_config, device=device, memory_format=layout, trains_on_both=False)
+    return SupernetTraining(config, accelerator, parts, in_chans, saved_supernet(config))
 
 
 def _data_config(size: int, in_chans: int) -> dict[str, Any]:

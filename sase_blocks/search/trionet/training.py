@@ -12,10 +12,8 @@ bits.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +24,13 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
+from sase_blocks.checkpoint import read_checkpoint
 from sase_blocks.data import MODEL, Batches, derive_seed
 from sase_blocks.jobs import check_settings
 from sase_blocks.models import Architecture
-from sase_blocks.runs import (
-    RunLog,
-    check_finite,
-    load_optimizer,
-    resuming,
-    saved_run,
-    whole_number,
-)
+from sase_blocks.runs import RunLog, resuming, saved_run
 from sase_blocks.search.data import SearchData
+from sase_blocks.search.loop import TrainingLoop
 from sase_blocks.train import make_optimizer
 
 from .config import TrioConfig
@@ -127,64 +119,74 @@ def sandwich_step(
     return torch.stack(losses)
 
 
-class SupernetTraining:
+class SupernetTraining(TrainingLoop):
     """A supernet that trains, and scores its networks; ``saved`` is the checkpoint from ``saved_supernet``."""
 
     def __init__(
         self, config: TrioConfig, accelerator: Any, data: SearchData, in_chans: int, saved: dict[str, Any] | None
     ) -> None:
-        self.config, self.accelerator, self.data, self.in_chans = config, accelerator, data, in_chans
-        self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.last = Path(config.out) / 'supernet.pt'
+        self.in_chans = in_chans
         self.space, self.law = TrioSpace.parse(config.space), config.law
         torch.manual_seed(derive_seed(config.seed, MODEL))
         self.supernet = SuperNet(self.space, len(data.classes), in_chans, config.sharing, config.drop_rate)
         # channels_last applies only to the images: each forward slices the weights again.
         self.supernet.to(accelerator.device)
         self.optimizer = make_optimizer(config, self.supernet)
-        self.steps = len(data.training) // config.batch_size  # a last partial batch is dropped
+        self.average = ModelEmaV3(self.supernet, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+        # The supernet that the search uses.
+        self.found: SuperNet = self.average.module if self.average else self.supernet
+        trained = {
+            'supernet': self.supernet,
+            'optimizer': self.optimizer,
+            'average': self.average and self.average.module,
+        }
+        last = Path(config.out) / 'supernet.pt'
+        super().__init__(config, accelerator, data, last, trained, 2 + config.networks)
         total = config.epochs * self.steps
         warmup = round(config.warmup * total)
         self.scheduler = CosineLRScheduler(
             self.optimizer, total, warmup_t=warmup, warmup_lr_init=config.lr / max(warmup, 1), t_in_epochs=False
         )
-        self.average = ModelEmaV3(self.supernet, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
-        self.step = 0
-        self.sums = torch.zeros(2 + config.networks, dtype=torch.float64)
-        self.resumed = saved is not None
         if saved:
-            with resuming(self.last):
-                self.supernet.load_state_dict(saved['supernet'])
-                load_optimizer(self.optimizer, saved['optimizer'])
-                if self.average:
-                    self.average.module.load_state_dict(saved['average'])
-                self.step = whole_number(saved['step'], 'step', total)
-                self.sums = saved['sums'].reshape(self.sums.shape)
+            self.load_state(saved)
 
-    @property
-    def found(self) -> SuperNet:
-        """The supernet that the search uses: the average if there is one."""
-        return self.average.module if self.average else self.supernet
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), 'space': self.space.to_dict(), 'in_chans': self.in_chans}
 
-    # ---- one step ----
+    def run(self) -> SuperNet:
+        """Train to the end. -> ``found``."""
+        total = self.config.epochs * self.steps
+        if self.step < total:
+            self.log = RunLog(self.config, self.accelerator, self.steps, self.step)
+            if self.step:
+                self.log.line(f'resuming the supernet at step {self.step} of {total}')
+            self.train()
+        return self.found
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def batches(self, *place: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.data.training.epoch(*place)
+
+    def advice(self, step: int, number: int) -> str:
+        return f'The network is "{self._networks(step)[number]}". {ADVICE}'
+
+    def _networks(self, step: int) -> list[Architecture]:
+        return networks_of(self.space, self.law, self.config.seed, step, self.config.networks)
+
+    def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
         config = self.config
-        # Dropout depends only on the step, whatever drew random numbers in between.
-        torch.manual_seed(derive_seed(config.seed, MODEL, self.step, self.rank))
         self.scheduler.step_update(self.step)
         losses = sandwich_step(
             self.supernet,
-            networks_of(self.space, self.law, config.seed, self.step, config.networks),
+            self._networks(self.step),
             images,
             labels,
             label_smoothing=config.label_smoothing,
-            autocast=self.autocast,
+            autocast=self.accelerator.autocast,
         )
         # Weights that no network of this step used have no gradient, on any process, and do not change.
         used = [p for p in self.supernet.parameters() if p.grad is not None]
         if self.world > 1:
-            flat = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in used if p.grad is not None]), 'mean')
+            flat = self.mean(torch.cat([p.grad.flatten() for p in used if p.grad is not None]))
             for parameter, part in zip(used, flat.split([p.numel() for p in used]), strict=True):
                 parameter.grad = part.view_as(parameter)
         if config.clip_grad is not None:
@@ -195,42 +197,7 @@ class SupernetTraining:
             self.average.update(self.supernet, self.step)
         return losses
 
-    def autocast(self) -> Any:
-        """accelerate's context for mixed precision."""
-        return self.accelerator.autocast() if self.config.mixed_precision != 'no' else nullcontext()
-
-    # ---- the run ----
-
-    def run(self) -> SuperNet:
-        """Train to the end. -> ``found``."""
-        total = self.config.epochs * self.steps
-        if self.step == total:
-            return self.found
-        self.log = RunLog(self.config, self.accelerator, self.steps, self.step)
-        if self.resumed:
-            self.log.line(f'resuming the supernet at step {self.step} of {total}')
-        for epoch in range(self.step // self.steps, self.config.epochs):
-            self._epoch(epoch)
-            self.accelerator.wait_for_everyone()
-        self.log.close()
-        return self.found
-
-    def _epoch(self, epoch: int) -> None:
-        config = self.config
-        first = self.step - epoch * self.steps
-        self.supernet.train()
-        began = last_save = time.perf_counter()
-        batches = self.data.training.epoch(epoch, config.batch_size, first, self.steps, self.rank, self.world)
-        for images, labels in batches:
-            seen = self.log.count(self._train_step(images, labels).double())
-            self.step += 1
-            if seen is not None:
-                self._check_losses(seen)
-                self.sums += seen.sum(0)
-                if self.step % self.steps and time.perf_counter() - last_save > 60 * config.save_minutes:
-                    self._save()
-                    last_save = time.perf_counter()
-        seconds = (time.perf_counter() - began) / max(self.steps - first, 1)
+    def end_epoch(self, epoch: int, seconds: float) -> None:
         largest, smallest, *others = (self.sums / self.steps).tolist()
         row = {
             'epoch': epoch + 1,
@@ -242,21 +209,14 @@ class SupernetTraining:
             **{f'{extent}_accuracy': self._accuracy(extent) for extent in ('largest', 'smallest')},
             'seconds_per_step': seconds,
         }
-        self.sums = torch.zeros_like(self.sums)
         self.log.add(row)
-        self._save()
         self.log.line(
-            f'epoch {epoch + 1}/{config.epochs}: loss of the largest network {largest:.4f}, of the smallest '
+            f'epoch {epoch + 1}/{self.config.epochs}: loss of the largest network {largest:.4f}, of the smallest '
             f'{smallest:.4f}; held-out accuracy {row["largest_accuracy"]:.2f} % and {row["smallest_accuracy"]:.2f} %, '
             f'{seconds:.3f} s a step, {self.log.left()} left'
         )
 
-    def _check_losses(self, losses: Tensor) -> None:
-        """Stop at the first non-finite loss of the last steps; losses: (steps, networks)."""
-        for bad, number in (~losses.isfinite()).nonzero().tolist():
-            step = self.step - len(losses) + bad
-            network = networks_of(self.space, self.law, self.config.seed, step, self.config.networks)[number]
-            check_finite([float(losses[bad, number])], step + 1, self.last, f'The network is "{network}". {ADVICE}')
+    # ---- scores ----
 
     def _accuracy(self, extent: str) -> float:
         """Held-out accuracy, in percent, of the largest or smallest network, with the same operators each time."""
@@ -266,13 +226,13 @@ class SupernetTraining:
     def score(self, architecture: Architecture) -> float:
         """Held-out accuracy of a network, in percent."""
         network = self.calibrated(architecture)
-        return accuracy(network, self.resized(self.data.held_out, architecture), self.autocast())
+        return accuracy(network, self.resized(self.data.held_out, architecture), self.accelerator.autocast())
 
     def calibrated(self, architecture: Architecture) -> SubNetwork:
         """A network with its own statistics."""
         network = self.found.activate(architecture)
         images = (x for x, _ in self.resized(self.data.training, architecture, self.config.calibration))
-        recalibrate(network, images, self.autocast())
+        recalibrate(network, images, self.accelerator.autocast())
         return network.eval()
 
     def resized(
@@ -281,18 +241,3 @@ class SupernetTraining:
         """The first images of a part, in the network's size, and their labels."""
         for images, labels in part.once(self.config.batch_size, most):
             yield resize(images, architecture.image_size), labels
-
-    def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            state = {
-                'config': asdict(self.config),
-                'space': self.space.to_dict(),
-                'data': self.data.facts,
-                'in_chans': self.in_chans,
-                'step': self.step,
-                'supernet': self.supernet.state_dict(),
-                'average': self.average.module.state_dict() if self.average else None,
-                'optimizer': self.optimizer.state_dict(),
-                'sums': self.sums,
-            }
-            save_checkpoint(state, self.last)
