@@ -1,4 +1,4 @@
-"""Checks of the arguments of blocks and models: channels, sizes and feature maps."""
+"""Checks of the arguments of blocks and models: channels, options, sizes and feature maps."""
 
 from typing import Any
 
@@ -6,11 +6,42 @@ import torch
 from torch import Tensor
 
 
+def check_int(value: Any, name: str, owner: str, least: int = 1, most: int | None = None) -> int:
+    """The argument ``name`` of ``owner``, or a ValueError unless it is an int from ``least`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        limits = f'of at least {least}' if most is None else f'from {least} to {most}'
+        raise ValueError(f'{owner} needs {name} to be an int {limits}, got {value!r}')
+    return value
+
+
 def check_channels(channels: Any, owner: str) -> int:
     """The channel count as an int, or a ValueError that names ``owner``."""
-    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-        raise ValueError(f'{owner} needs channels to be an int of at least 1, got {channels!r}')
-    return channels
+    return check_int(channels, 'channels', owner)
+
+
+def check_reduction(reduction: Any, channels: int, owner: str, default: int = 16) -> int:
+    """The factor by which ``owner`` reduces the channels, or a ValueError unless it is an int from 1 to the channels.
+
+    Fewer channels than ``default`` also accept any reduction up to it, and leave the least hidden width.
+    """
+    most = max(channels, default)
+    if isinstance(reduction, int) and reduction > most:
+        raise ValueError(f'{owner} of {channels} channels needs reduction to be at most {most}, got {reduction}')
+    return check_int(reduction, 'reduction', owner)
+
+
+def check_kernel_size(kernel_size: Any, owner: str) -> int:
+    """The kernel size, or a ValueError unless it is an odd int of at least 1."""
+    if isinstance(kernel_size, int) and kernel_size % 2 == 0:
+        raise ValueError(f'{owner} needs an odd kernel_size, which keeps the size of the map, got {kernel_size!r}')
+    return check_int(kernel_size, 'kernel_size', owner)
+
+
+def check_groups(groups: Any, channels: int, owner: str) -> int:
+    """The number of groups, or a ValueError unless it is an int that divides the channels."""
+    if channels % check_int(groups, 'groups', owner):
+        raise ValueError(f'{owner} needs groups to divide its {channels} channels, got {groups}')
+    return groups
 
 
 def check_feat_size(feat_size: Any, owner: str) -> tuple[int, int]:

@@ -45,7 +45,7 @@ def test_the_extended_space():
     draws = [Genotype.random(seed, EXTENDED_SETS) for seed in range(300)]
     for edge, set_name in Genotype.SET_OF.items():
         assert {getattr(g, edge) for g in draws} == set(EXTENDED_SETS[set_name])
-    g = Genotype.parse('dct,norm,affine,project,avg,conv7x7_norm')
+    g = Genotype.parse('dct,norm,affine,project,avg,conv_norm')
     assert Genotype.parse(str(g)) == Genotype.from_json(g.to_json()) == g
     with pytest.raises(ValueError, match="no operation for channel_squeeze='dct', channel_excite='norm'"):
         g.to_paper()

@@ -470,7 +470,7 @@ WRONG_COMPOSITIONS = [
     (lambda: ChannelAttention(8, 'avg', 'fc', add=True), "'fc' ends in a gate.*added"),
     (lambda: ChannelAttention(8, ()), 'at least one statistic'),
     (lambda: ChannelAttention(8, 'average'), "'average' is not a channel squeeze; did you mean 'avg'"),
-    (lambda: SpatialAttention(8, ('avg', 'max'), 'conv7x7'), "excite='conv7x7_norm', got 'conv7x7'"),
+    (lambda: SpatialAttention(8, ('avg', 'max'), 'conv7x7'), "excite='conv_norm', got 'conv7x7'"),
     (lambda: ParallelAttention(8, ('avg', 'affine'), ('avg', 'norm'), joint=True), 'joint=True sums values'),
     (lambda: ParallelAttention(8, ('avg', 'mlp'), ('avg', 'mlp')), "'mlp' is not a spatial excite"),
 ]

@@ -20,13 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sase_blocks.checks import check_feat_size
-from sase_blocks.ops import (
-    EXTENDED_CHANNEL_EXCITE,
-    EXTENDED_CHANNEL_SQUEEZE,
-    EXTENDED_SPATIAL_EXCITE,
-    EXTENDED_SPATIAL_SQUEEZE,
-    BatchNorm2d,
-)
+from sase_blocks.ops import BatchNorm2d, resolve_primitive
 from sase_blocks.ops.normalization import ChannelShift, scale_and_shift
 from sase_blocks.ops.primitive import mix
 
@@ -70,14 +64,14 @@ class AttentionBlock(AttentionModule):
         self.genotype = g
         self.feat_size = None if feat_size is None else check_feat_size(feat_size, type(self).__name__)
         args: dict[str, Any] = {'feat_size': self.feat_size, 'device': device, 'dtype': dtype}
-        self.channel_squeeze = EXTENDED_CHANNEL_SQUEEZE[g.channel_squeeze](channels, **args)
-        self.channel_excite = EXTENDED_CHANNEL_EXCITE[g.channel_excite](channels, **args)
-        self.gate_excite = EXTENDED_CHANNEL_EXCITE[g.gate_excite](channels, **args)
-        self.gated_squeeze = EXTENDED_SPATIAL_SQUEEZE[g.gated_squeeze](channels, **args)
-        self.spatial_squeeze = EXTENDED_SPATIAL_SQUEEZE[g.spatial_squeeze](channels, **args)
+        self.channel_squeeze = resolve_primitive('channel_squeeze', g.channel_squeeze)(channels, **args)
+        self.channel_excite = resolve_primitive('channel_excite', g.channel_excite)(channels, **args)
+        self.gate_excite = resolve_primitive('channel_excite', g.gate_excite)(channels, **args)
+        self.gated_squeeze = resolve_primitive('spatial_squeeze', g.gated_squeeze)(channels, **args)
+        self.spatial_squeeze = resolve_primitive('spatial_squeeze', g.spatial_squeeze)(channels, **args)
         self.mix_weight = nn.Parameter(torch.full((2,), 0.5, device=device, dtype=dtype))
         self.norm = BatchNorm2d(1, device=device, dtype=dtype)
-        self.spatial_excite = EXTENDED_SPATIAL_EXCITE[g.spatial_excite](channels, **args)
+        self.spatial_excite = resolve_primitive('spatial_excite', g.spatial_excite)(channels, **args)
 
     def current_channels(self) -> int:
         return self.channel_excite.current_channels()

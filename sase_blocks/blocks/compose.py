@@ -1,7 +1,8 @@
 """Compositions: a squeeze and an excitation make a gate on x, along the channels, along the positions, or both.
 
 ``ChannelAttention(C, 'avg', 'mlp')`` is Squeeze-and-Excitation (arXiv 1709.01507, eq. 2 to 4). Known blocks have a name
-in ``BLOCKS``. Every other pair of ``ops.EXTENDED_SETS`` also works, without a name.
+in ``BLOCKS``. Every other pair of ``ops.EXTENDED_SETS`` also works, without a name. A primitive's options stand in its
+name, ``'mlp(reduction=4)'``, or are keyword arguments, ``reduction=4``, that go to the one primitive that has them.
 """
 
 from typing import Any
@@ -10,13 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sase_blocks.checks import check_features
-from sase_blocks.ops import (
-    EXTENDED_CHANNEL_EXCITE,
-    EXTENDED_CHANNEL_SQUEEZE,
-    EXTENDED_SPATIAL_EXCITE,
-    EXTENDED_SPATIAL_SQUEEZE,
-    primitive_name,
-)
+from sase_blocks.ops import EXTENDED_CHANNEL_EXCITE, SETS, primitive_names, resolve_primitive
+from sase_blocks.ops.options import parse_name
 
 from .base import AttentionModule, fade, fade_sum
 from .graph import CHANNEL, MAP, SPATIAL, Edge, Graph
@@ -25,11 +21,16 @@ for _function in ('check_features', 'fade', 'fade_sum', '_fade_value'):
     torch.fx.wrap(_function)  # must be wrapped in each module that calls it
 
 
-def _names(set_name: str, squeeze: str | tuple[str, ...]) -> tuple[str, ...]:
-    names = (squeeze,) if isinstance(squeeze, str) else tuple(squeeze)
-    if not names:
+def _names(
+    kind: str, squeeze: str | tuple[str, ...], excite: str, options: dict[str, Any]
+) -> tuple[tuple[str, ...], str]:
+    """The canonical names of the squeezes and of the excitation of a kind, with the options."""
+    squeezes = (squeeze,) if isinstance(squeeze, str) else tuple(squeeze)
+    if not squeezes:
         raise ValueError('squeeze must name at least one statistic, got none')
-    return tuple(primitive_name(set_name, name) for name in names)
+    choices = [*((f'{kind}_squeeze', name) for name in squeezes), (f'{kind}_excite', excite)]
+    *names, excite = primitive_names(choices, **options)
+    return tuple(names), excite
 
 
 def _gate(logits: str, gated: bool) -> str:
@@ -48,14 +49,16 @@ class ChannelAttention(AttentionModule):
         squeeze: a name from ``ops.EXTENDED_CHANNEL_SQUEEZE`` or the SASE paper's key. With several names, each
             statistic passes through the same excitation and the results are added, as in CBAM.
         excite: a name from ``ops.EXTENDED_CHANNEL_EXCITE`` or the paper's key. One without a gate (``mlp``) gets a
-            sigmoid.
+            sigmoid. Both names may have options, ``'mlp(reduction=4)'``.
         add: y = x + excite(squeeze(x)) without a gate, as in GCNet.
         feat_size: (H, W) for the spectrum of ``dct``; the others ignore it.
         device, dtype: of the parameters.
+        **options: of the primitives, such as ``reduction=4`` of ``mlp``.
 
     Raises:
-        ValueError: bad channels or names, or a gated excitation whose values would be added or summed; in ``forward``
-            another rank or number of channels.
+        ValueError: bad channels, names or options, or a gated excitation whose values would be added or summed; in
+            ``forward`` another rank or number of channels.
+        TypeError: an option that none of the primitives has, or that several have.
     """
 
     def __init__(
@@ -68,13 +71,13 @@ class ChannelAttention(AttentionModule):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(channels)
         args: dict[str, Any] = {'feat_size': feat_size, 'device': device, 'dtype': dtype}
-        names = _names('channel_squeeze', squeeze)
-        excite = primitive_name('channel_excite', excite)
-        self.squeeze = nn.ModuleList(EXTENDED_CHANNEL_SQUEEZE[name](channels, **args) for name in names)
-        self.excite = EXTENDED_CHANNEL_EXCITE[excite](channels, **args)
+        names, excite = _names('channel', squeeze, excite, options)
+        self.squeeze = nn.ModuleList(resolve_primitive('channel_squeeze', name)(channels, **args) for name in names)
+        self.excite = resolve_primitive('channel_excite', excite)(channels, **args)
         if self.excite.gated and (add or len(names) > 1):
             raise ValueError(
                 f'excite={excite!r} ends in a gate, whose values cannot be {"added to x" if add else "summed"}; choose '
@@ -125,14 +128,17 @@ class SpatialAttention(AttentionModule):
     Args:
         channels: C, at least 1.
         squeeze: a name from ``ops.EXTENDED_SPATIAL_SQUEEZE`` or the SASE paper's key. Several statistics are stacked as
-            input maps of the excitation, which must be ``conv7x7_norm``, as in CBAM.
-        excite: a name from ``ops.EXTENDED_SPATIAL_EXCITE`` or the paper's key. One without a gate gets a sigmoid.
+            input maps of the excitation, which must be ``conv_norm``, as in CBAM.
+        excite: a name from ``ops.EXTENDED_SPATIAL_EXCITE`` or the paper's key. One without a gate gets a sigmoid. Both
+            names may have options, ``'conv_norm(kernel_size=3)'``.
         feat_size: (H, W), required by ``l2_norm`` and ``affine``, which have parameters per position.
         device, dtype: of the parameters.
+        **options: of the primitives, such as ``kernel_size=3`` of ``conv_norm``.
 
     Raises:
-        ValueError: bad channels or names, several statistics for an excitation that reads one, or feat_size missing;
-            in ``forward`` another rank or number of channels.
+        ValueError: bad channels, names or options, several statistics for an excitation that reads one, or feat_size
+            missing; in ``forward`` another rank or number of channels.
+        TypeError: an option that none of the primitives has, or that several have.
     """
 
     def __init__(
@@ -144,17 +150,17 @@ class SpatialAttention(AttentionModule):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(channels)
         args: dict[str, Any] = {'feat_size': feat_size, 'device': device, 'dtype': dtype}
-        names = _names('spatial_squeeze', squeeze)
-        excite = primitive_name('spatial_excite', excite)
-        self.squeeze = nn.ModuleList(EXTENDED_SPATIAL_SQUEEZE[name](channels, **args) for name in names)
+        names, excite = _names('spatial', squeeze, excite, options)
+        self.squeeze = nn.ModuleList(resolve_primitive('spatial_squeeze', name)(channels, **args) for name in names)
         if len(names) > 1:
-            if excite != 'conv7x7_norm':
-                raise ValueError(f"several spatial statistics need excite='conv7x7_norm', got {excite!r} for {names}")
+            if parse_name(excite)[0] != 'conv_norm':
+                raise ValueError(f"several spatial statistics need excite='conv_norm', got {excite!r} for {names}")
             args['maps'] = len(names)
-        self.excite = EXTENDED_SPATIAL_EXCITE[excite](channels, **args)
+        self.excite = resolve_primitive('spatial_excite', excite)(channels, **args)
         self.act = nn.Identity() if self.excite.gated else nn.Sigmoid()
         self._names = (names, excite)
 
@@ -185,16 +191,18 @@ class ParallelAttention(AttentionModule):
 
     Args:
         channels: C, at least 1.
-        channel: names of a channel squeeze and a channel excitation.
-        spatial: names of a spatial squeeze and a spatial excitation.
+        channel: names of a channel squeeze and a channel excitation, maybe with options.
+        spatial: names of a spatial squeeze and a spatial excitation, maybe with options.
         joint: False: y = x * (gate_c + gate_s), a separate gate for each branch, as in scSE. True:
             y = x * (1 + sigmoid(c + s)), one gate of the summed values, as in BAM.
         feat_size: (H, W), for primitives with parameters per position.
         device, dtype: of the parameters.
+        **options: of the primitives, such as ``reduction=4`` of ``mlp``.
 
     Raises:
-        ValueError: bad channels or names, feat_size missing, or a gated excitation where ``joint`` sums values; in
-            ``forward`` another rank or number of channels.
+        ValueError: bad channels, names or options, feat_size missing, or a gated excitation where ``joint`` sums
+            values; in ``forward`` another rank or number of channels.
+        TypeError: an option that none of the primitives has, or that several have.
     """
 
     def __init__(
@@ -207,15 +215,15 @@ class ParallelAttention(AttentionModule):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(channels)
         args: dict[str, Any] = {'feat_size': feat_size, 'device': device, 'dtype': dtype}
-        cs, ce = primitive_name('channel_squeeze', channel[0]), primitive_name('channel_excite', channel[1])
-        ss, se = primitive_name('spatial_squeeze', spatial[0]), primitive_name('spatial_excite', spatial[1])
-        self.channel_squeeze = EXTENDED_CHANNEL_SQUEEZE[cs](channels, **args)
-        self.channel_excite = EXTENDED_CHANNEL_EXCITE[ce](channels, **args)
-        self.spatial_squeeze = EXTENDED_SPATIAL_SQUEEZE[ss](channels, **args)
-        self.spatial_excite = EXTENDED_SPATIAL_EXCITE[se](channels, **args)
+        cs, ce, ss, se = primitive_names(list(zip(SETS, (*channel, *spatial), strict=True)), **options)
+        self.channel_squeeze = resolve_primitive('channel_squeeze', cs)(channels, **args)
+        self.channel_excite = resolve_primitive('channel_excite', ce)(channels, **args)
+        self.spatial_squeeze = resolve_primitive('spatial_squeeze', ss)(channels, **args)
+        self.spatial_excite = resolve_primitive('spatial_excite', se)(channels, **args)
         if joint and (self.channel_excite.gated or self.spatial_excite.gated):
             raise ValueError(f'joint=True sums values before the gate, but one of {ce!r}, {se!r} ends in a gate')
         self.joint = joint

@@ -52,7 +52,7 @@ def cbam(channels: int, **kwargs: Any) -> nn.Module:
     """Convolutional block attention module (arXiv 1807.06521, eq. 1 to 3), with the authors' batch norm."""
     return SequentialAttention(
         ChannelAttention(channels, ('avg', 'max'), 'mlp', **kwargs),
-        SpatialAttention(channels, ('avg', 'max'), 'conv7x7_norm', **kwargs),
+        SpatialAttention(channels, ('avg', 'max'), 'conv_norm', **kwargs),
     )
 
 
@@ -60,7 +60,7 @@ def lcbam(channels: int, **kwargs: Any) -> nn.Module:
     """Light CBAM, timm's variant (of arXiv 1807.06521): mean and maximum are averaged before anything else."""
     return SequentialAttention(
         ChannelAttention(channels, 'avg_plus_max', 'mlp', **kwargs),
-        SpatialAttention(channels, 'avg_plus_max', 'conv7x7_norm', **kwargs),
+        SpatialAttention(channels, 'avg_plus_max', 'conv_norm', **kwargs),
     )
 
 
@@ -71,7 +71,7 @@ def bam(channels: int, **kwargs: Any) -> nn.Module:
 
 def scse(channels: int, **kwargs: Any) -> nn.Module:
     """Concurrent spatial and channel SE (arXiv 1803.02579, section 2), the two results added."""
-    return ParallelAttention(channels, ('avg', 'mlp_half'), ('project', 'identity'), **kwargs)
+    return ParallelAttention(channels, ('avg', 'mlp(reduction=2)'), ('project', 'identity'), **kwargs)
 
 
 def gc(channels: int, **kwargs: Any) -> nn.Module:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sase_blocks.ops import SpatialConv7Norm
+from sase_blocks.ops import SpatialConvNorm
 
 from .base import AttentionModule
 from .graph import MAP, Edge, Graph
@@ -26,9 +26,9 @@ class TripletAttention(AttentionModule):
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels)
         kwargs: dict[str, Any] = {'maps': 2, 'device': device, 'dtype': dtype}
-        self.gate_cw = SpatialConv7Norm(channels, **kwargs)
-        self.gate_hc = SpatialConv7Norm(channels, **kwargs)
-        self.gate_hw = SpatialConv7Norm(channels, **kwargs)
+        self.gate_cw = SpatialConvNorm(channels, **kwargs)
+        self.gate_hc = SpatialConvNorm(channels, **kwargs)
+        self.gate_hw = SpatialConvNorm(channels, **kwargs)
 
     def gate(self, x: Tensor) -> Tensor:
         cw = self.gate_cw(z_pool(x, 2)).squeeze(1).unsqueeze(2)  # (B, C, 1, W)
@@ -44,7 +44,7 @@ class TripletAttention(AttentionModule):
             nodes[f'a_{name}'] = shape
             edges += [
                 Edge('x', name, f'max, mean over {over}'),
-                Edge(name, f'a_{name}', 'conv7x7_norm'),
+                Edge(name, f'a_{name}', 'conv_norm'),
                 Edge(f'a_{name}', 'y'),
             ]
         return Graph({**nodes, 'y': MAP}, (*edges, Edge('x', 'y')), 'y = x * (a_cw + a_hc + a_hw) / 3')

@@ -12,7 +12,9 @@ The operations and their order come from SASE (arXiv 2411.08333). ``cls.paper_ke
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from sase_blocks.reading import quoted
 
@@ -32,7 +34,6 @@ from .channel_excite import (
     ChannelIdentity,
     ChannelMLP,
     ChannelMLPBatchNorm,
-    ChannelMLPHalf,
     ChannelMLPNorm,
     ChannelNorm,
     ChannelNormTanh,
@@ -65,6 +66,7 @@ from .channel_squeeze import (
 )
 from .layers import Conv2d, Linear
 from .normalization import BatchNorm2d, GroupNorm
+from .options import add_options, format_name, parse_name
 from .primitive import Primitive, no_weight_decay
 from .spatial_excite import (
     SpatialAffine,
@@ -75,7 +77,7 @@ from .spatial_excite import (
     SpatialConv5,
     SpatialConv5Separable,
     SpatialConv7,
-    SpatialConv7Norm,
+    SpatialConvNorm,
     SpatialExcite,
     SpatialIdentity,
     SpatialNorm,
@@ -169,7 +171,6 @@ EXTENDED_CHANNEL_EXCITE: dict[str, type[ChannelExcite]] = {
     'conv_eca': ChannelConvECA,
     'conv_circular': ChannelConvCircular,
     'conv_mlp': ChannelConvMLP,
-    'mlp_half': ChannelMLPHalf,
     'mlp_norm': ChannelMLPNorm,
     'mlp_batch_norm': ChannelMLPBatchNorm,
 }
@@ -186,7 +187,7 @@ EXTENDED_SPATIAL_EXCITE: dict[str, type[SpatialExcite]] = {
     **SPATIAL_EXCITE,
     'identity': SpatialIdentity,
     'norm': SpatialNorm,
-    'conv7x7_norm': SpatialConv7Norm,
+    'conv_norm': SpatialConvNorm,
 }
 
 EXTENDED_SETS: dict[str, Mapping[str, type[Primitive]]] = {
@@ -197,26 +198,57 @@ EXTENDED_SETS: dict[str, Mapping[str, type[Primitive]]] = {
 }
 
 
+# Names of earlier versions, and what they are now.
+RENAMED: dict[str, dict[str, str]] = {
+    'channel_excite': {'mlp_half': 'mlp(reduction=2)'},
+    'spatial_excite': {'conv7x7_norm': 'conv_norm'},
+}
+
+
 def primitive_name(set_name: str, name: object) -> str:
-    """The name of a primitive in one of the four extended sets, from its name or the paper's key.
+    """The name of a primitive in one of the four extended sets, with its options in their canonical text.
+
+    Args:
+        set_name: one of ``EXTENDED_SETS``.
+        name: the name or the paper's key, maybe with options: ``mlp(reduction=4)``.
 
     Raises:
-        ValueError: no such primitive. The message lists the valid names and suggests the nearest.
+        ValueError: no such primitive or option. The message lists the valid ones and suggests the nearest name.
     """
-    table = EXTENDED_SETS[set_name]
+    table, given = EXTENDED_SETS[set_name], name
     if isinstance(name, str):
-        if name in table:
-            return name
+        name, options = parse_name(name)
         for ours, cls in table.items():
-            if name == cls.paper_key:
-                return ours
+            if name in (ours, cls.paper_key):
+                return format_name(ours, cls, options)
+        if name in RENAMED.get(set_name, {}):
+            raise ValueError(f'{quoted(name)} is now {RENAMED[set_name][name]!r}')
     keys = {**{n: n for n in table}, **{str(cls.paper_key): n for n, cls in table.items() if cls.paper_key}}
     near = difflib.get_close_matches(str(name), keys, n=1, cutoff=0.4)
     hint = f"; did you mean '{near[0]}'?" if near else '.'
     raise ValueError(
-        f'{quoted(name)} is not a {set_name.replace("_", " ")}{hint} Valid names: {", ".join(table)} '
+        f'{quoted(given)} is not a {set_name.replace("_", " ")}{hint} Valid names: {", ".join(table)} '
         f'(or the keys of the paper: {", ".join(str(c.paper_key) for c in table.values() if c.paper_key)})'
     )
+
+
+def primitive_names(choices: Sequence[tuple[str, object]], **options: Any) -> list[str]:
+    """``primitive_name`` of each (set, name), with each of ``options`` added to the one primitive that has it.
+
+    Raises:
+        ValueError: as in ``primitive_name``.
+        TypeError: an option that no primitive has, or that several have.
+    """
+    names = [primitive_name(set_name, name) for set_name, name in choices]
+    classes = [EXTENDED_SETS[set_name][parse_name(name)[0]] for (set_name, _), name in zip(choices, names, strict=True)]
+    return add_options(list(zip(names, classes, strict=True)), options)
+
+
+def resolve_primitive(set_name: str, name: str) -> Callable[..., Any]:
+    """The class of a primitive with its options, as a callable of channels. Raises ValueError as ``primitive_name``."""
+    name, options = parse_name(primitive_name(set_name, name))
+    cls = EXTENDED_SETS[set_name][name]
+    return partial(cls, **options) if options else cls
 
 
 __all__ = [
@@ -256,7 +288,6 @@ __all__ = [
     'ChannelL2Norm',
     'ChannelMLP',
     'ChannelMLPBatchNorm',
-    'ChannelMLPHalf',
     'ChannelMLPNorm',
     'ChannelMax',
     'ChannelNorm',
@@ -282,7 +313,7 @@ __all__ = [
     'SpatialConv5',
     'SpatialConv5Separable',
     'SpatialConv7',
-    'SpatialConv7Norm',
+    'SpatialConvNorm',
     'SpatialDilated',
     'SpatialExcite',
     'SpatialIdentity',
@@ -308,6 +339,8 @@ __all__ = [
     'channel_style',
     'no_weight_decay',
     'primitive_name',
+    'primitive_names',
+    'resolve_primitive',
     'spatial_affine',
     'spatial_covariance',
     'spatial_l2_norm',

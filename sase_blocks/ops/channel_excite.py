@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import make_divisible
 from torch import Tensor, nn
 
-from sase_blocks.checks import check_features
+from sase_blocks.checks import check_features, check_int, check_kernel_size, check_reduction
 from sase_blocks.numerics import narrow, saturate, widen
 
 from .layers import Linear
@@ -31,10 +31,21 @@ def channel_affine(q: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.sigmoid(weight.reshape(1, -1, 1, 1) * q + bias.reshape(1, -1, 1, 1))
 
 
-def eca_kernel_size(channels: int, gamma: int = 2, bias: int = 1) -> int:
-    """The odd size near (log2(C) + bias) / gamma of ECA (arXiv 1910.03151, section 3.2), at least 3 as in timm."""
-    size = int(abs(math.log2(channels) + bias) / gamma)
-    return max(size if size % 2 else size + 1, 3)
+def eca_kernel_size(channels: int, kernel_size: int | None, gamma: int, beta: int, owner: str) -> int:
+    """The given size, or for None the odd size near (log2(C) + beta) / gamma of ECA (arXiv 1910.03151, section 3.2).
+
+    It is at least 3, as in timm. Raises ValueError for an option of ``owner`` out of its range.
+    """
+    if kernel_size is None:
+        size = int((math.log2(channels) + check_int(beta, 'beta', owner, 0)) / check_int(gamma, 'gamma', owner))
+        kernel_size = max(size if size % 2 else size + 1, 3)
+    elif (gamma, beta) != (2, 1):
+        raise ValueError(f'{owner} computes kernel_size from gamma and beta: pass these or {kernel_size=}, not both')
+    if check_kernel_size(kernel_size, owner) > 2 * channels + 1:
+        raise ValueError(
+            f'{owner} of {channels} channels needs kernel_size to be at most {2 * channels + 1}, got {kernel_size}'
+        )
+    return kernel_size
 
 
 @torch.fx.wrap
@@ -66,13 +77,12 @@ class ChannelExcite(Primitive):
 class ChannelConv(ChannelExcite):
     """One or more 1-d convolutions along C without biases, ReLU between them, then a sigmoid. One is as in ECA."""
 
-    kernel_sizes: ClassVar[tuple[int, ...]] = (3,)  # empty: one kernel of ECA's size for the channels
+    kernel_sizes: ClassVar[tuple[int, ...]] = (3,)
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)
         self.convs = nn.ModuleList(
-            nn.Conv1d(1, 1, k, padding=k // 2, bias=False, device=device, dtype=dtype)
-            for k in self.kernel_sizes or (eca_kernel_size(channels),)
+            nn.Conv1d(1, 1, k, padding=k // 2, bias=False, device=device, dtype=dtype) for k in self.kernel_sizes
         )
         self.reset_parameters()
 
@@ -100,16 +110,20 @@ class ChannelConv3Triple(ChannelConv):
 
 
 class ChannelMLP(ChannelExcite):
-    """C -> max(1, C // 16) -> C with a ReLU between, no biases and **no gate at the end** ('2conv_1x1')."""
+    """C -> max(1, C // reduction) -> C with a ReLU between, no biases and **no gate at the end** ('2conv_1x1').
 
-    paper_key: ClassVar[str | None] = '2conv_1x1'
+    Squeeze-and-Excitation (arXiv 1709.01507) has reduction 16, and scSE (arXiv 1803.02579, section 2.1) 2.
+    """
+
+    paper_key = '2conv_1x1'
     gated = False
-    reduction: ClassVar[int] = 16
     per_channel: ClassVar[dict[str, int]] = {'fc1': 1, 'fc2': 0}
 
-    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, channels: int, feat_size: Any = None, *, reduction: int = 16, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__(channels, feat_size)
-        hidden = max(1, channels // self.reduction)
+        hidden = max(1, channels // check_reduction(reduction, channels, type(self).__name__))
         # Linear layers give the same numbers as 1x1 convolutions. But a wide convolution in the graph makes a compiler
         # first copy x into channels_last, two more traversals of it.
         self.fc1 = Linear(channels, hidden, bias=False, device=device, dtype=dtype)
@@ -258,16 +272,37 @@ class ChannelFC(ChannelExcite):
         return ((self.fc(q.flatten(1)) + 3).clamp(0, 6) / 6)[:, :, None, None]
 
 
-class ChannelConvECA(ChannelConv):
-    """One convolution whose size follows the number of channels: ECA (arXiv 1910.03151, section 3)."""
+class ChannelConvECA(ChannelExcite):
+    """One convolution along C without bias, then a sigmoid: ECA (arXiv 1910.03151, section 3).
 
-    kernel_sizes = ()
+    Its size is ``kernel_size``, by default the odd number near (log2(C) + beta) / gamma, at least 3.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        feat_size: Any = None,
+        *,
+        kernel_size: int | None = None,
+        gamma: int = 2,
+        beta: int = 1,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(channels, feat_size)
+        k = eca_kernel_size(channels, kernel_size, gamma, beta, type(self).__name__)
+        self.convs = nn.ModuleList([nn.Conv1d(1, 1, k, padding=k // 2, bias=False, device=device, dtype=dtype)])
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.convs[0].reset_parameters()  # type: ignore[operator]
+
+    def excite(self, q: Tensor) -> Tensor:
+        return torch.sigmoid(self.convs[0](q.flatten(1).unsqueeze(1))).transpose(1, 2).unsqueeze(3)
 
 
-class ChannelConvCircular(ChannelConv):
+class ChannelConvCircular(ChannelConvECA):
     """ECA's convolution with circular padding: timm's circular ECA, not in the paper."""
-
-    kernel_sizes = ()
 
     def excite(self, q: Tensor) -> Tensor:
         weight: Tensor = self.convs[0].weight  # type: ignore[assignment]
@@ -277,17 +312,27 @@ class ChannelConvCircular(ChannelConv):
 
 
 class ChannelConvMLP(ChannelExcite):
-    """ECA with hidden maps: each statistic to C // 8 (a multiple of 8) values, ReLU, then ECA's convolution to one.
+    """ECA with hidden maps: each statistic to C // reduction values, ReLU, then ECA's convolution to one.
 
-    timm's experiment ('ecam'), in no paper.
+    timm's experiment ('ecam'), in no paper. The number of hidden maps is a multiple of 8.
     """
 
-    gated = True
-
-    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        feat_size: Any = None,
+        *,
+        reduction: int = 8,
+        kernel_size: int | None = None,
+        gamma: int = 2,
+        beta: int = 1,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
         super().__init__(channels, feat_size)
-        hidden = make_divisible(channels / 8, 8)
-        k = eca_kernel_size(channels)
+        name = type(self).__name__
+        hidden = make_divisible(channels / check_reduction(reduction, channels, name), 8)
+        k = eca_kernel_size(channels, kernel_size, gamma, beta, name)
         self.conv1 = nn.Conv1d(1, hidden, 1, device=device, dtype=dtype)
         self.conv2 = nn.Conv1d(hidden, 1, k, padding=k // 2, device=device, dtype=dtype)
         self.reset_parameters()
@@ -301,25 +346,21 @@ class ChannelConvMLP(ChannelExcite):
         return torch.sigmoid(self.conv2(z)).transpose(1, 2).unsqueeze(3)
 
 
-class ChannelMLPHalf(ChannelMLP):
-    """C -> max(1, C // 2) -> C without biases or a final gate: scSE (arXiv 1803.02579, section 2.1)."""
-
-    paper_key = None
-    reduction = 2
-
-
 class ChannelMLPNorm(ChannelExcite):
-    """C -> C // 16 -> layer norm -> ReLU -> C with biases, no gate: the transform of GCNet (1904.11492, section 3.3).
+    """C -> layer norm -> ReLU -> C with biases, no gate: the transform of GCNet (arXiv 1904.11492, section 3.3).
 
-    The second layer has the default initialisation. timm and the authors' code start it at zero if its result is added.
+    The hidden width is max(1, C // reduction). The second layer has the default initialisation. timm and the authors'
+    code start it at zero if its result is added.
     """
 
     gated = False
     per_channel: ClassVar[dict[str, int]] = {'fc1': 1, 'fc2': 0}
 
-    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, channels: int, feat_size: Any = None, *, reduction: int = 16, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__(channels, feat_size)
-        hidden = max(1, channels // 16)
+        hidden = max(1, channels // check_reduction(reduction, channels, type(self).__name__))
         self.fc1 = Linear(channels, hidden, device=device, dtype=dtype)
         self.norm = nn.LayerNorm(hidden, device=device, dtype=dtype)
         self.fc2 = Linear(hidden, channels, device=device, dtype=dtype)
@@ -337,14 +378,16 @@ class ChannelMLPNorm(ChannelExcite):
 
 
 class ChannelMLPBatchNorm(ChannelExcite):
-    """C -> max(1, C // 16) -> ReLU -> C with biases, then batch norm, no gate: BAM (arXiv 1807.06514, eq. 3)."""
+    """C -> max(1, C // reduction) -> ReLU -> C with biases, batch norm, no gate: BAM (arXiv 1807.06514, eq. 3)."""
 
     gated = False
     per_channel: ClassVar[dict[str, int]] = {'fc1': 1, 'fc2': 0, 'norm': 0}
 
-    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, channels: int, feat_size: Any = None, *, reduction: int = 16, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__(channels, feat_size)
-        hidden = max(1, channels // 16)
+        hidden = max(1, channels // check_reduction(reduction, channels, type(self).__name__))
         self.fc1 = Linear(channels, hidden, device=device, dtype=dtype)
         self.fc2 = Linear(hidden, channels, device=device, dtype=dtype)
         self.norm = BatchNorm2d(channels, device=device, dtype=dtype)

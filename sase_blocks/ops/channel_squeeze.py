@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sase_blocks.checks import check_features
+from sase_blocks.checks import check_features, check_int, check_reduction
 from sase_blocks.numerics import narrow, safe_sqrt, widen
 
 from .layers import Conv2d, Linear
@@ -165,16 +165,18 @@ class ChannelAvgSkew(MixedChannelSqueeze):
 class ChannelSecondOrder(ChannelSqueeze):
     """Covariance of channel groups, batch norm, row convolution, ReLU, 1x1 convolution ('2nd-order pooling').
 
-    The C channels are averaged to max(1, C // 4) groups. Each row of the covariance becomes one number through its own
-    kernel, and a linear layer maps the groups back to C.
+    The C channels are averaged to max(1, C // reduction) groups. Each row of the covariance becomes one number through
+    its own kernel, and a linear layer maps the groups back to C.
     """
 
     paper_key = '2nd-order pooling'
     per_channel: ClassVar[dict[str, int]] = {'fc': 0}
 
-    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, channels: int, feat_size: Any = None, *, reduction: int = 4, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__(channels, feat_size)
-        g = max(1, channels // 4)
+        g = max(1, channels // check_reduction(reduction, channels, type(self).__name__))
         self.norm = BatchNorm2d(g, device=device, dtype=dtype)
         self.row_weight = nn.Parameter(torch.empty(g, g, device=device, dtype=dtype))
         self.fc = Linear(g, channels, bias=False, device=device, dtype=dtype)
@@ -219,8 +221,10 @@ def octal_digits(numbers: list[int], like: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
-def channel_dct(x: Tensor, rows: list[int], columns: list[int], height: int, width: int) -> Tensor:
-    """One of sixteen DCT coefficients per channel: channel c of C has frequency number c * 16 // C.
+def channel_dct(
+    x: Tensor, rows: list[int], columns: list[int], height: int, width: int, frequencies: int = 16
+) -> Tensor:
+    """One of the first DCT coefficients per channel: channel c of C has frequency number c * frequencies // C.
 
     If x (B, C, H, W) has another size, it is first average-pooled to height x width. Frequencies are in units of a 7 x
     7 spectrum, so those of a larger map are multiplied by height // 7 and width // 7. rows, columns: the sixteen
@@ -232,7 +236,7 @@ def channel_dct(x: Tensor, rows: list[int], columns: list[int], height: int, wid
     v = octal_digits(columns, wide) * max(1, width // 7)
     pool_h = pooling_matrix(x.shape[2], height, wide)
     pool_w = pooling_matrix(x.shape[3], width, wide)
-    of_channel = torch.arange(x.shape[1], device=x.device) * 16 // x.shape[1]
+    of_channel = torch.arange(x.shape[1], device=x.device) * frequencies // x.shape[1]
     # Sums of products, because autocast would run matrix products in half precision.
     weight_h = (dct_basis(u, height)[:, :, None] * pool_h).sum(1)[of_channel]  # (C, H)
     weight_w = (dct_basis(v, width)[:, :, None] * pool_w).sum(1)[of_channel]  # (C, W)
@@ -348,35 +352,40 @@ class ChannelL2(ChannelSqueeze):
 
 
 class ChannelDCT(ChannelSqueeze):
-    """Multi-spectral pooling of FcaNet (arXiv 2012.11879, section 3), with its sixteen best frequencies.
+    """Multi-spectral pooling of FcaNet (arXiv 2012.11879, section 3), with its best frequencies, 1 to 16 of them.
 
     The spectrum has the size ``feat_size``, 7 x 7 by default. Maps of another size are average-pooled to it, as in the
     authors' code. Our addition: any number of channels, with one frequency for each sixteenth.
     """
 
-    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, channels: int, feat_size: Any = None, *, frequencies: int = 16, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__(channels, feat_size)
+        self.frequencies = check_int(frequencies, 'frequencies', type(self).__name__, most=len(DCT_FREQUENCIES))
         self.height, self.width = self.feat_size or (7, 7)
         halves = (DCT_FREQUENCIES[:8], DCT_FREQUENCIES[8:])
         self.rows = [sum(row * 8**i for i, (row, _) in enumerate(half)) for half in halves]
         self.columns = [sum(column * 8**i for i, (_, column) in enumerate(half)) for half in halves]
 
     def squeeze(self, x: Tensor) -> Tensor:
-        return channel_dct(x, self.rows, self.columns, self.height, self.width)
+        return channel_dct(x, self.rows, self.columns, self.height, self.width, self.frequencies)
 
 
 class ChannelGSoP(ChannelSqueeze):
     """Second-order pooling of GSoP-Net (arXiv 1811.12006, section 3), as in the authors' code.
 
-    A 1x1 convolution, batch norm and ReLU reduce x to c = min(128, C) channels. Their c x c covariance over the
+    A 1x1 convolution, batch norm and ReLU reduce x to c = min(rd_channels, C) channels. Their c x c covariance over the
     positions is batch-normalised, each row becomes four numbers through its own kernel, and a linear layer gives C.
     """
 
     per_channel: ClassVar[dict[str, int]] = {'reduce': 1, 'fc': 0}
 
-    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, channels: int, feat_size: Any = None, *, rd_channels: int = 128, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__(channels, feat_size)
-        c = min(128, channels)
+        c = min(check_int(rd_channels, 'rd_channels', type(self).__name__, most=max(channels, 128)), channels)
         self.reduce = Conv2d(channels, c, 1, device=device, dtype=dtype)
         self.reduce_norm = BatchNorm2d(c, device=device, dtype=dtype)
         self.norm = BatchNorm2d(c, device=device, dtype=dtype)

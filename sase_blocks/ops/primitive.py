@@ -1,7 +1,7 @@
 """The constructor that all primitives share, and arithmetic that several share.
 
 A primitive of any set has the signature ``Op(channels, feat_size=None, *, device=None, dtype=None)``, so that a set is
-a plain dict and a genotype is six names.
+a plain dict and a genotype is six names. Other keyword-only arguments are its options (``options.py``).
 """
 
 from abc import ABC, abstractmethod

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sase_blocks.checks import check_features
+from sase_blocks.checks import check_features, check_kernel_size
 from sase_blocks.numerics import saturate
 
 from .layers import Conv2d
@@ -179,18 +179,26 @@ class SpatialNorm(SpatialExcite):
         return self.norm(s)
 
 
-class SpatialConv7Norm(SpatialExcite):
-    """One 7 x 7 convolution from ``maps`` statistics, batch norm and a sigmoid, as in CBAM (arXiv 1807.06521, eq. 3).
+class SpatialConvNorm(SpatialExcite):
+    """One convolution from ``maps`` statistics, batch norm and a sigmoid, as in CBAM (arXiv 1807.06521, eq. 3).
 
     The batch norm is in the authors' code and timm, but not in the formula. ``forward`` takes (B, maps, H, W).
     """
 
     def __init__(
-        self, channels: int, feat_size: Any = None, *, maps: int = 1, device: Any = None, dtype: Any = None
+        self,
+        channels: int,
+        feat_size: Any = None,
+        maps: int = 1,
+        *,
+        kernel_size: int = 7,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__(channels, feat_size)
         self.maps = maps
-        self.conv = Conv2d(maps, 1, 7, padding=3, bias=False, device=device, dtype=dtype)
+        k = check_kernel_size(kernel_size, type(self).__name__)
+        self.conv = Conv2d(maps, 1, k, padding=k // 2, bias=False, device=device, dtype=dtype)
         self.norm = BatchNorm2d(1, device=device, dtype=dtype)
         self.reset_parameters()
 

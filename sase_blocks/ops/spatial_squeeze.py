@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sase_blocks.checks import check_features
+from sase_blocks.checks import check_features, check_int, check_reduction
 from sase_blocks.numerics import narrow, safe_sqrt, widen
 
 from .layers import Conv2d, Linear
@@ -191,16 +191,18 @@ class SpatialAvgSkew(MixedSpatialSqueeze):
 
 
 class SpatialSecondOrder(SpatialSqueeze):
-    """Covariance of an 8 x 8 grid of positions, batch norm, row convolution, ReLU, 1x1 ('2nd-order pooling').
+    """Covariance of a grid of positions, batch norm, row convolution, ReLU, 1x1 ('2nd-order pooling').
 
-    Each of the covariance's 64 rows becomes one number. The 64 numbers form an 8 x 8 map, pooled to H x W.
+    Each of the covariance's grid^2 rows becomes one number. The numbers form a grid x grid map, pooled to H x W.
     """
 
     paper_key = '2nd-order pooling'
 
-    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, channels: int, feat_size: Any = None, *, grid: int = 8, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__(channels, feat_size)
-        self.grid = 8
+        self.grid = check_int(grid, 'grid', type(self).__name__, least=2)
         p = self.grid * self.grid
         self.norm = BatchNorm2d(p, device=device, dtype=dtype)
         self.row_weight = nn.Parameter(torch.empty(p, p, device=device, dtype=dtype))
@@ -213,8 +215,8 @@ class SpatialSecondOrder(SpatialSqueeze):
         self.fc.reset_parameters()
 
     def squeeze(self, x: Tensor) -> Tensor:
-        rows = spatial_covariance(x, self.grid).unsqueeze(3)  # (B, 64, 64, 1): row, column
-        s = self.fc(torch.relu(contract_rows(self.norm(rows).squeeze(3), self.row_weight)))  # (B, 64)
+        rows = spatial_covariance(x, self.grid).unsqueeze(3)  # (B, grid^2, grid^2, 1)
+        s = self.fc(torch.relu(contract_rows(self.norm(rows).squeeze(3), self.row_weight)))  # (B, grid^2)
         return pool_to(s.reshape(-1, 1, self.grid, self.grid), x)
 
 
@@ -257,7 +259,7 @@ class SpatialProject(SpatialSqueeze):
 
 
 class SpatialDilated(SpatialSqueeze):
-    """The dilated bottleneck of BAM (arXiv 1807.06514, eq. 4): 1x1 to C // 16, two 3x3 of dilation 4, 1x1 to one map.
+    """The bottleneck of BAM (arXiv 1807.06514, eq. 4): 1x1 to C // reduction, two dilated 3x3, 1x1 to one map.
 
     A ReLU follows the first three, as in the authors' code but not in the paper's formula. Its batch norm is the
     excitation ``norm``.
@@ -265,16 +267,27 @@ class SpatialDilated(SpatialSqueeze):
 
     per_channel: ClassVar[dict[str, int]] = {'convs.0': 1}
 
-    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        feat_size: Any = None,
+        *,
+        reduction: int = 16,
+        dilation: int = 4,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
         super().__init__(channels, feat_size)
-        c = max(1, channels // 16)
+        name = type(self).__name__
+        c = max(1, channels // check_reduction(reduction, channels, name))
+        d = check_int(dilation, 'dilation', name)
         kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.convs = nn.Sequential(
             Conv2d(channels, c, 1, **kwargs),
             nn.ReLU(),
-            Conv2d(c, c, 3, padding=4, dilation=4, **kwargs),
+            Conv2d(c, c, 3, padding=d, dilation=d, **kwargs),
             nn.ReLU(),
-            Conv2d(c, c, 3, padding=4, dilation=4, **kwargs),
+            Conv2d(c, c, 3, padding=d, dilation=d, **kwargs),
             nn.ReLU(),
             Conv2d(c, 1, 1, **kwargs),
         )
