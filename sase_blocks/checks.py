@@ -1,5 +1,6 @@
 """Checks of the arguments of blocks and models: channels, options, sizes and feature maps."""
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,13 @@ def check_int(value: Any, name: str, owner: str, least: int = 1, most: int | Non
     if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
         limits = f'of at least {least}' if most is None else f'from {least} to {most}'
         raise ValueError(f'{owner} needs {name} to be an int {limits}, got {value!r}')
+    return value
+
+
+def check_positive(value: Any, name: str, owner: str) -> float:
+    """The argument ``name`` of ``owner``, or a ValueError unless it is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f'{owner} needs {name} to be a finite number above 0, got {value!r}')
     return value
 
 

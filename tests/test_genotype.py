@@ -28,6 +28,26 @@ def test_forms_round_trip():
         assert len({g, Genotype.parse(str(g))}) == 1
 
 
+def test_options_are_part_of_it():
+    """In their canonical text, in every form."""
+    text = 'avg,mlp(reduction=4),conv_eca(gamma=1, beta=2),dilated(dilation=2),avg,conv_norm'
+    g = Genotype.parse(
+        'GAP, 2conv_1x1( reduction=4 ),conv_eca(beta=2,gamma=1), dilated(dilation=2,reduction=16),avg,conv_norm()'
+    )
+    assert str(g) == text
+    assert g.channel_excite == 'mlp(reduction=4)'
+    for form in (text, g.to_json(), json.dumps(text.replace(', ', '; ').split(',')).replace('; ', ', ')):
+        assert Genotype.parse(form) == g
+        assert split_stages(f'{form};se(reduction=4) ; {form}') == [form, 'se(reduction=4)', form]
+    assert eval(repr(g), {'Genotype': Genotype}) == pickle.loads(pickle.dumps(g)) == g
+    assert SASE_GENOTYPE.with_options(reduction=4).channel_excite == 'mlp(reduction=4)'
+    assert SASE_GENOTYPE.with_options(reduction=16) == SASE_GENOTYPE.with_options() == SASE_GENOTYPE
+    with pytest.raises(ValueError, match=r"no operation for channel_excite='mlp\(reduction=4\)'; "):
+        SASE_GENOTYPE.with_options(reduction=4).to_paper()
+    only = dict(zip(EXTENDED_SETS, (['avg'], ['mlp', 'mlp(reduction=4)'], ['max'], ['norm']), strict=True))
+    assert {str(Genotype.random(seed, only)).split(',')[1] for seed in range(20)} == {'mlp', 'mlp(reduction=4)'}
+
+
 def test_it_is_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SASE_GENOTYPE.channel_squeeze = 'avg'
@@ -73,6 +93,14 @@ WRONG = [
     ('{"channel_squeeze": "avg"}', r'keys channel_squeeze, channel_excite, gate_excite'),
     ('{"channel_squeeze": ', r'no valid JSON'),
     ('[1, 2, 3, 4, 5, 6]', r'channel_squeeze: 1 is not'),
+    ('avg,mlp(reduction=4,affine,avg,avg,conv7x7', r'\( has no partner in'),
+    (
+        'avg,mlp(reduction),affine,avg,avg,conv7x7',
+        'channel_excite: expected .* each value needs the name of its option',
+    ),
+    ('avg,mlp(rd=4),affine,avg,avg,conv7x7', "channel_excite: mlp has no option 'rd'; it has reduction"),
+    ('avg,ml(reduction=4),affine,avg,avg,conv7x7', r"'ml\(reduction=4\)' is not a channel excite; did you mean 'mlp'"),
+    ('["avg", "mlp(4)", "affine", "avg", "avg", "conv7x7"]', 'channel_excite: expected .* each value needs the name'),
 ]
 
 
@@ -137,7 +165,22 @@ CREATE_WRONG = [
     ('avg,mlp,affine,avg,avg,affine', 8, {}, ValueError, r'SpatialAffine .*feat_size=\(H, W\)'),
     ('sase', 8, {'feat_size': (7,)}, ValueError, r'feat_size .*got \(7,\)'),
     ('sase', 8, {'feat_size': 0}, ValueError, r'feat_size .*got 0'),
-    ('sase', 8, {'reduction': 4}, TypeError, 'reduction'),
+    ('sase', 8, {'kernel_size': 4}, TypeError, "sase has no option 'kernel_size'; it has reduction"),
+    ('ese', 8, {'reduction': 4}, TypeError, "ese has no option 'reduction'; it has none"),
+    ('sase(rd=4)', 8, {}, ValueError, "sase has no option 'rd'; it has reduction"),
+    ('se(reduction=4)', 8, {'reduction': 4}, TypeError, r"reduction is given twice, in 'se\(reduction=4\)'"),
+    ('se(reduction=4', 8, {}, ValueError, r"\( has no partner in 'se\(reduction=4'"),
+    ('se(4)', 8, {}, ValueError, 'each value needs the name of its option'),
+    ('saze(reduction=4)', 8, {}, ValueError, r"unknown attention block 'saze\(reduction=4\)'.*Did you mean 'sase'"),
+    ('avg,mlp,mlp,avg,avg,conv7x7', 8, {'reduction': 4}, TypeError, r"mlp, mlp each have .* 'mlp\(reduction=4\)'"),
+    ('avg,mlp,conv3,avg,avg,conv7x7', 8, {'grid': 4}, TypeError, r"no option 'grid' in avg, mlp\(reduction\), conv3"),
+    (
+        'avg,mlp_half,conv3,avg,avg,conv7x7',
+        8,
+        {},
+        ValueError,
+        r"channel_excite: 'mlp_half' is now 'mlp\(reduction=2\)'",
+    ),
 ]
 
 

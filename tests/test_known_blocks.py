@@ -34,6 +34,7 @@ from sase_blocks.blocks import (
     block_graph,
 )
 from sase_blocks.ops import EXTENDED_SETS, SETS
+from sase_blocks.ops.options import options_of, parse_name
 
 Reference = Callable[[nn.Module], Callable[[Tensor], Tensor]]
 
@@ -97,7 +98,7 @@ def batch_norm(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (z - mean) / torch.sqrt(var + 1e-5) * weight.reshape(shape) + bias.reshape(shape)
 
 
-def bam(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+def bam(ours: nn.Module, d: int = 4) -> Callable[[Tensor], Tensor]:
     w = weights(ours)
 
     def forward(x: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def bam(ours: nn.Module) -> Callable[[Tensor], Tensor]:
         m_c = hidden @ w['channel_excite.fc2.weight'].T + w['channel_excite.fc2.bias']
         m_c = batch_norm(m_c, w['channel_excite.norm.weight'], w['channel_excite.norm.bias'])[:, :, None, None]
         m_s = x
-        for i, dilation in ((0, 1), (2, 4), (4, 4), (6, 1)):
+        for i, dilation in ((0, 1), (2, d), (4, d), (6, 1)):
             weight, bias = w[f'spatial_squeeze.convs.{i}.weight'], w[f'spatial_squeeze.convs.{i}.bias']
             m_s = F.conv2d(m_s, weight, bias, padding=dilation * (weight.shape[2] // 2), dilation=dilation)
             m_s = torch.relu(m_s) if i < 6 else m_s
@@ -150,7 +151,7 @@ def gct(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def fca(ours: nn.Module, size: tuple[int, int] = (7, 7)) -> Callable[[Tensor], Tensor]:
+def fca(ours: nn.Module, size: tuple[int, int] = (7, 7), frequencies: int = 16) -> Callable[[Tensor], Tensor]:
     """One basis function at a time, for a map of the spectrum's size or pooled to it."""
     w = weights(ours)
     rows = [0, 0, 6, 0, 0, 1, 1, 4, 5, 1, 3, 0, 0, 0, 3, 2]
@@ -165,8 +166,8 @@ def fca(ours: nn.Module, size: tuple[int, int] = (7, 7)) -> Callable[[Tensor], T
         pooled = F.adaptive_avg_pool2d(x, size)
         out = []
         for channel in range(C):
-            u = rows[channel // (C // 16)] * (height // 7)
-            v = columns[channel // (C // 16)] * (width // 7)
+            u = rows[channel // (C // frequencies)] * (height // 7)
+            v = columns[channel // (C // frequencies)] * (width // 7)
             basis = torch.tensor(
                 [[wave(u, i, height) * wave(v, j, width) for j in range(width)] for i in range(height)],
                 dtype=torch.float64,
@@ -198,9 +199,8 @@ def gsop(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def sge(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+def sge(ours: nn.Module, groups: int = 32) -> Callable[[Tensor], Tensor]:
     w = weights(ours)
-    groups = math.gcd(C, 64)
 
     def forward(x: Tensor) -> Tensor:
         out = []
@@ -215,9 +215,8 @@ def sge(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def ema(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+def ema(ours: nn.Module, groups: int = 32) -> Callable[[Tensor], Tensor]:
     w = weights(ours)
-    groups = math.gcd(C, 32)
 
     def one(x: Tensor) -> Tensor:
         """One group, (B, C / G, H, W)."""
@@ -235,24 +234,24 @@ def ema(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.cat([one(part) for part in x.split(C // groups, 1)], 1)
 
 
-def simam(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+def simam(ours: nn.Module, e_lambda: float = 1e-4) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         n = x.shape[2] * x.shape[3] - 1
         mean = x.mean((2, 3), keepdim=True)
         var = ((x - mean) ** 2).sum((2, 3), keepdim=True) / n
-        energy = 4 * (var + 1e-4) / ((x - mean) ** 2 + 2 * var + 2e-4)
+        energy = 4 * (var + e_lambda) / ((x - mean) ** 2 + 2 * var + 2 * e_lambda)
         return x * torch.sigmoid(1 / energy)
 
     return forward
 
 
-def triplet(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+def triplet(ours: nn.Module, k: int = 7) -> Callable[[Tensor], Tensor]:
     w = weights(ours)
 
     def branch(x: Tensor, name: str) -> Tensor:
         """CBAM's spatial gate on x, whatever its second axis is."""
         pooled = torch.cat([x.max(1, keepdim=True).values, x.mean(1, keepdim=True)], 1)
-        z = F.conv2d(pooled, w[f'{name}.conv.weight'], padding=3)
+        z = F.conv2d(pooled, w[f'{name}.conv.weight'], padding=k // 2)
         return x * torch.sigmoid(batch_norm(z, w[f'{name}.norm.weight'], w[f'{name}.norm.bias']))
 
     def forward(x: Tensor) -> Tensor:
@@ -263,13 +262,13 @@ def triplet(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def gather_excite(ours: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The learned forms of Gather-Excite at extent 8."""
+def gather_excite(ours: nn.Module, convs: tuple[int, ...] = (0, 3, 6)) -> Callable[[Tensor], Tensor]:
+    """The learned forms of Gather-Excite, at extent 8 with three convolutions."""
     w = weights(ours)
 
     def forward(x: Tensor) -> Tensor:
         g = x
-        for i in (0, 3, 6):
+        for i in convs:
             g = torch.relu(g) if i else g
             g = F.conv2d(g, w[f'gather.{i}.weight'], stride=2, padding=1, groups=C)
             g = batch_norm(g, w[f'gather.{i + 1}.weight'], w[f'gather.{i + 1}.bias'])
@@ -305,58 +304,37 @@ def gc_names(which: str) -> dict[str, str]:
     return {'conv_attn.weight': 'squeeze.0.weight', **{k.format(which): v for k, v in context.items()}}
 
 
-ela_norm = partial(nn.GroupNorm, math.gcd(C, 16))
+def ela_reference(groups: int, **kwargs) -> Reference:
+    names = same('conv_h.weight', 'conv_w.weight', *(f'norm_{a}.{k}' for a in 'hw' for k in ('weight', 'bias')))
+    norm = partial(nn.GroupNorm, groups)
+    return timm_module('ela', names, act_layer=nn.Identity, norm_layer=lambda channels, **_: norm(channels), **kwargs)
+
+
+eca_names = {'conv.weight': 'excite.convs.0.weight'}
+ecam_names = {
+    f'{t}.{k}': f'excite.{o}.{k}' for t, o in (('conv', 'conv1'), ('conv2', 'conv2')) for k in ('weight', 'bias')
+}
+coord_names = {
+    **same('conv1.weight', 'conv_h.weight', 'conv_w.weight'),
+    'bn1.weight': 'norm.weight',
+    'bn1.bias': 'norm.bias',
+}
+scoord_names = same(*(f'{part}.{k}' for part in ('fc1', 'fc_h', 'fc_w') for k in ('weight', 'bias')))
 CASES: list[tuple[str, str, Reference]] = [
     ('se', 'timm', timm_module('se', mlp, bias=False, rd_channels=C // 16)),
     ('se', 'torchvision', torchvision_se),
     ('ese', 'timm', timm_module('ese', {'fc.weight': 'excite.fc.weight', 'fc.bias': 'excite.fc.bias'})),
-    ('eca', 'timm', timm_module('eca', {'conv.weight': 'excite.convs.0.weight'})),
-    (
-        'ecam',
-        'timm',
-        timm_module(
-            'ecam',
-            {
-                f'{t}.{k}': f'excite.{o}.{k}'
-                for t, o in (('conv', 'conv1'), ('conv2', 'conv2'))
-                for k in ('weight', 'bias')
-            },
-        ),
-    ),
-    ('ceca', 'timm', timm_module('ceca', {'conv.weight': 'excite.convs.0.weight'})),
+    ('eca', 'timm', timm_module('eca', eca_names)),
+    ('ecam', 'timm', timm_module('ecam', ecam_names)),
+    ('ceca', 'timm', timm_module('ceca', eca_names)),
     ('cbam', 'timm', timm_module('cbam', cbam_names())),
     ('lcbam', 'timm', timm_module('lcbam', cbam_names())),
     ('gc', 'timm', timm_module('gc', gc_names('scale'), rd_ratio=1 / 16)),
     ('gca', 'timm', timm_module('gca', gc_names('add'), rd_ratio=1 / 16)),
     ('ge', 'timm', timm_module('ge', {}, extent=8, use_mlp=False)),
-    (
-        'coord',
-        'timm',
-        timm_module(
-            'coord',
-            {
-                **same('conv1.weight', 'conv_h.weight', 'conv_w.weight'),
-                'bn1.weight': 'norm.weight',
-                'bn1.bias': 'norm.bias',
-            },
-            rd_channels=8,
-        ),
-    ),
-    (
-        'scoord',
-        'timm',
-        timm_module('scoord', same(*(f'{part}.{k}' for part in ('fc1', 'fc_h', 'fc_w') for k in ('weight', 'bias')))),
-    ),
-    (
-        'ela',
-        'timm',
-        timm_module(
-            'ela',
-            same('conv_h.weight', 'conv_w.weight', *(f'norm_{a}.{k}' for a in 'hw' for k in ('weight', 'bias'))),
-            act_layer=nn.Identity,
-            norm_layer=lambda channels, **_: ela_norm(channels),
-        ),
-    ),
+    ('coord', 'timm', timm_module('coord', coord_names, rd_channels=8)),
+    ('scoord', 'timm', timm_module('scoord', scoord_names)),
+    ('ela', 'timm', ela_reference(16)),
     ('strip', 'timm', timm_module('strip', same('conv_h.weight', 'conv_w.weight'))),
     ('bam', 'formula', bam),
     ('scse', 'formula', scse),
@@ -371,6 +349,35 @@ CASES: list[tuple[str, str, Reference]] = [
     ('ge_theta', 'formula', gather_excite),
     ('ge_plus', 'formula', gather_excite),
 ]
+# The same with other options than the defaults. A formula reads most sizes from the weights.
+WITH_OPTIONS: list[tuple[str, Reference]] = [
+    ('se(reduction=4)', timm_module('se', mlp, bias=False, rd_channels=C // 4)),
+    ('eca(gamma=1, beta=4)', timm_module('eca', eca_names, gamma=1, beta=4)),
+    ('eca(kernel_size=7)', timm_module('eca', eca_names, gamma=1)),
+    ('ecam(reduction=2, gamma=1, beta=4)', timm_module('ecam', ecam_names, rd_ratio=1 / 2, gamma=1, beta=4)),
+    ('ecam(kernel_size=7)', timm_module('ecam', ecam_names, gamma=1)),
+    ('ceca(gamma=1, beta=4)', timm_module('ceca', eca_names, gamma=1, beta=4)),
+    ('ceca(kernel_size=7)', timm_module('ceca', eca_names, gamma=1)),
+    ('cbam(reduction=8, kernel_size=3)', timm_module('cbam', cbam_names(), rd_ratio=1 / 8, spatial_kernel_size=3)),
+    ('lcbam(reduction=2, kernel_size=5)', timm_module('lcbam', cbam_names(), rd_ratio=1 / 2, spatial_kernel_size=5)),
+    ('gc(reduction=8)', timm_module('gc', gc_names('scale'))),
+    ('gca(reduction=4)', timm_module('gca', gc_names('add'), rd_ratio=1 / 4)),
+    ('ge(extent=2)', timm_module('ge', {}, extent=2, use_mlp=False)),
+    ('ge_theta(extent=4)', partial(gather_excite, convs=(0, 3))),
+    ('ge_plus(extent=2, reduction=4)', partial(gather_excite, convs=(0,))),
+    ('coord(reduction=2)', timm_module('coord', coord_names, rd_channels=16)),
+    ('scoord(reduction=2)', timm_module('scoord', scoord_names, rd_channels=16)),
+    ('ela(kernel_size=5, groups=4)', ela_reference(4, kernel_size=5)),
+    ('strip(kernel_size=5)', timm_module('strip', same('conv_h.weight', 'conv_w.weight'), kernel_size=5)),
+    ('bam(reduction=8, dilation=2)', partial(bam, d=2)),
+    ('scse(reduction=4)', scse),
+    ('fca(frequencies=4, reduction=2)', partial(fca, frequencies=4)),
+    ('gsop(rd_channels=8)', gsop),
+    ('sge(groups=4)', partial(sge, groups=4)),
+    ('ema(groups=8)', partial(ema, groups=8)),
+    ('simam(e_lambda=0.1)', partial(simam, e_lambda=0.1)),
+    ('triplet(kernel_size=3)', partial(triplet, k=3)),
+]
 
 
 def drawn(module: nn.Module) -> nn.Module:
@@ -382,9 +389,7 @@ def drawn(module: nn.Module) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize(('name', 'source', 'reference'), CASES, ids=[f'{c[0]}-{c[1]}' for c in CASES])
-@pytest.mark.parametrize('size', [(16, 24), (9, 5)], ids=str)
-def test_equals_an_independent_reference(name, source, reference, size):
+def assert_equals_its_reference(name, reference, size):
     block = drawn(create_block(name, C).double().train())
     x = torch.randn(4, C, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     results = []
@@ -394,11 +399,26 @@ def test_equals_an_independent_reference(name, source, reference, size):
         y.backward(torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
         results.append((y.detach(), leaf.grad))
     assert not torch.allclose(results[0][0], x)
-    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9, msg=lambda text: f'{name}: {text}')
+
+
+@pytest.mark.parametrize(('name', 'source', 'reference'), CASES, ids=[f'{c[0]}-{c[1]}' for c in CASES])
+@pytest.mark.parametrize('size', [(16, 24), (9, 5)], ids=str)
+def test_equals_an_independent_reference(name, source, reference, size):
+    assert_equals_its_reference(name, reference, size)
+
+
+def test_equals_an_independent_reference_with_options(one_thread):
+    for name, reference in WITH_OPTIONS:
+        assert_equals_its_reference(name, reference, (9, 12))
 
 
 def test_every_known_block_has_a_reference():
     assert {case[0] for case in CASES} == set(list_blocks()) - {'sase'}  # SASE: test_golden.py
+    told = [parse_name(name) for name, _ in WITH_OPTIONS]
+    for name, build in BLOCKS.items():
+        given = {option for other, options in told for option in options if other == name}
+        assert name == 'sase' or given == set(options_of(build)), name
 
 
 def test_fca_of_a_large_map():
@@ -454,7 +474,7 @@ def test_graph_and_docstring(name):
         reached |= {edge.target for edge in graph.edges if edge.source in reached}
     assert reached == set(graph.nodes)
     for edge in graph.edges:
-        assert edge.set_name is None or edge.label in EXTENDED_SETS[edge.set_name]
+        assert edge.set_name is None or parse_name(edge.label)[0] in EXTENDED_SETS[edge.set_name]
     first = BLOCKS[name].__doc__.strip().split('\n')[0]
     assert 'arXiv' in first or 'no paper' in BLOCKS[name].__doc__ or name in ('simam', 'sase', 'strip'), first
 
@@ -462,7 +482,7 @@ def test_graph_and_docstring(name):
 @pytest.mark.parametrize('extent', [0, 1, 3, 6, True, '8'])
 def test_wrong_extent(extent):
     with pytest.raises(ValueError, match='power of 2'):
-        GatherExcite(8, extent)
+        GatherExcite(8, extent=extent)
 
 
 WRONG_COMPOSITIONS = [
@@ -473,6 +493,9 @@ WRONG_COMPOSITIONS = [
     (lambda: SpatialAttention(8, ('avg', 'max'), 'conv7x7'), "excite='conv_norm', got 'conv7x7'"),
     (lambda: ParallelAttention(8, ('avg', 'affine'), ('avg', 'norm'), joint=True), 'joint=True sums values'),
     (lambda: ParallelAttention(8, ('avg', 'mlp'), ('avg', 'mlp')), "'mlp' is not a spatial excite"),
+    (lambda: SpatialAttention(8, 'avg', 'conv7x7_norm'), "'conv7x7_norm' is now 'conv_norm'"),
+    (lambda: ChannelAttention(8, 'avg', 'mlp_half'), r"'mlp_half' is now 'mlp\(reduction=2\)'"),
+    (lambda: ChannelAttention(8, 'avg', 'mlp(rd=2)'), "mlp has no option 'rd'; it has reduction"),
 ]
 
 

@@ -8,7 +8,7 @@ from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Edge, Graph
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
-from .named import BLOCKS, block_graph, create_block, list_blocks, resolve_block
+from .named import BLOCKS, block_graph, block_name, create_block, list_blocks, resolve_block
 from .pruning import keep_channels
 from .simam import SimAM
 from .strip import CoordinateAttention, EfficientLocalAttention, SimpleCoordinateAttention, StripAttention
@@ -37,6 +37,7 @@ __all__ = [
     'StripAttention',
     'TripletAttention',
     'block_graph',
+    'block_name',
     'compile_blocks',
     'create_block',
     'keep_channels',

@@ -14,6 +14,7 @@ convolution is two weights that start at 1/2. All of it is plain torch, and a co
 passes over x. The authors' state dicts map one to one onto this module (``convert.py``).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -136,6 +137,15 @@ class SASE(AttentionBlock):
     In the paper it is in every bottleneck of ResNet-50/101, after the third batch norm and before the shortcut is
     added. It fits timm's ``attn_layer=``. Shape: (B, C, H, W) -> (B, C, H, W).
 
+    Args:
+        channels: C, at least 1.
+        feat_size: ignored; all blocks accept it.
+        reduction: of ``mlp``, from 1 to C (to 16 for fewer channels).
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: bad channels or reduction; in ``forward`` another rank or number of channels.
+
     Examples:
         >>> SASE(64)(torch.randn(2, 64, 28, 28)).shape
         torch.Size([2, 64, 28, 28])
@@ -146,10 +156,13 @@ class SASE(AttentionBlock):
         channels: int,
         feat_size: int | tuple[int, int] | None = None,
         *,
+        reduction: int = 16,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(channels, SASE_GENOTYPE, feat_size, device=device, dtype=dtype)
+        genotype = replace(SASE_GENOTYPE, channel_excite=f'mlp(reduction={reduction!r})')
+        super().__init__(channels, genotype, feat_size, device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
-        return f'{self.current_channels() or self.channels}'
+        channels = self.current_channels() or self.channels
+        return f'{channels}' if self.genotype == SASE_GENOTYPE else f'{channels}, {self.genotype.channel_excite!r}'

@@ -44,7 +44,8 @@ def fade_product(a: Tensor, b: Tensor, alpha: Tensor | None) -> Tensor:
 class AttentionModule(nn.Module, ABC):
     """Base of the blocks. Shape: (B, C, H, W) -> (B, C, H, W), any H and W. Keeps dtype and memory format.
 
-    A subclass is ``Block(channels, ..., feat_size=None, *, device=None, dtype=None)`` and defines ``gate``.
+    A subclass is ``Block(channels, ..., feat_size=None, *, device=None, dtype=None)`` and defines ``gate``. The
+    options of a named block are its other keyword-only arguments.
 
     Raises:
         ValueError: bad channels; in ``forward`` another rank or number of channels.

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_exporting
 
+from sase_blocks.checks import check_reduction
 from sase_blocks.ops import BatchNorm2d, Conv2d
 from sase_blocks.ops.primitive import turn_positive_
 
@@ -36,13 +37,15 @@ class GatherExcite(AttentionModule):
             supported, because its parametric form needs a kernel of the size of the map.
         parameters: False: average pooling over (2e - 1) x (2e - 1) positions, GE-theta-minus. True: log2(e) depthwise
             3x3 convolutions of stride 2 with batch norm, ReLU between them, GE-theta.
-        mlp: 1x1 convolutions C -> max(1, C // 16) -> C with ReLU before the interpolation; with ``parameters`` this is
-            GE-theta-plus.
+        mlp: 1x1 convolutions C -> max(1, C // reduction) -> C with ReLU before the interpolation; with ``parameters``
+            this is GE-theta-plus.
+        reduction: of the MLP, from 1 to C (to 16 for fewer channels).
         feat_size: ignored; all blocks accept it.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: bad channels, or extent not a power of 2; in ``forward`` another rank or number of channels.
+        ValueError: bad channels or reduction, or extent not a power of 2; in ``forward`` another rank or number of
+            channels.
     """
 
     per_channel: ClassVar[dict[str, int]] = {'gather': 0, 'excite.0': 1, 'excite.2': 0}
@@ -50,17 +53,18 @@ class GatherExcite(AttentionModule):
     def __init__(
         self,
         channels: int,
+        feat_size: Any = None,
+        *,
         extent: int = 8,
         parameters: bool = False,
         mlp: bool = False,
-        feat_size: Any = None,
-        *,
+        reduction: int = 16,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__(channels)
         if isinstance(extent, bool) or not isinstance(extent, int) or extent < 2 or extent & (extent - 1):
-            raise ValueError(f'extent must be a power of 2 from 2 on, got {extent!r}')
+            raise ValueError(f'{type(self).__name__} needs extent to be a power of 2 from 2 on, got {extent!r}')
         kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.extent = extent
         gather: list[nn.Module] = []
@@ -72,7 +76,7 @@ class GatherExcite(AttentionModule):
         if not parameters:
             gather = [nn.AvgPool2d(2 * extent - 1, extent, extent - 1, count_include_pad=False)]
         self.gather = nn.Sequential(*gather)
-        hidden = max(1, channels // 16)
+        hidden = max(1, channels // check_reduction(reduction, channels, type(self).__name__))
         self.excite = (
             nn.Sequential(Conv2d(channels, hidden, 1, **kwargs), nn.ReLU(), Conv2d(hidden, channels, 1, **kwargs))
             if mlp

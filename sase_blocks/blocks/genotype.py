@@ -7,9 +7,10 @@ import random as _random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from sase_blocks.ops import EXTENDED_SETS, SETS, primitive_name
+from sase_blocks.ops import EXTENDED_SETS, SETS, primitive_name, primitive_names
+from sase_blocks.ops.options import parse_name, split_names
 from sase_blocks.reading import parse_json, quoted, read_text
 
 
@@ -17,15 +18,16 @@ def split_stages(text: str) -> list[str]:
     """The blocks in a text: one, or one for each stage with semicolons between them, or those in a .json file."""
     if text.endswith('.json'):
         return [str(genotype) for genotype in Genotype.read(text)]
-    return [part.strip() for part in text.split(';')]
+    return split_names(text, ';')
 
 
 @dataclass(frozen=True)
 class Genotype:
     """Six named operations, one per edge of the block, in the paper's edge order.
 
-    Each argument is a primitive's name or the paper's key, and is stored as the name. The paper chooses from
-    ``ops.SETS``, with 7 operations per set. The larger ``ops.EXTENDED_SETS`` also work.
+    Each argument is a primitive's name or the paper's key, maybe with options, and is stored as the name in its
+    canonical text: ``mlp(reduction=4)``. The paper chooses from ``ops.SETS``, with 7 operations per set, and their
+    defaults. The larger ``ops.EXTENDED_SETS`` also work.
 
     Args:
         channel_squeeze: edge 0, x -> q, from the channel squeezes.
@@ -36,7 +38,7 @@ class Genotype:
         spatial_excite: edge 5, s -> a, the spatial attention, from the spatial excitations.
 
     Raises:
-        ValueError: an unknown name. The message lists the valid ones and suggests the nearest.
+        ValueError: an unknown name or option. The message lists the valid ones and suggests the nearest name.
 
     Examples:
         >>> g = Genotype.parse('avg_max,mlp,affine,p_norm,avg,conv3x3_x2')
@@ -44,6 +46,8 @@ class Genotype:
         'p_norm'
         >>> Genotype.parse(g.to_json()) == Genotype.parse(str(g)) == g
         True
+        >>> str(g.with_options(reduction=4))
+        'avg_max,mlp(reduction=4),affine,p_norm,avg,conv3x3_x2'
     """
 
     channel_squeeze: str
@@ -73,6 +77,15 @@ class Genotype:
     def __str__(self) -> str:
         return ','.join(astuple(self))
 
+    def with_options(self, **options: Any) -> Genotype:
+        """The genotype with each option given to the one operation that has it.
+
+        Raises:
+            TypeError: an option that no operation has, that several have, or that the genotype already gives.
+            ValueError: a value that is no literal.
+        """
+        return Genotype(*primitive_names(list(zip(self.SET_OF.values(), astuple(self), strict=True)), **options))
+
     @classmethod
     def of(cls, names: Sequence[str]) -> Genotype:
         """From six names (or paper keys) in edge order. Raises ValueError for any other number."""
@@ -88,7 +101,7 @@ class Genotype:
 
     @classmethod
     def parse(cls, text: str) -> Genotype:
-        """From the text form (six comma-separated names or paper keys) or from JSON.
+        """From the text form (six comma-separated names or paper keys, maybe with options) or from JSON.
 
         Raises:
             ValueError: not six names, an unknown name, JSON that is not an object of the six edges, or genotypes for
@@ -96,9 +109,9 @@ class Genotype:
         """
         if text.lstrip().startswith(('{', '[')):
             return cls.from_json(text)
-        if ';' in text:
-            raise ValueError(f'expected one genotype, got {text.count(";") + 1}, one for each stage: {quoted(text)}')
-        return cls.of([name.strip() for name in text.split(',')])
+        if (stages := len(split_names(text, ';'))) > 1:
+            raise ValueError(f'expected one genotype, got {stages}, one for each stage: {quoted(text)}')
+        return cls.of(split_names(text))
 
     @classmethod
     def parse_stages(cls, text: str) -> list[Genotype]:
@@ -145,7 +158,10 @@ class Genotype:
 
     def to_paper(self) -> tuple[str, ...]:
         """The authors' six keys in edge order. Raises ValueError if an operation is not one of the paper's."""
-        keys = {edge: EXTENDED_SETS[s][getattr(self, edge)].paper_key for edge, s in self.SET_OF.items()}
+        keys = {
+            edge: None if (found := parse_name(getattr(self, edge)))[1] else EXTENDED_SETS[s][found[0]].paper_key
+            for edge, s in self.SET_OF.items()
+        }
         strangers = [f'{edge}={getattr(self, edge)!r}' for edge, key in keys.items() if key is None]
         if strangers:
             raise ValueError(f'the paper has no operation for {", ".join(strangers)}; its sets are ops.SETS')
@@ -157,8 +173,8 @@ class Genotype:
 
         Args:
             seed: random seed; None for a different genotype each time.
-            sets: the names to choose from in each of the four sets. Default: the paper's 117,649 genotypes;
-                ``ops.EXTENDED_SETS`` is the larger space.
+            sets: the names to choose from in each of the four sets, maybe with options. Default: the paper's 117,649
+                genotypes; ``ops.EXTENDED_SETS`` is the larger space.
         """
         rng = _random.Random(seed)
         return cls(*(rng.choice(list(sets[s])) for s in cls.SET_OF.values()))

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sase_blocks.checks import check_groups
 from sase_blocks.numerics import narrow, safe_sqrt, widen
 from sase_blocks.ops import Conv2d
 
@@ -16,7 +17,7 @@ GROUPS = 'G x H x W'
 
 
 @torch.fx.wrap
-def check_groups(x: Tensor, multiple: int) -> None:
+def check_multiple(x: Tensor, multiple: int) -> None:
     """Raise unless the channels of ``x`` are a multiple of ``multiple``."""
     if x.shape[1] % multiple != 0:
         raise ValueError(
@@ -38,15 +39,32 @@ def group_similarity(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: 
 class SpatialGroupEnhance(AttentionModule):
     """Spatial group-wise enhance (arXiv 1905.09646, section 3): y = x * sigmoid(a), one gate per group and position.
 
-    It has 64 groups, the paper's choice for ResNets, or the greatest common divisor with 64 at other widths. The scale
-    starts at 0 and the shift at 1, as in the authors' code.
+    The scale starts at 0 and the shift at 1, as in the authors' code.
+
+    Args:
+        channels: C, at least 1.
+        groups: G, a divisor of C. Default: 64, the paper's choice for ResNets, or the greatest common divisor of C and
+            64.
+        feat_size: ignored; all blocks accept it.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: bad channels or groups; in ``forward`` another rank or number of channels.
     """
 
     per_channel: ClassVar[dict[str, int]] = {'weight': 0, 'bias': 0}
 
-    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        feat_size: Any = None,
+        *,
+        groups: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
         super().__init__(channels)
-        groups = math.gcd(channels, 64)
+        groups = math.gcd(channels, 64) if groups is None else check_groups(groups, channels, type(self).__name__)
         self.weight = nn.Parameter(torch.empty(groups, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(groups, device=device, dtype=dtype))
         self.eps = 1e-5
@@ -58,7 +76,7 @@ class SpatialGroupEnhance(AttentionModule):
 
     def gate(self, x: Tensor) -> Tensor:
         groups = self.weight.shape[0]
-        check_groups(x, groups)
+        check_multiple(x, groups)
         a = torch.sigmoid(group_similarity(x, groups, self.weight, self.bias, self.eps))
         return a.repeat_interleave(x.shape[1] // groups, 1)
 
@@ -89,14 +107,31 @@ class EfficientMultiScaleAttention(AttentionModule):
 
     All G groups of C / G channels share their weights. Each has a strip branch u = norm(x * sigmoid(F(h)) *
     sigmoid(F(w))) with a shared 1x1 convolution F, and v = 3x3 convolution of x. Then s_1 = softmax(avg(u)) . v and s_2
-    = softmax(avg(v)) . u. It has 32 groups, the default of the authors' code, or the greatest common divisor with 32 at
-    other widths.
+    = softmax(avg(v)) . u.
+
+    Args:
+        channels: C, at least 1.
+        groups: G, a divisor of C. Default: 32 as in the authors' code, or the greatest common divisor of C and 32.
+        feat_size: ignored; all blocks accept it.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: bad channels or groups; in ``forward`` another rank or number of channels.
     """
 
-    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        feat_size: Any = None,
+        *,
+        groups: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
         super().__init__(channels)
         kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
-        width = channels // math.gcd(channels, 32)
+        groups = math.gcd(channels, 32) if groups is None else check_groups(groups, channels, type(self).__name__)
+        width = channels // groups
         self.conv1x1 = nn.Conv1d(width, width, 1, **kwargs)
         self.conv3x3 = Conv2d(width, width, 3, padding=1, **kwargs)
         self.norm_weight = nn.Parameter(torch.empty(width, **kwargs))
@@ -112,7 +147,7 @@ class EfficientMultiScaleAttention(AttentionModule):
     def gate(self, x: Tensor) -> Tensor:
         b, channels, height, width = x.shape
         size = self.conv3x3.weight.shape[1]
-        check_groups(x, size)
+        check_multiple(x, size)
         groups = channels // size
         x = x.reshape(b * groups, size, height, width)
         strips = torch.sigmoid(self.conv1x1(torch.cat([x.mean(3), x.mean(2)], 2)))

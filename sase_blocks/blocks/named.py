@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from sase_blocks.ops.options import add_options, format_name, parse_name, split_names
 from sase_blocks.reading import quoted, shorten
 
 from .attention import SASE, AttentionBlock
@@ -23,9 +24,9 @@ from .strip import CoordinateAttention, EfficientLocalAttention, SimpleCoordinat
 from .triplet import TripletAttention
 
 
-def se(channels: int, **kwargs: Any) -> nn.Module:
-    """Squeeze-and-Excitation (arXiv 1709.01507, eq. 2 to 4), reduction 16, without biases as in its ResNets."""
-    return ChannelAttention(channels, 'avg', 'mlp', **kwargs)
+def se(channels: int, *, reduction: int = 16, **kwargs: Any) -> nn.Module:
+    """Squeeze-and-Excitation (arXiv 1709.01507, eq. 2 to 4), without biases as in its ResNets."""
+    return ChannelAttention(channels, 'avg', 'mlp', reduction=reduction, **kwargs)
 
 
 def ese(channels: int, **kwargs: Any) -> nn.Module:
@@ -33,70 +34,83 @@ def ese(channels: int, **kwargs: Any) -> nn.Module:
     return ChannelAttention(channels, 'avg', 'fc', **kwargs)
 
 
-def eca(channels: int, **kwargs: Any) -> nn.Module:
+def eca(channels: int, *, kernel_size: int | None = None, gamma: int = 2, beta: int = 1, **kwargs: Any) -> nn.Module:
     """Efficient channel attention (arXiv 1910.03151, section 3)."""
-    return ChannelAttention(channels, 'avg', 'conv_eca', **kwargs)
+    options: dict[str, Any] = {'kernel_size': kernel_size, 'gamma': gamma, 'beta': beta}
+    return ChannelAttention(channels, 'avg', 'conv_eca', **options, **kwargs)
 
 
-def ecam(channels: int, **kwargs: Any) -> nn.Module:
+def ecam(
+    channels: int,
+    *,
+    reduction: int = 8,
+    kernel_size: int | None = None,
+    gamma: int = 2,
+    beta: int = 1,
+    **kwargs: Any,
+) -> nn.Module:
     """Efficient channel attention with hidden maps, an experiment of timm in no paper."""
-    return ChannelAttention(channels, 'avg', 'conv_mlp', **kwargs)
+    options: dict[str, Any] = {'reduction': reduction, 'kernel_size': kernel_size, 'gamma': gamma, 'beta': beta}
+    return ChannelAttention(channels, 'avg', 'conv_mlp', **options, **kwargs)
 
 
-def ceca(channels: int, **kwargs: Any) -> nn.Module:
+def ceca(channels: int, *, kernel_size: int | None = None, gamma: int = 2, beta: int = 1, **kwargs: Any) -> nn.Module:
     """Circular efficient channel attention, timm's variant of ECA (arXiv 1910.03151) in no paper."""
-    return ChannelAttention(channels, 'avg', 'conv_circular', **kwargs)
+    options: dict[str, Any] = {'kernel_size': kernel_size, 'gamma': gamma, 'beta': beta}
+    return ChannelAttention(channels, 'avg', 'conv_circular', **options, **kwargs)
 
 
-def cbam(channels: int, **kwargs: Any) -> nn.Module:
+def cbam(channels: int, *, reduction: int = 16, kernel_size: int = 7, **kwargs: Any) -> nn.Module:
     """Convolutional block attention module (arXiv 1807.06521, eq. 1 to 3), with the authors' batch norm."""
     return SequentialAttention(
-        ChannelAttention(channels, ('avg', 'max'), 'mlp', **kwargs),
-        SpatialAttention(channels, ('avg', 'max'), 'conv_norm', **kwargs),
+        ChannelAttention(channels, ('avg', 'max'), 'mlp', reduction=reduction, **kwargs),
+        SpatialAttention(channels, ('avg', 'max'), 'conv_norm', kernel_size=kernel_size, **kwargs),
     )
 
 
-def lcbam(channels: int, **kwargs: Any) -> nn.Module:
+def lcbam(channels: int, *, reduction: int = 16, kernel_size: int = 7, **kwargs: Any) -> nn.Module:
     """Light CBAM, timm's variant (of arXiv 1807.06521): mean and maximum are averaged before anything else."""
     return SequentialAttention(
-        ChannelAttention(channels, 'avg_plus_max', 'mlp', **kwargs),
-        SpatialAttention(channels, 'avg_plus_max', 'conv_norm', **kwargs),
+        ChannelAttention(channels, 'avg_plus_max', 'mlp', reduction=reduction, **kwargs),
+        SpatialAttention(channels, 'avg_plus_max', 'conv_norm', kernel_size=kernel_size, **kwargs),
     )
 
 
-def bam(channels: int, **kwargs: Any) -> nn.Module:
+def bam(channels: int, *, reduction: int = 16, dilation: int = 4, **kwargs: Any) -> nn.Module:
     """Bottleneck attention module (arXiv 1807.06514, eq. 1 to 4)."""
-    return ParallelAttention(channels, ('avg', 'mlp_batch_norm'), ('dilated', 'norm'), joint=True, **kwargs)
+    channel = 'avg', f'mlp_batch_norm(reduction={reduction!r})'
+    spatial = f'dilated(reduction={reduction!r}, dilation={dilation!r})', 'norm'
+    return ParallelAttention(channels, channel, spatial, joint=True, **kwargs)
 
 
-def scse(channels: int, **kwargs: Any) -> nn.Module:
+def scse(channels: int, *, reduction: int = 2, **kwargs: Any) -> nn.Module:
     """Concurrent spatial and channel SE (arXiv 1803.02579, section 2), the two results added."""
-    return ParallelAttention(channels, ('avg', 'mlp(reduction=2)'), ('project', 'identity'), **kwargs)
+    return ParallelAttention(channels, ('avg', 'mlp'), ('project', 'identity'), reduction=reduction, **kwargs)
 
 
-def gc(channels: int, **kwargs: Any) -> nn.Module:
+def gc(channels: int, *, reduction: int = 16, **kwargs: Any) -> nn.Module:
     """Global context block (arXiv 1904.11492, section 3.3) that scales x, as in timm."""
-    return ChannelAttention(channels, 'attention', 'mlp_norm', **kwargs)
+    return ChannelAttention(channels, 'attention', 'mlp_norm', reduction=reduction, **kwargs)
 
 
-def gca(channels: int, **kwargs: Any) -> nn.Module:
+def gca(channels: int, *, reduction: int = 16, **kwargs: Any) -> nn.Module:
     """Global context block (arXiv 1904.11492, section 3.3) that adds to x, as in the paper."""
-    return ChannelAttention(channels, 'attention', 'mlp_norm', add=True, **kwargs)
+    return ChannelAttention(channels, 'attention', 'mlp_norm', add=True, reduction=reduction, **kwargs)
 
 
-def ge(channels: int, **kwargs: Any) -> nn.Module:
-    """Gather-Excite without parameters (arXiv 1810.12348, GE-theta-minus), extent 8."""
-    return GatherExcite(channels, **kwargs)
+def ge(channels: int, *, extent: int = 8, **kwargs: Any) -> nn.Module:
+    """Gather-Excite without parameters (arXiv 1810.12348, GE-theta-minus)."""
+    return GatherExcite(channels, extent=extent, **kwargs)
 
 
-def ge_theta(channels: int, **kwargs: Any) -> nn.Module:
-    """Gather-Excite with a learned gather (arXiv 1810.12348, GE-theta), extent 8."""
-    return GatherExcite(channels, parameters=True, **kwargs)
+def ge_theta(channels: int, *, extent: int = 8, **kwargs: Any) -> nn.Module:
+    """Gather-Excite with a learned gather (arXiv 1810.12348, GE-theta)."""
+    return GatherExcite(channels, extent=extent, parameters=True, **kwargs)
 
 
-def ge_plus(channels: int, **kwargs: Any) -> nn.Module:
-    """Gather-Excite with a learned gather and excite (arXiv 1810.12348, GE-theta-plus), extent 8."""
-    return GatherExcite(channels, parameters=True, mlp=True, **kwargs)
+def ge_plus(channels: int, *, extent: int = 8, reduction: int = 16, **kwargs: Any) -> nn.Module:
+    """Gather-Excite with a learned gather and excite (arXiv 1810.12348, GE-theta-plus)."""
+    return GatherExcite(channels, extent=extent, parameters=True, mlp=True, reduction=reduction, **kwargs)
 
 
 def srm(channels: int, **kwargs: Any) -> nn.Module:
@@ -109,14 +123,14 @@ def gct(channels: int, **kwargs: Any) -> nn.Module:
     return ChannelAttention(channels, 'l2', 'norm_tanh', **kwargs)
 
 
-def fca(channels: int, **kwargs: Any) -> nn.Module:
-    """Frequency channel attention, FcaNet (arXiv 2012.11879, section 3), with its sixteen best frequencies."""
-    return ChannelAttention(channels, 'dct', 'mlp', **kwargs)
+def fca(channels: int, *, frequencies: int = 16, reduction: int = 16, **kwargs: Any) -> nn.Module:
+    """Frequency channel attention, FcaNet (arXiv 2012.11879, section 3), with its best frequencies."""
+    return ChannelAttention(channels, 'dct', 'mlp', frequencies=frequencies, reduction=reduction, **kwargs)
 
 
-def gsop(channels: int, **kwargs: Any) -> nn.Module:
+def gsop(channels: int, *, rd_channels: int = 128, **kwargs: Any) -> nn.Module:
     """Global second-order pooling along the channels, GSoP-Net (arXiv 1811.12006, section 3)."""
-    return ChannelAttention(channels, 'gsop', 'identity', **kwargs)
+    return ChannelAttention(channels, 'gsop', 'identity', rd_channels=rd_channels, **kwargs)
 
 
 # The builder of each block, in the documentation's order. The first line of its docstring names the paper.
@@ -162,44 +176,73 @@ def create_block(block: str | Genotype, channels: int, *, act_layer: Any = None,
     ``functools.partial(create_block, 'cbam')`` fits ``attn_layer=`` or ``se_layer=`` of every timm model with a slot.
 
     Args:
-        block: a name from ``list_blocks()``, a ``Genotype``, a genotype's text or JSON, or a search's .json file.
+        block: a name from ``list_blocks()``, maybe with options (``'cbam(reduction=8, kernel_size=3)'``), a
+            ``Genotype``, a genotype's text or JSON, or a search's .json file.
         channels: C, at least 1.
         act_layer: ignored. Some timm models pass their activation to the attention, but a block uses its paper's.
-        **kwargs: ``feat_size``, ``device``, ``dtype``.
+        **kwargs: ``feat_size``, ``device``, ``dtype``, and the block's options, ``reduction=8``. Those of a genotype go
+            to the one primitive that has them.
 
     Raises:
-        ValueError: an unknown name or a bad genotype. The message lists the valid ones.
+        ValueError: an unknown name, a bad genotype, or an option with a bad name in a text or a bad value. The message
+            lists the valid ones.
+        TypeError: an argument that the block does not have. The message lists its options.
 
     Examples:
-        >>> create_block('se', 64)  # doctest: +ELLIPSIS
+        >>> create_block('se', 64, reduction=4)  # doctest: +ELLIPSIS
         ChannelAttention(...
     """
-    return resolve_block(block)(channels, **kwargs)
+    options = {key: kwargs.pop(key) for key in list(kwargs) if key not in ('feat_size', 'device', 'dtype')}
+    return resolve_block(block_name(block, **options))(channels, **kwargs)
+
+
+def block_name(block: str | Genotype, **options: Any) -> str:
+    """The canonical text of what ``create_block`` takes: a name with options, or a genotype. Raises the same errors.
+
+    Examples:
+        >>> block_name('cbam(kernel_size=3, reduction=16)'), block_name('se', reduction=4)
+        ('cbam(kernel_size=3)', 'se(reduction=4)')
+    """
+    found = _read_block(block)
+    if isinstance(found, Genotype):
+        return str(found.with_options(**options))
+    name, given = found
+    return add_options([(format_name(name, BLOCKS[name], given), BLOCKS[name])], options)[0]
 
 
 def resolve_block(block: str | Genotype) -> Callable[..., nn.Module]:
     """The builder that ``create_block`` would use, as a callable of channels. Raises the same errors."""
-    if isinstance(block, str) and block in BLOCKS:
-        return BLOCKS[block]
-    if isinstance(block, str):
-        stages = split_stages(block)
-        if len(stages) > 1:
-            raise ValueError(
-                f'{shorten(block)} holds {len(stages)} genotypes, one for each stage; genotype= of our models takes '
-                f'all of them, but here pass one: {shorten("; ".join(stages), 500)}'
-            )
-        block = stages[0]
-        if ',' not in block and not block.lstrip().startswith(('{', '[')):
-            near = difflib.get_close_matches(block, BLOCKS, n=1, cutoff=0.4)
-            hint = f" Did you mean '{near[0]}'?" if near else ''
-            raise ValueError(
-                f'unknown attention block {quoted(block)}.{hint} Blocks: {", ".join(BLOCKS)}; or give a genotype, '
-                f"six names with commas between such as '{SASE_GENOTYPE}'"
-            )
-        block = Genotype.parse(block)
-    if not isinstance(block, Genotype):
+    found = _read_block(block_name(block))
+    if isinstance(found, Genotype):
+        return partial(AttentionBlock, genotype=found)
+    name, options = found
+    return partial(BLOCKS[name], **options) if options else BLOCKS[name]
+
+
+def _read_block(block: str | Genotype) -> Genotype | tuple[str, dict[str, Any]]:
+    """A genotype, or the name of a block and its options, which may be wrong."""
+    if isinstance(block, Genotype):
+        return block
+    if not isinstance(block, str):
         raise TypeError(f'expected a block name, a Genotype or its text, got {quoted(block)}')
-    return partial(AttentionBlock, genotype=block)
+    stages = split_stages(block)
+    if len(stages) > 1:
+        raise ValueError(
+            f'{shorten(block)} holds {len(stages)} genotypes, one for each stage; genotype= of our models takes all of '
+            f'them, but here pass one: {shorten("; ".join(stages), 500)}'
+        )
+    text = stages[0]
+    if text.startswith(('{', '[')) or len(split_names(text)) > 1:
+        return Genotype.parse(text)
+    name, options = parse_name(text)
+    if name not in BLOCKS:
+        near = difflib.get_close_matches(name, BLOCKS, n=1, cutoff=0.4)
+        hint = f" Did you mean '{near[0]}'?" if near else ''
+        raise ValueError(
+            f'unknown attention block {quoted(text)}.{hint} Blocks: {", ".join(BLOCKS)}; or give a genotype, six names '
+            f"with commas between such as '{SASE_GENOTYPE}'"
+        )
+    return name, options
 
 
 def block_graph(block: str | Genotype | nn.Module) -> Graph:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.layers import make_divisible
 from torch import Tensor, nn
 
+from sase_blocks.checks import check_groups, check_kernel_size, check_reduction
 from sase_blocks.ops import BatchNorm2d, GroupNorm, Linear
 
 from .base import AttentionModule, fade_product
@@ -57,15 +58,26 @@ class _RowsTimesColumns(AttentionModule):
 class CoordinateAttention(_RowsTimesColumns):
     """Coordinate attention (arXiv 2103.02907, eq. 4 to 9): y = x * sigmoid(F_h(f_h)) * sigmoid(F_w(f_w)).
 
-    f = hardswish(norm(F_1([h; w]))) has max(8, C // 32) channels and is split again. There are no biases.
+    f = hardswish(norm(F_1([h; w]))) has max(8, C // reduction) channels and is split again. There are no biases.
+
+    Args:
+        channels: C, at least 1.
+        reduction: r of eq. 6, from 1 to C (to 32 for fewer channels).
+        feat_size: ignored; all blocks accept it.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: bad channels or reduction; in ``forward`` another rank or number of channels.
     """
 
     per_channel: ClassVar[dict[str, int]] = {'conv1': 1, 'conv_h': 0, 'conv_w': 0}
 
-    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, channels: int, feat_size: Any = None, *, reduction: int = 32, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__(channels)
         kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
-        hidden = max(8, channels // 32)
+        hidden = max(8, channels // check_reduction(reduction, channels, type(self).__name__, 32))
         self.conv1 = nn.Conv1d(channels, hidden, 1, bias=False, **kwargs)
         self.norm = BatchNorm2d(hidden, **kwargs)
         self.conv_h = nn.Conv1d(hidden, channels, 1, bias=False, **kwargs)
@@ -87,14 +99,25 @@ class CoordinateAttention(_RowsTimesColumns):
 class SimpleCoordinateAttention(AttentionModule):
     """timm's simple coordinate attention: linear layers, SiLU, no norm, y = x * sigmoid(a_h + a_w). In no paper.
 
-    The hidden width is C / 6, rounded to a multiple of 8.
+    Args:
+        channels: C, at least 1.
+        reduction: the hidden width is C / reduction, rounded to a multiple of 8; from 1 to C (to 16 for fewer
+            channels).
+        feat_size: ignored; all blocks accept it.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: bad channels or reduction; in ``forward`` another rank or number of channels.
     """
 
     per_channel: ClassVar[dict[str, int]] = {'fc1': 1, 'fc_h': 0, 'fc_w': 0}
 
-    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, channels: int, feat_size: Any = None, *, reduction: int = 6, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__(channels)
-        hidden = make_divisible(channels / 6, 8, round_limit=0.0)
+        reduction = check_reduction(reduction, channels, type(self).__name__)
+        hidden = make_divisible(channels / reduction, 8, round_limit=0.0)
         self.fc1 = Linear(channels, hidden, device=device, dtype=dtype)
         self.fc_h = Linear(hidden, channels, device=device, dtype=dtype)
         self.fc_w = Linear(hidden, channels, device=device, dtype=dtype)
@@ -114,19 +137,39 @@ class SimpleCoordinateAttention(AttentionModule):
 class EfficientLocalAttention(_RowsTimesColumns):
     """Efficient local attention (arXiv 2403.01123, section 3, variant ELA-B): y = x * gate_h * gate_w.
 
-    gate = sigmoid(GroupNorm(depthwise convolution of size 7)), with 16 groups, or the greatest common divisor with 16
-    at other widths. timm's ``ela`` has a SiLU before the sigmoid and one group.
+    gate = sigmoid(GroupNorm(depthwise convolution)). timm's ``ela`` has a SiLU before the sigmoid and one group.
+
+    Args:
+        channels: C, at least 1.
+        kernel_size: of the convolutions, odd; 7 in the variants B and L, 5 in T and S.
+        groups: of the norms, a divisor of C. Default: 16, or the greatest common divisor of C and 16.
+        feat_size: ignored; all blocks accept it.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: bad channels, kernel_size or groups; in ``forward`` another rank or number of channels.
     """
 
     per_channel: ClassVar[dict[str, int]] = {'conv_h': 0, 'conv_w': 0, 'norm_h': 0, 'norm_w': 0}
 
-    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        feat_size: Any = None,
+        *,
+        kernel_size: int = 7,
+        groups: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
         super().__init__(channels)
-        kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
-        self.conv_h = nn.Conv1d(channels, channels, 7, padding=3, groups=channels, bias=False, **kwargs)
-        self.conv_w = nn.Conv1d(channels, channels, 7, padding=3, groups=channels, bias=False, **kwargs)
-        self.norm_h = GroupNorm(math.gcd(channels, 16), channels, **kwargs)
-        self.norm_w = GroupNorm(math.gcd(channels, 16), channels, **kwargs)
+        name, kwargs = type(self).__name__, {'device': device, 'dtype': dtype}
+        k = check_kernel_size(kernel_size, name)
+        groups = math.gcd(channels, 16) if groups is None else check_groups(groups, channels, name)
+        self.conv_h = nn.Conv1d(channels, channels, k, padding=k // 2, groups=channels, bias=False, **kwargs)
+        self.conv_w = nn.Conv1d(channels, channels, k, padding=k // 2, groups=channels, bias=False, **kwargs)
+        self.norm_h = GroupNorm(groups, channels, **kwargs)
+        self.norm_w = GroupNorm(groups, channels, **kwargs)
 
     def current_channels(self) -> int:
         return self.conv_h.weight.shape[0]
@@ -137,19 +180,32 @@ class EfficientLocalAttention(_RowsTimesColumns):
         return gate_h.unsqueeze(3), gate_w.unsqueeze(2)
 
     def graph(self) -> Graph:
-        return _graph('depthwise conv7, group norm', 'y = x * sigmoid(a_h) * sigmoid(a_w)')
+        return _graph(f'depthwise conv{self.conv_h.kernel_size[0]}, group norm', 'y = x * sigmoid(a_h) * sigmoid(a_w)')
 
 
 class StripAttention(AttentionModule):
-    """timm's strip attention: a depthwise convolution of size 3 along each strip, y = x * sigmoid(a_h + a_w)."""
+    """timm's strip attention: a depthwise convolution along each strip, y = x * sigmoid(a_h + a_w). In no paper.
+
+    Args:
+        channels: C, at least 1.
+        kernel_size: of the convolutions, odd.
+        feat_size: ignored; all blocks accept it.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: bad channels or kernel_size; in ``forward`` another rank or number of channels.
+    """
 
     per_channel: ClassVar[dict[str, int]] = {'conv_h': 0, 'conv_w': 0}
 
-    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, channels: int, feat_size: Any = None, *, kernel_size: int = 3, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__(channels)
         kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
-        self.conv_h = nn.Conv1d(channels, channels, 3, padding=1, groups=channels, bias=False, **kwargs)
-        self.conv_w = nn.Conv1d(channels, channels, 3, padding=1, groups=channels, bias=False, **kwargs)
+        k = check_kernel_size(kernel_size, type(self).__name__)
+        self.conv_h = nn.Conv1d(channels, channels, k, padding=k // 2, groups=channels, bias=False, **kwargs)
+        self.conv_w = nn.Conv1d(channels, channels, k, padding=k // 2, groups=channels, bias=False, **kwargs)
 
     def current_channels(self) -> int:
         return self.conv_h.weight.shape[0]
@@ -158,4 +214,4 @@ class StripAttention(AttentionModule):
         return torch.sigmoid(self.conv_h(x.mean(3)).unsqueeze(3) + self.conv_w(x.mean(2)).unsqueeze(2))
 
     def graph(self) -> Graph:
-        return _graph('depthwise conv3', 'y = x * sigmoid(a_h + a_w)')
+        return _graph(f'depthwise conv{self.conv_h.kernel_size[0]}', 'y = x * sigmoid(a_h + a_w)')

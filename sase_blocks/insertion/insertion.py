@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sase_blocks.blocks import Genotype, resolve_block
+from sase_blocks.blocks import Genotype, block_name, resolve_block
 from sase_blocks.checks import check_feat_size
 from sase_blocks.ops.primitive import no_weight_decay
 from sase_blocks.profiling import Trace, run, run_block
@@ -56,9 +56,9 @@ def insert(
 
     Args:
         model: the network.
-        block: a name of ``list_blocks()``, a ``Genotype`` or its text, or a callable of channels (a class, a
-            ``partial``, a function) that builds a module (B, C, H, W) -> (B, C, H, W). If it has an argument
-            ``feat_size``, it receives the size.
+        block: a name of ``list_blocks()``, maybe with options (``'se(reduction=8)'``), a ``Genotype`` or its text, or a
+            callable of channels (a class, a ``partial``, a function) that builds a module (B, C, H, W) -> (B, C, H, W).
+            If it has an argument ``feat_size``, it receives the size.
         where: None for the papers' place in known networks (docs/insertion.md lists them), after the last norm of every
             residual branch. In other networks, None means the end of each repeated block, found from a forward (our
             addition). Or a pattern over module names, ``'layer*.bn2'``, whose ``*`` also matches dots, or a function
@@ -76,7 +76,7 @@ def insert(
             tokens, which stay as they are. None: detected, in doubt by a forward at another size.
         optimizer: gets new groups with the new parameters and the settings of its existing ones. Vectors and the names
             in ``no_weight_decay`` get no weight decay. Make a learning-rate scheduler afterwards.
-        **options: for the block, for example ``reduction=8``.
+        **options: of the block, for example ``reduction=8``.
 
     Returns:
         The report. Prints as a table of the places.
@@ -176,10 +176,9 @@ def _builder(block: Block, options: dict[str, Any]) -> tuple[Callable[..., nn.Mo
     """A callable of (channels, feat_size=...) and its name for the report."""
     for own in {'channels', 'feat_size', 'device', 'dtype'} & set(options):
         raise TypeError(f'{own}={options[own]!r} is not an option of the block, because every place has its own')
-    told = ', '.join(f'{key}={value!r}' for key, value in options.items())
     if isinstance(block, str | Genotype):
-        build = resolve_block(block)
-        return (partial(build, **options), f'{block}({told})') if options else (build, str(block))
+        name = block_name(block, **options)
+        return resolve_block(name), name
     if isinstance(block, nn.Module):
         raise TypeError(
             f'block is a single {type(block).__name__} module, but every place needs its own: pass the class, or a '

@@ -49,6 +49,17 @@ def eca_kernel_size(channels: int, kernel_size: int | None, gamma: int, beta: in
 
 
 @torch.fx.wrap
+def wrap_around(z: Tensor, pad: int) -> Tensor:
+    """Circular padding, (B, C) -> (B, C + 2 pad), also with fewer channels than ``pad``, as after pruning."""
+    channels = z.shape[1]
+    if pad > channels:
+        times = (pad + channels - 1) // channels
+        start = times * channels - pad
+        return z.repeat(1, 2 * times + 1)[:, start : start + channels + 2 * pad]
+    return torch.cat([z[:, channels - pad :], z, z[:, :pad]], 1)
+
+
+@torch.fx.wrap
 def channel_norm_tanh(q: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """1 + tanh(weight * q' + bias) for q' = sqrt(C) q / (sum of q^2 over C + eps)^(1/2). weight, bias: (C,)."""
     wide = widen(q)
@@ -306,8 +317,7 @@ class ChannelConvCircular(ChannelConvECA):
 
     def excite(self, q: Tensor) -> Tensor:
         weight: Tensor = self.convs[0].weight  # type: ignore[assignment]
-        pad, z = weight.shape[2] // 2, q.flatten(1)
-        ring = torch.cat([z[:, -pad:], z, z[:, :pad]], 1)
+        ring = wrap_around(q.flatten(1), weight.shape[2] // 2)
         return torch.sigmoid(F.conv1d(ring.unsqueeze(1), weight)).transpose(1, 2).unsqueeze(3)
 
 

@@ -168,7 +168,7 @@ def add_options(names: Sequence[tuple[str, Callable[..., Any]]], options: Mappin
         name, given = parsed[takers[0]]
         if len(takers) > 1:
             raise TypeError(
-                f'{" and ".join(parsed[i][0] for i in takers)} have the option {option}; write it with its name, '
+                f'{", ".join(parsed[i][0] for i in takers)} each have an option {option}; write it with the name, '
                 f"'{name}({option}={quoted(value)})'"
             )
         if option in given:
@@ -178,9 +178,9 @@ def add_options(names: Sequence[tuple[str, Callable[..., Any]]], options: Mappin
 
 
 def _no_option(option: str, owners: Mapping[str, Mapping[str, Any]]) -> str:
-    names = ' and '.join(owners)
-    has = ', '.join(
-        option if len(owners) == 1 else f'{option} of {name}' for name, own in owners.items() for option in own
-    )
-    verb, they = ('has', 'it has') if len(owners) == 1 else ('have', 'they have')
-    return f'{names} {verb} no option {quoted(option)}; {they}{f": {has}" if has else " none"}'
+    """The message that none of the names in ``owners`` has an option."""
+    if len(owners) == 1:
+        ((name, own),) = owners.items()
+        return f'{name} has no option {quoted(option)}; it has {"none" if not own else ", ".join(own)}'
+    names = ', '.join(f'{name}({", ".join(own)})' if own else name for name, own in owners.items())
+    return f'no option {quoted(option)} in {names}'

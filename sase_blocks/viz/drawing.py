@@ -37,7 +37,8 @@ def draw_block(block: str | Genotype | nn.Module | Graph, *, sets: bool = True, 
     of the block, else the extended ones.
 
     Args:
-        block: a name of ``list_blocks()``, a ``Genotype`` or its text, a block itself, or a ``Graph``.
+        block: a name of ``list_blocks()``, maybe with options, a ``Genotype`` or its text, a block itself, or a
+            ``Graph``.
         sets: show the sets; otherwise the picture is smaller and shows only the chosen operations.
         title: text above the drawing; default: the name of a named block, the class of a module.
 
@@ -51,10 +52,10 @@ def draw_block(block: str | Genotype | nn.Module | Graph, *, sets: bool = True, 
     figure_class, style = load_matplotlib()
     graph = block if isinstance(block, Graph) else block_graph(block)
     if title is None:
-        title = block if isinstance(block, str) and block in BLOCKS else ''
+        title = block if isinstance(block, str) and _plain(block) in BLOCKS else ''
         title = type(block).__name__ if isinstance(block, nn.Module) else title
     chosen = [(edge.set_name, edge.label) for edge in graph.edges if edge.set_name is not None]
-    tables = SETS if all(label in SETS[name] for name, label in chosen) else EXTENDED_SETS
+    tables = SETS if all(_plain(label) in SETS[name] for name, label in chosen) else EXTENDED_SETS
     with style(STYLE):
         nodes = {name: _Node(name, shape) for name, shape in graph.nodes.items()}
         operations = [_operation(edge, tables if sets else {}) for edge in graph.edges]
@@ -198,8 +199,13 @@ def _operation(edge: Edge, tables: Mapping[str, Mapping[str, Any]]) -> _Operatio
     if edge.set_name is None:
         return _Label(edge.label, None)
     color = CHANNEL_COLOR if edge.set_name.startswith('channel') else SPATIAL_COLOR
-    members = list(tables.get(edge.set_name, ()))
+    members = [edge.label if _plain(edge.label) == name else name for name in tables.get(edge.set_name, ())]
     return _Choice(edge.label, edge.set_name, members, color) if edge.label in members else _Label(edge.label, color)
+
+
+def _plain(name: str) -> str:
+    """A name without its options."""
+    return name.partition('(')[0].strip()
 
 
 def _rounded(
