@@ -18,7 +18,12 @@ def split_stages(text: str) -> list[str]:
     """The blocks in a text: one, or one for each stage with semicolons between them, or those in a .json file."""
     if text.endswith('.json'):
         return [str(genotype) for genotype in Genotype.read(text)]
-    return split_names(text, ';')
+    try:
+        return split_names(text, ';')
+    except ValueError:
+        if text.lstrip().startswith(('{', '[')):  # JSON, whose parser knows more
+            return [text.strip()]
+        raise
 
 
 @dataclass(frozen=True)
