@@ -130,11 +130,16 @@ def passes(bench, module, x):
     return [n / x.numel() / x.element_size() for n in (forward.bytes, backward.bytes, kept)]
 
 
+# What has the size of x: a gate that is neither a sum nor a product, or all of y, in blocks without a gate.
+WHOLE_GATE = ('bam', 'ge', 'ge_theta', 'ge_plus', 'sge', 'ema', 'simam', 'triplet', 'scoord', 'strip')
+WITHOUT_GATE = ('shuffle',)
+
+
 @pytest.mark.parametrize('dtype', mostly_slow([torch.float32, torch.bfloat16], torch.bfloat16), ids=str)
 def test_an_inserted_block_makes_the_passes_of_the_block_alone(bench, dtype):
     """Nothing of the size of x is read, written or kept more where the gate is small, a sum or a product.
 
-    Where it is neither, fewer than the 3, 14 and 1 of an interpolation of x and block(x).
+    Where it is neither, fewer than the 3, 14 and 1 of an interpolation of x and block(x). Without a gate, these.
     """
     x = torch.randn(2, 64, 16, 16, dtype=dtype)
     for name in BLOCKS:
@@ -142,8 +147,10 @@ def test_an_inserted_block_makes_the_passes_of_the_block_alone(bench, dtype):
         more = [b - a for a, b in zip(alone, inserted, strict=True)]
         if name in ('coord', 'ela'):  # the gradient of alpha reads that of the product once
             assert all(0 <= n < most for n, most in zip(more, (0.3, 2, 0.3), strict=True)), (name, more)
-        elif name in ('bam', 'ge', 'ge_theta', 'ge_plus', 'sge', 'ema', 'simam', 'triplet', 'scoord', 'strip'):
+        elif name in WHOLE_GATE:
             assert all(0 <= n < most for n, most in zip(more, (2.3, 8.3, 1.3), strict=True)), (name, more)
+        elif name in WITHOUT_GATE:
+            assert all(0 <= n < most for n, most in zip(more, (3.1, 14.1, 1.1), strict=True)), (name, more)
         else:  # of the size of one traversal are these: nothing
             assert all(0 <= n < 0.3 for n in more), (name, more)
 

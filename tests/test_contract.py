@@ -57,6 +57,8 @@ class Row:
     # The smallest map that an exported module takes, where it is not 2: the learned gathers of Gather-Excite shrink a
     # map 8 times, and one that shrinks to a single position is another graph.
     smallest: int = 2
+    # What the channels must be a multiple of, where every group of them has parts of its own.
+    multiple: int = 1
 
     def make(self, channels: int = C, **kwargs) -> nn.Module:
         torch.manual_seed(0)
@@ -73,7 +75,9 @@ def _genotype_block(text: str) -> Callable[..., nn.Module]:
 
 
 ROWS = [Row(kind, name, cls) for kind, table in EXTENDED_SETS.items() for name, cls in table.items()]
-ROWS += [Row('block', name, build, 9 if name in ('ge_theta', 'ge_plus') else 2) for name, build in BLOCKS.items()]
+SMALLEST = {'ge_theta': 9, 'ge_plus': 9}
+MULTIPLE = {'shuffle': 2}
+ROWS += [Row('block', name, build, SMALLEST.get(name, 2), MULTIPLE.get(name, 1)) for name, build in BLOCKS.items()]
 # Three genotypes that together hold every primitive of the spatial sets and both kinds of size-bound parameters.
 ROWS += [
     Row('block', text, _genotype_block(text))
@@ -120,8 +124,12 @@ def test_any_size(row):
 
 @every_row
 def test_any_number_of_channels(row):
-    for channels, (b, h, w) in itertools.product([1, 2, 3, 5, 7, 8, 16, 33], [(1, 1, 1), (2, 7, 6)]):
+    for channels, (b, h, w) in itertools.product([1, 2, 3, 5, 7, 8, 12, 16, 33], [(1, 1, 1), (2, 7, 6)]):
         with case(channels, b, h, w):
+            if channels % row.multiple:
+                with pytest.raises(ValueError, match=f'number of them.*, got {channels}$'):
+                    row.make(channels)
+                continue
             module = row.make(channels).train()
             x = row.input(b, channels, h, w)
             assert module(x).shape == GIVES[row.kind](b, channels, h, w)

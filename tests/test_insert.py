@@ -315,7 +315,9 @@ def test_every_block_starts_as_the_identity(block):
     step(model, x)
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     # HW (w^2 v / (v + eps) + b^2) under a root: the gradient of the L2 norm's b at its start, 0, is 0.
-    assert [n for n in without if not n.endswith('squeeze.bias')] == [], report
+    # Shuffle attention starts with the weight 0 after its norm.
+    late = ('norm_weight', 'norm_bias') if block == 'shuffle' else ('squeeze.bias',)
+    assert [n for n in without if not n.endswith(late)] == [], report
 
 
 def test_alpha_is_in_the_gate():

@@ -234,6 +234,27 @@ def ema(ours: nn.Module, groups: int = 32) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.cat([one(part) for part in x.split(C // groups, 1)], 1)
 
 
+def shuffle(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    """One group at a time, and the channels dealt out one by one."""
+    w = weights(ours)
+    half = w['norm_weight'].numel()
+
+    def affine(z: Tensor, name: str) -> Tensor:
+        return w[f'{name}_weight'][:, None, None] * z + w[f'{name}_bias'][:, None, None]
+
+    def forward(x: Tensor) -> Tensor:
+        z = []
+        for part in x.split(2 * half, 1):
+            first, second = part[:, :half], part[:, half:]
+            z.append(first * torch.sigmoid(affine(first.mean((2, 3), keepdim=True), 'channel')))
+            normed = F.instance_norm(second, weight=w['norm_weight'], bias=w['norm_bias'])
+            z.append(second * torch.sigmoid(affine(normed, 'spatial')))
+        z = torch.cat(z, 1)
+        return torch.stack([z[:, i] for pair in zip(range(C // 2), range(C // 2, C), strict=True) for i in pair], 1)
+
+    return forward
+
+
 def simam(ours: nn.Module, e_lambda: float = 1e-4) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         n = x.shape[2] * x.shape[3] - 1
@@ -344,6 +365,7 @@ CASES: list[tuple[str, str, Reference]] = [
     ('gsop', 'formula', gsop),
     ('sge', 'formula', sge),
     ('ema', 'formula', ema),
+    ('shuffle', 'formula', shuffle),
     ('simam', 'formula', simam),
     ('triplet', 'formula', triplet),
     ('ge_theta', 'formula', gather_excite),
@@ -375,6 +397,7 @@ WITH_OPTIONS: list[tuple[str, Reference]] = [
     ('gsop(rd_channels=8)', gsop),
     ('sge(groups=4)', partial(sge, groups=4)),
     ('ema(groups=8)', partial(ema, groups=8)),
+    ('shuffle(groups=4)', shuffle),
     ('simam(e_lambda=0.1)', partial(simam, e_lambda=0.1)),
     ('triplet(kernel_size=3)', partial(triplet, k=3)),
 ]
@@ -451,6 +474,7 @@ PARAMETERS = {
     'gsop': (256 * 128 + 128 + 2 * 128) + 2 * 128 + (4 * 128 * 128 + 4 * 128) + (4 * 128 * 256 + 256),
     'sge': 2 * 64,
     'ema': (8 * 8 + 8) + (9 * 8 * 8 + 8) + 2 * 8,
+    'shuffle': 6 * 2,
     'simam': 0,
     'triplet': 3 * (2 * 49 + 2),
     'coord': 3 * 256 * 8 + 2 * 8,

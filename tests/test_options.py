@@ -200,6 +200,7 @@ CASES = [
     ('block', 'gsop(rd_channels=8)', 5 * 8 * C + C + 4 * 8 * 8 + 9 * 8),
     ('block', 'sge(groups=4)', 2 * 4),
     ('block', 'ema(groups=8)', (4 * 4 + 4) + (9 * 4 * 4 + 4) + 2 * 4),
+    ('block', 'shuffle(groups=4)', 6 * 4),
     ('block', 'simam(e_lambda=0.01)', 0),
     ('block', 'triplet(kernel_size=3)', 3 * (2 * 9 + 2)),
     ('block', 'coord(reduction=2)', 3 * C * 16 + 2 * 16),
@@ -301,6 +302,8 @@ WRONG_VALUES = [
     *(('block', f'{name}(groups=3)', 'needs groups to divide its 32 channels') for name in ('sge', 'ema', 'ela')),
     *(('block', f'{name}(groups={value})', 'needs groups to be an int of at least 1, got')
       for name in ('sge', 'ema', 'ela') for value in (0, 2.0, True)),
+    ('block', 'shuffle(groups=32)', r'needs 2 \* groups to divide its 32 channels, got groups=32'),
+    ('block', 'shuffle(groups=0)', 'ShuffleAttention needs groups to be an int of at least 1, got 0'),
     ('block', 'bam(dilation=0)', 'SpatialDilated needs dilation to be an int of at least 1, got 0'),
     ('block', 'fca(frequencies=17)', 'ChannelDCT needs frequencies to be an int from 1 to 16, got 17'),
     ('block', 'gsop(rd_channels=129)', 'ChannelGSoP needs rd_channels to be an int from 1 to 128, got 129'),

@@ -13,9 +13,9 @@ from sase_blocks.ops.primitive import Primitive
 
 SIZE = (8, 8)
 # Their parameters are not for channels, or for groups of them, so they take other numbers of channels, too.
-ANY_NUMBER = {'eca', 'ecam', 'ceca', 'ge', 'simam', 'triplet', 'sge', 'ema'}
+ANY_NUMBER = {'eca', 'ecam', 'ceca', 'ge', 'simam', 'triplet', 'sge', 'ema', 'shuffle'}
 # What these compute of a channel depends on where it stands among the others.
-ORDERED = {'eca', 'ecam', 'ceca', 'fca', 'sge', 'ema', 'ela', 'triplet'}
+ORDERED = {'eca', 'ecam', 'ceca', 'fca', 'sge', 'ema', 'ela', 'triplet', 'shuffle'}
 
 
 def built(name: str, channels: int = 64) -> nn.Module:
@@ -121,7 +121,7 @@ def test_wrong_channels_leave_the_block_as_it_was():
 
 
 def test_grouped_blocks_name_the_multiple():
-    for name, channels, given, multiple in (('ema', 128, 66, 4), ('sge', 128, 96, 64)):
+    for name, channels, given, multiple in (('ema', 128, 66, 4), ('sge', 128, 96, 64), ('shuffle', 128, 65, 2)):
         text = rf'multiple of {multiple} channels.* got {given}; .*round_to={multiple}\b'
         with pytest.raises(ValueError, match=text) as error:
             built(name, channels)(example(given))

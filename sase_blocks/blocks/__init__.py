@@ -10,6 +10,7 @@ from .graph import Edge, Graph
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
 from .named import BLOCKS, block_graph, block_name, create_block, list_blocks, resolve_block
 from .pruning import keep_channels
+from .shuffle import ShuffleAttention
 from .simam import SimAM
 from .strip import CoordinateAttention, EfficientLocalAttention, SimpleCoordinateAttention, StripAttention
 from .triplet import TripletAttention
@@ -30,6 +31,7 @@ __all__ = [
     'Graph',
     'ParallelAttention',
     'SequentialAttention',
+    'ShuffleAttention',
     'SimAM',
     'SimpleCoordinateAttention',
     'SpatialAttention',

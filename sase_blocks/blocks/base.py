@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sase_blocks.checks import check_channels, check_features
+from sase_blocks.ops import GroupNorm
 from sase_blocks.ops.primitive import children_without_decay
 
 from .graph import Graph
@@ -41,6 +42,12 @@ def fade_product(a: Tensor, b: Tensor, alpha: Tensor | None) -> Tensor:
     return torch.addcmul(1 - alpha, alpha * a, b)
 
 
+@torch.fx.wrap
+def fade_map(x: Tensor, y: Tensor, alpha: Tensor | None) -> Tensor:
+    """x + alpha (y - x) for a block that is no gate, exactly x for alpha = 0 and exactly y for alpha = 1 or None."""
+    return y if alpha is None else torch.lerp(x, y, alpha.to(x.dtype))
+
+
 class AttentionModule(nn.Module, ABC):
     """Base of the blocks. Shape: (B, C, H, W) -> (B, C, H, W), any H and W. Keeps dtype and memory format.
 
@@ -62,6 +69,10 @@ class AttentionModule(nn.Module, ABC):
     def current_channels(self) -> int:
         """The channels in the parameters, fewer after pruning. 0: any number, or the parts check it."""
         return 0
+
+    def channel_multiple(self) -> int:
+        """For ``keep_channels``: the number that must divide the channels, because they are in groups."""
+        return max([norm.num_groups for norm in self.children() if isinstance(norm, GroupNorm)], default=1)
 
     def reset_parameters(self) -> None:
         """Reinitialise the parameters."""

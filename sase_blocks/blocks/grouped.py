@@ -74,6 +74,9 @@ class SpatialGroupEnhance(AttentionModule):
         nn.init.zeros_(self.weight)
         nn.init.ones_(self.bias)
 
+    def channel_multiple(self) -> int:
+        return self.channels // self.weight.shape[0]
+
     def gate(self, x: Tensor) -> Tensor:
         groups = self.weight.shape[0]
         check_multiple(x, groups)
@@ -143,6 +146,9 @@ class EfficientMultiScaleAttention(AttentionModule):
         super().reset_parameters()
         nn.init.ones_(self.norm_weight)
         nn.init.zeros_(self.norm_bias)
+
+    def channel_multiple(self) -> int:
+        return self.conv3x3.weight.shape[1]
 
     def gate(self, x: Tensor) -> Tensor:
         b, channels, height, width = x.shape

@@ -19,6 +19,7 @@ from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Graph, chain
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
+from .shuffle import ShuffleAttention
 from .simam import SimAM
 from .strip import CoordinateAttention, EfficientLocalAttention, SimpleCoordinateAttention, StripAttention
 from .triplet import TripletAttention
@@ -156,6 +157,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'gsop': gsop,
     'sge': SpatialGroupEnhance,
     'ema': EfficientMultiScaleAttention,
+    'shuffle': ShuffleAttention,
     'simam': SimAM,
     'triplet': TripletAttention,
     'coord': CoordinateAttention,

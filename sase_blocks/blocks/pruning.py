@@ -11,7 +11,6 @@ from sase_blocks.ops import GroupNorm, Linear
 from sase_blocks.ops.primitive import Primitive
 
 from .base import AttentionModule
-from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
 
 
 @torch.no_grad()
@@ -40,7 +39,7 @@ def keep_channels(block: nn.Module, keep: Sequence[int]) -> None:
             raise ValueError(
                 f'keep must be some of the {part.channels} channels of {type(part).__name__}, each once, got {index}'
             )
-        multiple = _multiple(part)
+        multiple = part.channel_multiple() if isinstance(part, AttentionModule) else 1
         if len(index) % multiple:
             raise ValueError(
                 f'{type(part).__name__} of {part.channels} channels has groups and keeps a multiple of {multiple} '
@@ -59,15 +58,6 @@ def keep_channels(block: nn.Module, keep: Sequence[int]) -> None:
         part.channels = len(index)
     for layer in block.modules():
         _fit(layer)
-
-
-def _multiple(part: nn.Module) -> int:
-    """The number that must divide a part's channels."""
-    if isinstance(part, SpatialGroupEnhance):
-        return part.channels // part.weight.shape[0]
-    if isinstance(part, EfficientMultiScaleAttention):
-        return part.conv3x3.weight.shape[1]
-    return max([norm.num_groups for norm in part.children() if isinstance(norm, GroupNorm)], default=1)
 
 
 def _tensors(part: nn.Module, path: str) -> list[tuple[nn.Module, str, Tensor]]:
