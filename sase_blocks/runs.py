@@ -29,7 +29,7 @@ from torch import Tensor, distributed
 from tqdm import tqdm
 
 from .checkpoint import read_checkpoint
-from .data import Samples, inspect_images
+from .data import Samples, inspect_images, open_data, open_split
 from .reading import one_line, printable, quoted
 
 LOSS_CHECK_STEPS = 20  # steps between looks at the loss; a look waits for the GPU
@@ -318,6 +318,19 @@ def be_deterministic(enabled: bool = True) -> Iterator[None]:
 
 
 # ---- the data ----
+
+
+def open_samples(config: Any, accelerator: Any, *, both: bool) -> list[Samples]:
+    """The training split of a configuration and, with ``both``, its validation split; only the first process downloads.
+
+    Raises the errors of ``data.open_data``.
+    """
+    options = {'download': config.download, 'num_classes': config.num_classes}
+    with accelerator.main_process_first():
+        if not both:
+            return [open_split(config.data, config.dataset, config.train_split, **options)]
+        splits = {'train_split': config.train_split, 'val_split': config.val_split}
+        return list(open_data(config.data, config.dataset, **splits, **options))
 
 
 def drop_broken(skip: bool, accelerator: Any, *splits: Samples) -> list[Samples]:

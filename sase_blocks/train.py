@@ -34,7 +34,6 @@ from .data import (
     derive_seed,
     image_config,
     listing,
-    open_data,
     same_data,
 )
 from .insertion.checking import check_inserted
@@ -48,6 +47,7 @@ from .runs import (
     drop_broken,
     load_optimizer,
     open_accelerator,
+    open_samples,
     require,
     require_used,
     resuming,
@@ -169,7 +169,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     needed += ['state_dict_ema'] if config.ema_decay else []
     saved = saved_run(config, last, needed, 'sase-blocks train')
     check_model_name(config.model)
-    train_samples, val_samples = data or open_in_turn(config, accelerator)
+    train_samples, val_samples = data or open_samples(config, accelerator, both=True)
     classes = train_samples.classes
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(classes), pretrained=config.pretrained, **model_args_of(config))
@@ -392,31 +392,10 @@ def checked_samples(config: TrainConfig, accelerator: Any) -> tuple[Samples, Sam
 
     Raises the errors of ``open_samples``, and ValueError for a broken image.
     """
-    train_samples, val_samples = open_in_turn(config, accelerator)
+    train_samples, val_samples = open_samples(config, accelerator, both=True)
     if config.check:
         train_samples, val_samples = drop_broken(config.skip_broken, accelerator, train_samples, val_samples)
     return train_samples, val_samples
-
-
-def open_in_turn(config: Any, accelerator: Any) -> tuple[Samples, Samples]:
-    """``open_samples`` for distributed processes: only the first downloads."""
-    with accelerator.main_process_first():
-        return open_samples(config)
-
-
-def open_samples(config: Any) -> tuple[Samples, Samples]:
-    """The training and the validation split named in the configuration of a training or a search.
-
-    Raises the errors of ``data.open_data``.
-    """
-    return open_data(
-        config.data,
-        config.dataset,
-        train_split=config.train_split,
-        val_split=config.val_split,
-        download=config.download,
-        num_classes=config.num_classes,
-    )
 
 
 def model_args_of(config: TrainConfig) -> dict[str, Any]:

@@ -548,7 +548,7 @@ def test_exact_second_order_is_the_derivative_of_one_step(form):
     def after_a_step(logits):
         network.logits.data = logits.view_as(network.logits)
         with network.statistics_kept():
-            grads = bilevel._grad(F.cross_entropy(network(training[0]), y), list(weights.values()))
+            grads = bilevel.gradients(F.cross_entropy(network(training[0]), y), list(weights.values()))
             moved = {
                 n: (w - 0.05 * (0.9 * buffers[n] + g + 5e-4 * w)).detach()
                 for (n, w), g in zip(weights.items(), grads, strict=True)

@@ -24,12 +24,11 @@ from sase_blocks.data import (
     derive_seed,
     inspect_images,
     load_small_images,
-    open_split,
     same_data,
 )
 from sase_blocks.runs import resuming
 
-__all__ = ['Arrays', 'SearchData', 'check_arrays', 'check_same_data', 'find_samples', 'split_data']
+__all__ = ['Arrays', 'SearchData', 'check_arrays', 'check_same_data', 'split_data']
 
 SPLIT, RELABEL = 101, 102  # streams of random numbers, see derive_seed
 # Images (N, C, H, W) of uint8, labels (N,), names of the classes.
@@ -63,18 +62,6 @@ def _describe(facts: Mapping[str, Any]) -> str:
         f'{facts["weights"]} training and {facts["held_out"]} held-out images of {len(facts["classes"])} classes '
         f'(data {facts["fingerprint"]})'
     )
-
-
-def find_samples(config: Any, accelerator: Any) -> Samples:
-    """The training split of a configuration; raises as ``open_split``."""
-    with accelerator.main_process_first():  # it may download
-        return open_split(
-            config.data,
-            config.dataset,
-            split=config.train_split,
-            download=config.download,
-            num_classes=config.num_classes,
-        )
 
 
 def check_same_data(last: Path, saved: Mapping[str, Any], found: SearchData) -> None:

@@ -1,10 +1,10 @@
 """How far several searches agree, and what wins by construction.
 
-One search, as in the paper, cannot tell a finding from the noise of its seed. Several seeds that agree more often than
-chance are one sign of a finding. An operation that also wins on random labels (a null search) wins because of how it is
-built, not because of what it does for the task. Not in the paper: both controls, and the rule for what was decided. An
-edge is decided if the agreement is larger than chance gives on any edge in one of 20 comparisons (Holm over the edges),
-and the winner does not win by construction.
+One search, as in the paper, cannot tell a finding from the noise of its seed. Not in the paper: two controls. Several
+seeds that agree more often than chance are one sign of a finding. An operation that also wins on random labels (a null
+search) wins because of how it is built, not because of what it does for the task. An edge is decided if chance gives
+such agreement on any edge in at most one of 20 comparisons (Holm over the edges), and its winner does not also win on
+random labels.
 """
 
 from __future__ import annotations
@@ -35,23 +35,22 @@ def compare_searches(
     """What several searches of one space have in common, edge by edge.
 
     Args:
-        results: at least one, each with 'space' (edge -> names), 'logits' (a list of sets, each a flat list) and
-            'seed', as ``read_result`` returns them.
+        results: one or more of ``read_result``; 'space' (edge -> names), 'logits' (a flat list for each set) and 'seed'
+            count.
         null: results of searches on random labels in the same space.
 
     Returns:
         'seeds', 'null_seeds', 'space'; 'genotype', the consensus as text (one for each set, with semicolons between
-        them), and 'genotypes', the same as a list; 'verdict', a sentence on what of it was decided; 'sets', a list with
-        a dict by edge for each set:
+        them), and 'genotypes', the same as a list; 'verdict', a sentence on what was decided; 'sets', a list with a
+        dict by edge for each set:
 
-        - 'votes': operation -> number of searches it leads, most first. 'winner': the consensus, which is the operation
-          with the most votes, or the larger mean probability among equal ones. 'agree': its votes.
+        - 'votes': operation -> number of searches it leads, most first. 'winner': the operation with the most votes,
+          among equal ones with the larger mean probability. 'agree': its votes.
         - 'chance': the probability of so many votes or more if each search drew its winner at random.
           'chance_adjusted': for the number of edges with a choice (Holm).
         - 'decided': whether the adjusted chance is at most 0.05 and another operation wins on random labels. None for
           an edge of one operation.
-        - 'probability': operation -> mean over the searches.
-        - 'margin', 'entropy': means over the searches, see ``describe_edges``.
+        - 'probability': operation -> mean over the searches. 'margin', 'entropy': means, see ``describe_edges``.
         - 'rank_correlation': Spearman's, between the logits of two searches, mean over all pairs; None for one search.
         - with ``null``: 'null_votes', 'null_winner', 'null_probability' (operation -> mean), and 'by_construction',
           whether the winner also wins on random labels.
@@ -64,15 +63,11 @@ def compare_searches(
         raise ValueError('there are no searches to compare')
     space, sets = SearchSpace.of(results[0]['space']), len(results[0]['logits'])
     for result in [*results, *null]:
-        for what, expected, found in (
-            ('spaces', space, SearchSpace.of(result['space'])),
-            ('numbers of sets of logits', sets, len(result['logits'])),
-        ):
+        here = {'spaces': SearchSpace.of(result['space']), 'numbers of sets of logits': len(result['logits'])}
+        for (what, found), expected in zip(here.items(), (space, sets), strict=True):
             if found != expected:
-                raise ValueError(
-                    f'the searches have different {what}: seed {results[0]["seed"]} {expected}, '
-                    f'seed {result["seed"]} {found}'
-                )
+                first = f'seed {results[0]["seed"]} {expected}'
+                raise ValueError(f'the searches have different {what}: {first}, seed {result["seed"]} {found}')
     described = []
     for number in range(sets):
         edges, others = (_compare_set(space, [r['logits'][number] for r in some]) for some in (results, null))
@@ -164,26 +159,24 @@ def _verdict(sets: Sequence[Mapping[str, Mapping[str, Any]]], searches: int, nul
     # Fewest votes decide the edge with the most operations, if all agree.
     most = max(len(state['probability']) for edges in sets for state in edges.values())
     enough = next(n for n in count(2) if choices * chance_of_agreement(n, n, most) <= LEVEL)
-    are = 'is' if searches == 1 else 'are'
-    few = f' ({searches} {are} too few to show it for one edge alone, {enough} can)' if searches < enough else ''
-    return f'nothing was decided: on no edge do the searches {beyond}{few}'
+    few = f' ({searches} {"is" if searches == 1 else "are"} too few to show it for one edge alone, {enough} can)'
+    return f'nothing was decided: on no edge do the searches {beyond}{few if searches < enough else ""}'
 
 
 def _compare_set(space: SearchSpace, rows: Sequence[Sequence[float]]) -> dict[str, dict[str, Any]]:
     """``compare_searches`` for the logits of one set, one row for each search; empty without any."""
+    out: dict[str, dict[str, Any]] = {}
     if not rows:
-        return {}
+        return out
     logits = torch.tensor(rows, dtype=torch.float64)
     searches = [describe_edges(space, row) for row in logits]
-    out: dict[str, dict[str, Any]] = {}
-    for (edge, names), part, values in zip(
-        space, logits.split(space.sizes, dim=1), space.probabilities(logits), strict=True
-    ):
+    parts = logits.split(space.sizes, dim=1)
+    for (edge, names), part, values in zip(space, parts, space.probabilities(logits), strict=True):
         mean = dict(zip(names, values.mean(0).tolist(), strict=True))
         leaders = Counter(search[edge]['leader'] for search in searches)
-        votes = {name: leaders[name] for name in names if name in leaders}
-        votes = dict(sorted(votes.items(), key=lambda entry: (-entry[1], -mean[entry[0]])))
-        winner, agree = next(iter(votes.items()))
+        leading = sorted(filter(leaders.get, names), key=lambda name: (-leaders[name], -mean[name]))
+        votes = {name: leaders[name] for name in leading}
+        winner, agree = leading[0], votes[leading[0]]
         out[edge] = {
             'winner': winner,
             'agree': agree,

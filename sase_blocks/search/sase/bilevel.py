@@ -4,10 +4,10 @@ With weights w, logits l and the virtual step w' = w - lr (momentum buffer + gra
 
 - first order: grad_l L_val(w, l).
 - second order, exact: grad_l L_val(w', l) - lr grad^2_(l,w) L_train(w, l) . grad_w' L_val(w', l), by double backward.
-- 'second order, finite difference': the same, the product by a central difference with step 0.01 / norm. In a ReLU
-  network it is off by a factor (the kinks), and is here for comparison only.
+- second order, finite difference: the same, the product by a central difference with step 0.01 / norm. In a ReLU
+  network it is off by a factor (the kinks). It is here for comparison only.
 
-On several processes every gradient is the mean over all of them, taken by one reduction of one flat tensor each.
+With several processes, each gradient is the mean over all of them, by one reduction of one flat tensor.
 """
 
 from __future__ import annotations
@@ -56,25 +56,22 @@ def logits_gradient(
     mean: Callable[[Tensor], Tensor] = lambda flat: flat,
     autocast: Callable[[], Any] | None = None,
 ) -> LogitsGradient:
-    """The gradient of the held-out loss for the logits. Batch-norm statistics are left as they are.
+    """The gradient of the held-out loss for the logits. Does not change batch-norm statistics.
 
     Args:
         network: in train mode.
         loss: of (outputs, labels).
         order: '1', '2' or '2-fd'.
-        held_out: images and labels that the logits are trained on.
-        training: images and labels of the virtual step; for the second orders.
-        step: the virtual step; for the second orders.
+        held_out: images and labels that train the logits.
+        training, step: images and labels of the virtual step, and the step; for the second orders.
         mean: the mean of a flat tensor over all processes.
-        autocast: makes the context of the forward passes; the products of gradients are taken outside of it, in fp32.
+        autocast: makes the context of the forward passes. Products of gradients are outside of it, in fp32.
 
     Raises:
         ValueError: an unknown order, or a second order without ``training`` and ``step``.
     """
     if order not in ORDERS:
         raise ValueError(f'order must be one of {", ".join(ORDERS)}, got {order!r}')
-    if order != '1' and (training is None or step is None):
-        raise ValueError(f'order {order} needs a training batch and the virtual step')
 
     def forward(batch: Batch, weights: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         with autocast() if autocast else torch.enable_grad():
@@ -89,62 +86,47 @@ def logits_gradient(
                 (gradient,) = torch.autograd.grad(value, logits)
             return LogitsGradient(mean(gradient.flatten()).view_as(logits), value.detach(), outputs.detach())
 
-        assert training is not None
-        assert step is not None
+        if training is None or step is None:
+            raise ValueError(f'order {order} needs a training batch and the virtual step')
         weights = network.weights()
-        names, tensors = list(weights), list(weights.values())
-        train_value, _ = forward(training)
-        grads = _grad(train_value, tensors, create_graph=order == '2')
-        reduced = _unflatten(mean(_flatten([g.detach() for g in grads])), tensors)
-        moved = {
-            name: (w.detach() - step.lr * _velocity(step, name, w.detach(), g)).requires_grad_()
-            for name, w, g in zip(names, tensors, reduced, strict=True)
-        }
+        tensors = list(weights.values())
+        grads = gradients(forward(training)[0], tensors, create_graph=order == '2')
+        moved = {}
+        for (name, w), g in zip(weights.items(), unflatten(mean(flatten(grads).detach()), tensors), strict=True):
+            velocity = g + step.weight_decay * w.detach()
+            if name in step.buffers:
+                velocity = velocity + step.momentum * step.buffers[name]
+            moved[name] = (w.detach() - step.lr * velocity).requires_grad_()
         value, outputs = forward(held_out, moved)
-        *by_weight, direct = _grad(value, [*moved.values(), logits])
-        vector = _unflatten(mean(_flatten(by_weight)), tensors)
+        *by_weight, direct = gradients(value, [*moved.values(), logits])
+        flat = mean(flatten(by_weight))
+        vector = unflatten(flat, tensors)
         if order == '2':
             # d/dl of <grad_w L_train, vector>, where the vector is a constant.
-            product = sum((g * v).sum() for g, v in zip(grads, vector, strict=True))
-            assert isinstance(product, Tensor)
+            product = sum(((g * v).sum() for g, v in zip(grads, vector, strict=True)), logits.new_zeros(()))
             (implicit,) = torch.autograd.grad(product, logits)
         else:
-            implicit = _finite_difference(forward, network, training, names, tensors, vector)
+            r = 0.01 / torch.linalg.vector_norm(flat)
+            sides: list[Tensor] = []
+            for sign in (1, -1):
+                shifted = {n: w.detach() + sign * r * v for (n, w), v in zip(weights.items(), vector, strict=True)}
+                sides += torch.autograd.grad(forward(training, shifted)[0], logits)
+            implicit = (sides[0] - sides[1]) / (2 * r)
     gradient = mean((direct - step.lr * implicit).flatten()).view_as(logits)
     return LogitsGradient(gradient, value.detach(), outputs.detach())
 
 
-def _velocity(step: VirtualStep, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
-    velocity = gradient + step.weight_decay * weight
-    return velocity + step.momentum * step.buffers[name] if name in step.buffers else velocity
-
-
-def _finite_difference(
-    forward: Callable[..., tuple[Tensor, Tensor]],
-    network: SearchNetwork,
-    training: Batch,
-    names: Sequence[str],
-    tensors: Sequence[Tensor],
-    vector: Sequence[Tensor],
-) -> Tensor:
-    r = 0.01 / torch.linalg.vector_norm(_flatten(vector))
-    sides = []
-    for sign in (1, -1):
-        shifted = {n: w.detach() + sign * r * v for n, w, v in zip(names, tensors, vector, strict=True)}
-        value, _ = forward(training, shifted)
-        sides.append(torch.autograd.grad(value, network.logits)[0])
-    return (sides[0] - sides[1]) / (2 * r)
-
-
-def _grad(value: Tensor, tensors: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
+def gradients(value: Tensor, tensors: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
     """Gradients, zeros for what the value does not depend on."""
     found = torch.autograd.grad(value, tensors, create_graph=create_graph, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors, strict=True)]
 
 
-def _flatten(tensors: Sequence[Tensor]) -> Tensor:
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """All tensors in one flat one."""
     return torch.cat([t.flatten() for t in tensors])
 
 
-def _unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Inverse of ``flatten``."""
     return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in like]), like, strict=True)]

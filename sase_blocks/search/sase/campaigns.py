@@ -20,11 +20,12 @@ from sase_blocks.runs import (
     fixed_settings,
     is_main,
     open_accelerator,
+    open_samples,
     say,
     shared_settings,
     write_json,
 )
-from sase_blocks.search.data import Arrays, find_samples
+from sase_blocks.search.data import Arrays
 from sase_blocks.search.significance import load_stats
 from sase_blocks.train import TrainConfig, build_model
 from sase_blocks.viz import missing_matplotlib, plot_evaluation, save_figure
@@ -58,7 +59,6 @@ def campaign(
 
     Args:
         config: of each search. Its seed is the only one unless ``seeds`` is given.
-        seeds: of the searches.
         null: also search on random labels, once per seed, and report which operations win there, too.
         budget: the from-scratch training. Default: ``evaluation_budget(config)``.
         evaluations: from-scratch trainings of each candidate, with seeds 0, 1, ...; 0 for no comparison.
@@ -99,12 +99,11 @@ def campaign(
     given: Arrays | Samples | None = images or (data[0] if data else None)
     if given is None and not single:  # decode the images once for all searches of this process
         with open_accelerator(config, 'a search', 'search') as accelerator:
-            (given,) = drop_broken(config.skip_broken, accelerator, find_samples(config, accelerator))
+            (given,) = drop_broken(config.skip_broken, accelerator, *open_samples(config, accelerator, both=False))
     agreement = None
     if single:
         result = search(configs[0], given)
-        searches: dict[int, dict[str, Any]] = {seeds[0]: result}
-        nulls: dict[int, dict[str, Any]] = {}
+        searches, nulls = {seeds[0]: result}, {}
     else:
         searches, nulls = _searches(config, seeds, null, ray, given)
         result = agreement = compare_searches(list(searches.values()), list(nulls.values()))
@@ -158,14 +157,11 @@ def evaluation_budget(config: SearchConfig, epochs: int | None = None, lr: float
 
 def _searches(
     config: SearchConfig, seeds: Sequence[int], null: bool, ray: Ray | None, images: Arrays | Samples | None
-) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
+) -> list[dict[int, dict[str, Any]]]:
     """The results by seed, and those on random labels."""
     out = Path(config.out)
-    jobs: list[dict[str, Any]] = [
-        {'key': f'{"null" if random else "seed"}-{seed}', 'seed': seed, 'null': random}
-        for random in ([False, True] if null else [False])
-        for seed in seeds
-    ]
+    jobs: list[dict[str, Any]] = [{'key': f'seed-{seed}', 'seed': seed, 'null': False} for seed in seeds]
+    jobs += [{'key': f'null-{seed}', 'seed': seed, 'null': True} for seed in seeds if null]
 
     def work(job: dict[str, Any]) -> dict[str, Any]:
         folder = str(job_folder(out, job['key']))
@@ -175,19 +171,15 @@ def _searches(
     settings = {name: value for name, value in fixed_settings(config).items() if name not in ('seed', 'null')}
     if isinstance(images, Samples):
         settings['images'] = name_data(images)
-    run_jobs(
-        jobs,
-        work,
-        out,
-        settings=settings,
-        describe=lambda job, result: str(result['genotype']),
-        ray=ray,
-        cpu=config.cpu,
-    ).check('searches')
-    results: tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]] = {}, {}
-    for job in jobs:
-        results[job['null']][job['seed']] = read_result(job_folder(out, job['key']))
-    return results
+
+    def describe(job: dict[str, Any], result: dict[str, Any]) -> str:
+        return str(result['genotype'])
+
+    run_jobs(jobs, work, out, settings=settings, describe=describe, ray=ray, cpu=config.cpu).check('searches')
+    return [
+        {job['seed']: read_result(job_folder(out, job['key'])) for job in jobs if job['null'] == random}
+        for random in (False, True)
+    ]
 
 
 def _name_found(genotypes: dict[int, str]) -> list[str]:

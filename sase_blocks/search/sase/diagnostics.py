@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 from typing import Any
 
 import torch
@@ -22,17 +22,6 @@ from sase_blocks.search.significance import LEVEL
 from .network import LOGITS_STD, SearchNetwork
 from .space import SearchSpace
 
-__all__ = [
-    'NOTHING_TO_DECIDE',
-    'dead_operations',
-    'decided_edges',
-    'describe_edges',
-    'hessian_eigenvalue',
-    'noise_leads',
-    'verdict_of',
-    'warnings_of',
-]
-
 DOMINANT = 0.9  # warn of a probability above it
 SLOPE = 0.75  # of arXiv 1909.09656: warn if the eigenvalue grows by more than 1 / 0.75 within WINDOW epochs
 WINDOW = 5
@@ -40,28 +29,27 @@ NOTHING_TO_DECIDE = 'there was nothing to decide: each edge has one operation'
 
 
 def noise_leads(space: SearchSpace, sets: int, updates: int, lr: float) -> dict[str, float]:
-    """For each edge, how far noise alone can put one logit ahead of the next one.
+    """How far noise alone can put one logit of each edge ahead of the next.
 
     Adam moves a logit by about its learning rate per update, however small the gradient is. With gradients of noise
     this is a random walk: after T updates its standard deviation is lr * sqrt(T). The gradients of an edge's n logits
-    sum to zero, so that of the difference of two is sqrt(2 n / (n - 1)) times as large. The logits' random start adds
-    to it. A lead below the bound is no finding: at most one search in 20 whose gradients are noise has a larger one on
-    any edge of any set. A larger lead shows that the gradients had a direction. Random labels (``null``) also give them
+    sum to zero, so the difference of two has sqrt(2 n / (n - 1)) times that. The logits' random start adds to it.
+
+    A lead below the bound is no finding: at most one search in 20 whose gradients are noise has a larger one on any
+    edge of any set. A larger lead shows that the gradients had a direction. Random labels (``null``) also give them
     one, where an operation wins because of how it is built.
 
     Args:
-        space: the search space.
         sets: number of sets of logits.
         updates: number of updates of the logits so far.
         lr: Adam's learning rate.
     """
     choices = sets * sum(size > 1 for size in space.sizes)
     quantile = NormalDist().inv_cdf(1 - LEVEL / (2 * max(choices, 1)))  # Bonferroni over the edges
-    leads = {}
-    for (edge, _), size in zip(space, space.sizes, strict=True):
-        walk = lr**2 * updates * size / max(size - 1, 1)
-        leads[edge] = quantile * math.sqrt(2 * (walk + LOGITS_STD**2))
-    return leads
+    walks = [lr**2 * updates * size / max(size - 1, 1) for size in space.sizes]
+    return {
+        edge: quantile * math.sqrt(2 * (walk + LOGITS_STD**2)) for (edge, _), walk in zip(space, walks, strict=True)
+    }
 
 
 def decided_edges(sets: Sequence[Mapping[str, Mapping[str, Any]]]) -> tuple[list[str], int]:
@@ -97,22 +85,20 @@ def describe_edges(
 
     Entropy is a fraction of ln(operations): 1 if all are equal, 0 if one has everything, or for a single operation.
     With ``noise``, the ``noise_leads`` of the search, also 'decided': whether the leader's logit is further ahead of
-    the next one than noise can put it. None for a single operation.
+    the next than noise can put it. None for a single operation.
     """
     out: dict[str, dict[str, Any]] = {}
     logits = logits.double()
     for (edge, names), part, p in zip(space, logits.split(space.sizes), space.probabilities(logits), strict=True):
         first, *others = p.argsort(descending=True, stable=True).tolist()
-        second = others[0] if others else None
-        entropy = 0.0 if second is None else float(-(p * p.clamp_min(1e-300).log()).sum()) / math.log(len(names))
-        out[edge] = {
-            'leader': names[first],
-            'probability': float(p[first]),
-            'margin': float(p[first]) - (0.0 if second is None else float(p[second])),
-            'entropy': entropy,
-        }
+        state: dict[str, Any] = {'leader': names[first], 'probability': float(p[first])}
+        state |= {'margin': float(p[first]), 'entropy': 0.0}
+        if others:
+            state['margin'] -= float(p[others[0]])
+            state['entropy'] = float(-(p * p.clamp_min(1e-300).log()).sum()) / math.log(len(names))
         if noise is not None:
-            out[edge]['decided'] = None if second is None else float(part[first] - part[second]) > noise[edge]
+            state['decided'] = float(part[first] - part[others[0]]) > noise[edge] if others else None
+        out[edge] = state
     return out
 
 
@@ -152,16 +138,14 @@ def hessian_eigenvalue(
         value = loss(network(images), labels)
         (gradient,) = torch.autograd.grad(value, logits, create_graph=True)
         rows = [torch.autograd.grad(one, logits, retain_graph=True)[0].flatten() for one in gradient.flatten()]
-    hessian = mean(torch.stack(rows).double().flatten()).reshape(len(rows), -1).cpu()
+    hessian = mean(torch.stack(rows).double()).cpu()
     values = torch.linalg.eigvalsh((hessian + hessian.T) / 2)
     return float(values[values.abs().argmax()])
 
 
 def warnings_of(rows: Sequence[dict[str, Any]], classes: int) -> list[str]:
     """Warnings about the last of the rows of metrics.jsonl so far."""
-    row = rows[-1]
-    out = []
-    chance = math.log(classes)
+    row, out, chance = rows[-1], [], math.log(classes)
     if row['epoch'] > 1 and abs(row['train_loss'] - chance) < 0.02 * chance:
         out.append(f'the training loss {row["train_loss"]:.4f} is stuck at ln({classes}): nothing is being learned')
     for name, edges in row['edges'].items():
@@ -172,7 +156,7 @@ def warnings_of(rows: Sequence[dict[str, Any]], classes: int) -> list[str]:
         out.append(f'{operation} is constant in {len(blocks)} of {row["blocks"]} blocks')
     values = [r['hessian'] for r in rows if r.get('hessian') is not None]
     if len(values) >= 2 * WINDOW:
-        now, before = sum(values[-WINDOW:]) / WINDOW, sum(values[-2 * WINDOW : -WINDOW]) / WINDOW
+        now, before = fmean(values[-WINDOW:]), fmean(values[-2 * WINDOW : -WINDOW])
         if before > 0 and before / now < SLOPE and now > before:
             out.append(f'the largest Hessian eigenvalue grew from {before:.3g} to {now:.3g} within {WINDOW} epochs')
     return out

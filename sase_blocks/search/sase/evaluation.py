@@ -1,4 +1,4 @@
-"""Is the found block better than others? All are trained from scratch with one budget and several seeds, and compared.
+"""Is the found block better than others? Trains all from scratch with one budget and several seeds, and compares them.
 
 Not in the paper, which reports the accuracy of one run of the mixture. It does not say how far a found block is above a
 random one of its space, or above the spread over seeds. The accuracy after the last epoch counts, never the best one,
@@ -35,7 +35,6 @@ from sase_blocks.train import (
     check_model_name,
     checked_samples,
     model_args_of,
-    open_samples,
     train,
 )
 
@@ -92,15 +91,18 @@ def evaluate(
         ray, say: see ``run_jobs``.
 
     Returns:
-        The content of ``evaluation.json`` in ``budget.out``. 'candidates' is a list of dicts with name, kind ('found',
-        'baseline', 'random'), genotype, 'accuracies' by seed (percent, after the last epoch), 'mean', 'spread' (sample
-        standard deviation), 'min', 'max', 'difference' (this block's accuracy minus the found block's, mean over the
-        common seeds), 'interval' (its 95 % interval, [low, high]), 'p' and 'p_adjusted' (for baselines, see
-        ``compare``), 'parameters', 'macs', 'ms_per_image', 'time_ratio' (to the network without attention, measured in
-        turns). 'verdicts' are sentences, 'test' says how they came about. 'rank' is that of the found block among the
+        The content of ``evaluation.json`` in ``budget.out``, with None for what is unknown, such as a spread over one
+        seed. 'candidates' is a list of dicts:
+
+        - 'name', 'kind' ('found', 'baseline', 'random'), 'genotype', 'accuracies' by seed (percent, after the last
+          epoch), 'mean', 'spread' (sample standard deviation), 'min', 'max'.
+        - 'difference' (this block's accuracy minus the found block's, mean over the common seeds), 'interval' (its 95 %
+          interval, [low, high]), for baselines 'p' and 'p_adjusted', see ``compare``.
+        - 'parameters', 'macs', 'ms_per_image', 'time_ratio' (to the network without attention, measured in turns).
+
+        'verdicts' are sentences, and 'test' is how they came about. 'rank' is the rank of the found block among the
         random ones: 'place', 'of', and 'p', the probability that a random block has that place or a better one.
-        'errors' are those of failed jobs. The rest are settings. Unknown values, such as a spread over one seed, are
-        None.
+        'errors' are those of failed jobs. The rest are settings.
 
     Raises:
         ImportError: the extra ``train`` or ``search`` is missing.
@@ -114,12 +116,12 @@ def evaluate(
     if not seeds:
         raise ValueError('seeds is empty: an evaluation needs at least one seed')
     samples = data or open_evaluation(budget, ray)
-    trainings: list[dict[str, Any]] = [
+    jobs: list[dict[str, Any]] = [
         {'key': f'{c["name"]}, seed {seed}', 'name': c['name'], 'genotype': c['genotype'], 'seed': seed}
         for seed in seeds  # outer loop, so that a stopped evaluation has all candidates on some seeds
         for c in candidates
     ]
-    costs = [{'key': f'cost of {c["name"]}', 'name': c['name'], 'genotype': c['genotype']} for c in candidates]
+    jobs += [{'key': f'cost of {c["name"]}', 'name': c['name'], 'genotype': c['genotype']} for c in candidates]
 
     def work(job: dict[str, Any]) -> dict[str, Any]:
         return _train(budget, job, samples) if 'seed' in job else _measure(budget, job['genotype'], samples)
@@ -129,25 +131,19 @@ def evaluate(
             return f'accuracy {result["accuracy"]:.2f} %'
         return f'{result["parameters"]:,} parameters, {result["time_ratio"]:.2f} times the time of no attention'
 
+    settings = _settings(budget, samples)
     results, errors = run_jobs(
-        [*trainings, *costs],
-        work,
-        budget.out,
-        settings=_settings(budget, samples),
-        describe=describe,
-        ray=ray,
-        say=say,
-        cpu=budget.cpu,
+        jobs, work, budget.out, settings=settings, describe=describe, ray=ray, say=say, cpu=budget.cpu
     )
-    if not any(job['key'] in results for job in trainings):
-        key, text = next(iter(errors.items()))
-        raise RuntimeError(f'all {len(trainings)} trainings failed; the first one, {key}: {text}')
     rows = []
-    for candidate in candidates:
-        mine = [job for job in trainings if job['name'] == candidate['name'] and job['key'] in results]
-        cost = results.get(f'cost of {candidate["name"]}', {})
-        accuracies = {str(job['seed']): results[job['key']]['accuracy'] for job in mine}
-        rows.append({**candidate, 'accuracies': accuracies, **{name: cost.get(name) for name in COSTS}})
+    for one in candidates:
+        keys = {str(seed): f'{one["name"]}, seed {seed}' for seed in seeds}
+        accuracies = {seed: results[key]['accuracy'] for seed, key in keys.items() if key in results}
+        cost = results.get(f'cost of {one["name"]}', {})
+        rows.append({**one, 'accuracies': accuracies, **{name: cost.get(name) for name in COSTS}})
+    if not any(row['accuracies'] for row in rows):
+        key, text = next(iter(errors.items()))
+        raise RuntimeError(f'all {len(seeds) * len(candidates)} trainings failed; the first one, {key}: {text}')
     result = {
         'found': candidates[0]['genotype'],
         'model': budget.model,
@@ -166,15 +162,14 @@ def evaluate(
 
 
 def open_evaluation(budget: TrainConfig, ray: Ray | None = None) -> tuple[Samples, Samples]:
-    """The two splits of an evaluation without broken images, for ``data`` of ``evaluate``, which decodes them once.
+    """The two splits of an evaluation without broken images, for ``data`` of ``evaluate``.
 
-    Raises now what ``evaluate`` would raise about the budget and its folder before the first training.
+    Raises the errors of ``evaluate`` about the budget and its folder.
     """
     if budget.pretrained or budget.checkpoint:
         raise ValueError('an evaluation trains from scratch: leave pretrained and checkpoint out of the budget')
     if is_main():
-        open_samples(budget)
-        check_writable(Path(budget.out))
+        check_writable(Path(budget.out), make=False)
     with open_accelerator(budget, 'an evaluation', 'search') as accelerator:
         samples = checked_samples(budget, accelerator)
     if is_main():
@@ -211,13 +206,12 @@ def list_candidates(
     for entry in baselines:
         label, equals, genotype = entry.partition('=')
         listed.append({'name': label, 'kind': 'baseline', 'genotype': genotype if equals else label})
-    space = space or SearchSpace.parse('paper')
-    texts = random_genotypes(space, randoms, random_seed, sets=len(stages), without=[found])
+    paper = SearchSpace.parse('paper')
+    texts = random_genotypes(space or paper, randoms, random_seed, sets=len(stages), without=[found])
     listed += [{'name': f'random {i}', 'kind': 'random', 'genotype': text} for i, text in enumerate(texts)]
     names = [candidate['name'] for candidate in listed]
     for candidate in listed:
-        name = candidate['name']
-        if names.count(name) > 1:
+        if names.count(name := candidate['name']) > 1:
             raise ValueError(
                 f'two blocks of the evaluation have the name {quoted(name)}; LABEL=GENOTYPE gives another one'
             )
@@ -235,9 +229,6 @@ def random_genotypes(
     """Different random genotypes of a space, as text. The first ones are the same for every ``count``.
 
     Args:
-        space: the search space.
-        count: number of genotypes.
-        seed: random seed.
         sets: number of genotypes in each text, for a network with one for each stage.
         without: texts to leave out.
 
@@ -316,7 +307,7 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     A paired t-test over the common seeds compares the found block with each baseline, and Holm's method adjusts the p
     values for the number of baselines. If no baseline differs from the found block, at most one evaluation in 20 says
-    that one does. The intervals are those of each difference alone and not adjusted.
+    that one does. The intervals are for each difference alone, not adjusted.
 
     Returns:
         'candidates', 'rank', 'verdicts' and 'test', see ``evaluate``.
@@ -331,22 +322,20 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         differences = [] if row is first else _differences(row, first)
         p, low, high = map(float, paired_test(differences))
         tested = not math.isnan(p)
-        candidates.append(
-            {
-                **row,
-                'mean': fmean(values) if values else None,
-                'spread': stdev(values) if len(values) > 1 else None,
-                'min': min(values, default=None),
-                'max': max(values, default=None),
-                'difference': fmean(differences) if differences else None,
-                'interval': [low, high] if tested else None,
-                'p': p if tested and row['kind'] == 'baseline' else None,
-                'p_adjusted': None,
-            }
-        )
+        statistics = {
+            'mean': fmean(values) if values else None,
+            'spread': stdev(values) if len(values) > 1 else None,
+            'min': min(values, default=None),
+            'max': max(values, default=None),
+            'difference': fmean(differences) if differences else None,
+            'interval': [low, high] if tested else None,
+            'p': p if tested and row['kind'] == 'baseline' else None,
+            'p_adjusted': None,
+        }
+        candidates.append({**row, **statistics})
     found = candidates[rows.index(first)]
     baselines = [row for row in candidates if row['kind'] == 'baseline']
-    # A baseline that could not be tested is NaN there, and still a comparison that was asked for.
+    # A baseline that could not be tested is NaN, and still counts as a comparison.
     for row, p in zip(baselines, holm([row['p'] for row in baselines]).tolist(), strict=True):
         row['p_adjusted'] = None if math.isnan(p) else p
     rank, ranked = _rank(found, [row for row in candidates if row['kind'] == 'random'])
@@ -381,7 +370,7 @@ def _verdict(row: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 
 def _what_seeds_show(baselines: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> list[str]:
-    """A sentence on what so many seeds can show at all, if they left a baseline undecided."""
+    """A sentence on what the seeds can show at all, if they left a baseline undecided."""
     compared = [row for row in baselines if row['difference'] is not None]
     if all(row['p_adjusted'] is not None and row['p_adjusted'] <= LEVEL for row in compared):
         return []
@@ -397,10 +386,10 @@ def _what_seeds_show(baselines: Sequence[Mapping[str, Any]], found: Mapping[str,
 
 
 def _rank(found: Mapping[str, Any], randoms: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any] | None, list[str]]:
-    """The place of the found block among the random ones by mean, 1 for the best, and a sentence about it.
+    """The rank of the found block among the random ones by mean, and a sentence about it.
 
-    If the found block were itself a random one, every place would be equally likely, so p is that of an exact
-    permutation test. This holds only among blocks with the same seeds, so others are left out.
+    If the found block were itself random, every place would be equally likely, so p is that of an exact permutation
+    test. This holds only among blocks with the same seeds, so others are left out.
     """
     trained = [row for row in randoms if row['accuracies'].keys() == found['accuracies'].keys()]
     if found['mean'] is None or not trained:
@@ -409,12 +398,11 @@ def _rank(found: Mapping[str, Any], randoms: Sequence[Mapping[str, Any]]) -> tup
     place = 1 + sum(row['mean'] > found['mean'] for row in trained)
     p = (1 + sum(row['mean'] >= found['mean'] for row in trained)) / of  # a tie is no merit
     least = math.ceil(1 / LEVEL) - 1
+    shown = 'no advantage over drawing at random is shown'
     if p <= LEVEL:
         shown = 'the search is better than drawing at random'
     elif count < least:
         shown = f'nothing is shown, for which it would take at least {least} random blocks'
-    else:
-        shown = 'no advantage over drawing at random is shown'
     ahead = found['mean'] - fmean(row['mean'] for row in trained)
     text = (
         f'found has place {place} among {of} with {count} random block{"s"[: count > 1]} of its space. A block drawn '

@@ -1,6 +1,6 @@
 """The search network: any network with a mixed block in every attention place, and the logits that weigh them.
 
-The paper's setting is ``resnet20_cifar``, one set of logits for all blocks. One set a stage is ours.
+The paper's setting is ``resnet20_cifar`` with one set of logits for all blocks. Not in the paper: a set for each stage.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,8 @@ from torch import Tensor, nn
 from sase_blocks.blocks import Genotype
 from sase_blocks.insertion import insert
 
-from .mixed import MixedBlock, Observer
+from .mixed import MixedBlock
 from .space import SearchSpace
-
-__all__ = ['LOGITS_STD', 'SearchNetwork']
 
 LOGITS_STD = 1e-3  # of the paper: logits start at 1e-3 * N(0, 1)
 
@@ -30,13 +29,11 @@ class SearchNetwork(nn.Module):
     Shape: as the network's; (B, in_chans, H, W) -> (B, classes) for a classifier.
 
     Args:
-        model: a network that ``insert`` knows or a timm model with an attention slot; it is changed in place.
-        space: the operations of each edge.
-        per_stage: one set of logits for each stage instead of one for all blocks (ours).
-        fair: see ``MixedBlock``.
-        form: see ``MixedBlock``.
-        where, stages, input_size: see ``insert``.
-        seed: of the logits' start.
+        model: a network that ``insert`` knows or a timm model with an attention slot; changed in place.
+        per_stage: one set of logits for each stage instead of one for all blocks.
+        fair, form: see ``MixedBlock``.
+        where, input_size: see ``insert``.
+        seed: of the initial logits.
 
     Attributes:
         model: the network; its parameters are the weights of the search.
@@ -44,7 +41,7 @@ class SearchNetwork(nn.Module):
         blocks: the mixed blocks by name.
 
     Raises:
-        ValueError: whatever ``insert`` refuses; per_stage without stages in the names of the places.
+        ValueError: as ``insert``; ``per_stage`` without stages in the names of the places.
     """
 
     def __init__(
@@ -56,7 +53,6 @@ class SearchNetwork(nn.Module):
         fair: bool = True,
         form: str = 'shared',
         where: Any = None,
-        stages: Any = None,
         input_size: Any = None,
         seed: int = 0,
     ) -> None:
@@ -66,35 +62,31 @@ class SearchNetwork(nn.Module):
         def build(channels: int, feat_size: Any = None) -> MixedBlock:
             return MixedBlock(channels, space, feat_size, fair=fair, form=form)
 
-        self.report = insert(model, build, where, 'paper', stages=stages, input_size=input_size)
+        insert(model, build, where, 'paper', input_size=input_size)
         _wake_residual_branches(model)
         self.model = model
         self.blocks = {name: module for name, module in model.named_modules() if isinstance(module, MixedBlock)}
-        if not self.blocks:
-            raise ValueError('no place for a mixed block was found in the network')
         self.set_of = _stage_of(list(self.blocks)) if per_stage else dict.fromkeys(self.blocks, 0)
         sets = max(self.set_of.values()) + 1
-        generator = torch.Generator().manual_seed(seed)
-        start = LOGITS_STD * torch.randn(sets, sum(space.sizes), generator=generator)
-        self.logits = nn.Parameter(start)
+        start = torch.randn(sets, sum(space.sizes), generator=torch.Generator().manual_seed(seed))
+        self.logits = nn.Parameter(LOGITS_STD * start)
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The weights by name: every trainable parameter but the logits."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def forward(self, x: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The output of the mixture; with ``weights``, tensors by name take the place of the network's own."""
+        """The output of the mixture; ``weights`` by name replace the network's own."""
         probabilities = self.space.probabilities(self.logits)
         for name, block in self.blocks.items():
-            number = self.set_of[name]
-            block.probabilities = tuple(p[number] for p in probabilities)
+            block.probabilities = tuple(p[self.set_of[name]] for p in probabilities)
         try:
             if weights is None:
                 return self.model(x)
             return torch.func.functional_call(self.model, dict(weights), (x,))
         finally:
             for block in self.blocks.values():
-                block.probabilities = None  # or a deepcopy would find tensors that are no leaves
+                block.probabilities = None  # a deepcopy fails for tensors that are no leaves
 
     def genotypes(self) -> list[Genotype]:
         """The leading genotype of each set of logits."""
@@ -103,12 +95,8 @@ class SearchNetwork(nn.Module):
     @contextmanager
     def observed(self, observer: Any) -> Iterator[None]:
         """Within this context ``observer(block name, edge, outputs)`` sees what is mixed; see ``mixed.Observer``."""
-
-        def seen(name: str) -> Observer:
-            return lambda edge, outputs: observer(name, edge, outputs)
-
         for name, block in self.blocks.items():
-            block.observer = seen(name)
+            block.observer = partial(observer, name)
         try:
             yield
         finally:
@@ -117,9 +105,9 @@ class SearchNetwork(nn.Module):
 
     @contextmanager
     def learning(self, *, weights: bool) -> Iterator[None]:
-        """Within this context gradients are recorded for the weights alone, or for the logits alone.
+        """Within this context only the weights, or only the logits, have gradients.
 
-        What the other ones' gradients would need is neither kept nor computed; compiled blocks gain most.
+        This saves memory and time for the others' gradients, most in compiled blocks.
         """
         still = [self.logits] if weights else list(self.weights().values())
         for parameter in still:
@@ -132,8 +120,8 @@ class SearchNetwork(nn.Module):
 
     @contextmanager
     def statistics_kept(self) -> Iterator[None]:
-        """Within this context a forward in train mode leaves batch-norm statistics as they are, once it is over."""
-        # By dtype, as one launch each: there are hundreds of them, and a search has no time for hundreds of launches.
+        """Restore the batch-norm statistics at the end of this context, for forwards in train mode."""
+        # One launch for each dtype instead of hundreds.
         groups: dict[torch.dtype, list[Tensor]] = {}
         for buffer in self.model.buffers():
             groups.setdefault(buffer.dtype, []).append(buffer)
@@ -150,7 +138,7 @@ class SearchNetwork(nn.Module):
 
 
 def _wake_residual_branches(model: nn.Module) -> None:
-    """timm starts the last norm of a residual branch at zero, where attention would see nothing but zeros."""
+    """Set to one the norms that timm starts at zero, the last of each residual branch: attention would see zeros."""
     for module in model.modules():
         weight = getattr(module, 'weight', None)
         norm = isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm))
@@ -160,11 +148,11 @@ def _wake_residual_branches(model: nn.Module) -> None:
 
 def _stage_of(names: list[str]) -> dict[str, int]:
     """The stage of each place, from 0, by the part of the name before the number of the block in its stage."""
-    stage_of: dict[str, str] = {}
+    stages: dict[str, int] = {}
+    found = {}
     for name in names:
         match = re.match(r'(.+?)\.\d+\.', name)
         if match is None:
             raise ValueError(f'per_stage needs places in stages (layer1.0., stages.1.2., ...), got {name}')
-        stage_of[name] = match[1]
-    order = {stage: i for i, stage in enumerate(dict.fromkeys(stage_of.values()))}
-    return {name: order[stage] for name, stage in stage_of.items()}
+        found[name] = stages.setdefault(match[1], len(stages))
+    return found

@@ -24,19 +24,20 @@ from sase_blocks.runs import (
     be_deterministic,
     drop_broken,
     open_accelerator,
+    open_samples,
     resuming,
     run_lock,
     saved_run,
     write_json,
 )
-from sase_blocks.search.data import Arrays, find_samples, split_data
+from sase_blocks.search.data import Arrays, split_data
 from sase_blocks.search.loop import TrainingLoop
 from sase_blocks.search.sync_batch_norm import synchronize_norms
 from sase_blocks.train import build_model, check_model_name, hits
 from sase_blocks.viz import missing_matplotlib
 
-from .bilevel import Batch, VirtualStep, logits_gradient
-from .compiling import compile_mixed_blocks, without_compilation
+from .bilevel import Batch, VirtualStep, flatten, gradients, logits_gradient, unflatten
+from .compiling import compile_mixed_blocks
 from .config import SearchConfig
 from .diagnostics import dead_operations, describe_edges, hessian_eigenvalue, noise_leads, warnings_of
 from .network import SearchNetwork
@@ -88,7 +89,7 @@ class _Search(TrainingLoop):
         saved = saved_search(config)
         check_model_name(config.model)
         self.space = SearchSpace.parse(config.space)
-        data = find_samples(config, accelerator) if images is None else images
+        data = open_samples(config, accelerator, both=False)[0] if images is None else images
         classes = data.classes if isinstance(data, Samples) else list(data[2])
         torch.manual_seed(config.seed)
         model = build_model(config.model, len(classes), **config.model_args)
@@ -185,17 +186,11 @@ class _Search(TrainingLoop):
         with network.learning(weights=True):
             with self.accelerator.autocast():
                 loss = self._loss(network(training[0]), training[1])
-            grads = torch.autograd.grad(loss, self.weights, allow_unused=True)
-        flat = self.mean(
-            torch.cat(
-                [(torch.zeros_like(w) if g is None else g).flatten() for w, g in zip(self.weights, grads, strict=True)]
-            )
-        )
+            flat = self.mean(flatten(gradients(loss, self.weights)))
         if config.clip_grad is not None:
             flat = flat * (config.clip_grad / (torch.linalg.vector_norm(flat) + 1e-6)).clamp(max=1.0)
-        for weight, part in zip(self.weights, flat.split([w.numel() for w in self.weights]), strict=True):
+        for weight, grad in zip(self.weights, unflatten(flat, self.weights), strict=True):
             # The fused step needs the weight's own memory format.
-            grad = part.view_as(weight)
             weight.grad = grad if weight.is_contiguous() else torch.empty_like(weight).copy_(grad)
         self.optimizer.step()
         return torch.stack([value.detach().double() for value in (loss, held_loss, right)])
@@ -231,7 +226,7 @@ class _Search(TrainingLoop):
         config, network, (images, labels) = self.config, self.network, self.held_out
         updates = max(self._updates(self.step) - self._updates(epoch * self.steps), 1)
         hessian = None
-        with without_compilation(network):
+        with torch.compiler.set_stance('force_eager'):  # double backward and observers do not pass compiled code
             if config.hessian_every and (epoch + 1) % config.hessian_every == 0:
                 n = max(HESSIAN_IMAGES // self.world, 2)
                 hessian = hessian_eigenvalue(network, self._loss, images[:n], labels[:n], self.mean)

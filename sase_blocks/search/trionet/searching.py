@@ -34,15 +34,16 @@ from sase_blocks.runs import (
     fixed_settings,
     is_main,
     open_accelerator,
+    open_samples,
     run_lock,
     say,
     shared_settings,
     write_json,
 )
-from sase_blocks.search.data import Arrays, check_arrays, find_samples, split_data
+from sase_blocks.search.data import Arrays, check_arrays, split_data
 from sase_blocks.search.evolution import Candidate, Problem, evolve, load_optuna
 from sase_blocks.search.significance import load_stats
-from sase_blocks.train import TrainConfig, open_in_turn, train
+from sase_blocks.train import TrainConfig, train
 from sase_blocks.viz import missing_matplotlib
 
 from .config import TrioConfig
@@ -195,11 +196,11 @@ def _open_images(config: TrioConfig, accelerator: Any, test: Any) -> tuple[Sampl
     if test is not None:
         raise ValueError('test goes with images; the test split of config.data is found there')
     try:
-        splits = list(open_in_turn(config, accelerator))
+        splits = open_samples(config, accelerator, both=True)
     except FileNotFoundError as error:
         if config.finetune:  # which needs it
             raise
-        splits = [find_samples(config, accelerator)]
+        splits = open_samples(config, accelerator, both=False)
         if accelerator.is_main_process:
             say(f'there will be no test: {error}')
     splits = [samples.in_channels(config.in_chans) for samples in splits]
