@@ -143,9 +143,9 @@ def candidates(names: list[str]) -> list[Candidate]:
             chosen.update((member, known[member]) for member in groups[name])
         elif name in known:
             chosen[name] = known[name]
-        elif ours and name.count(',') == 1 and name.startswith(('channel/', 'spatial/')):
+        elif ours and name.startswith(('channel/', 'spatial/')):
             chosen[name] = Candidate(name, partial(build_composition, name))
-        elif ours and ',' in name:
+        elif ours and (',' in name or name.endswith(')')):
             chosen[name] = Candidate(name, partial(build_block, name))
         elif not ours and name.partition('/')[0] != 'timm':
             raise ValueError(f'{name!r} needs sase_blocks, which is not installed; here: timm, {", ".join(known)}')
@@ -167,7 +167,7 @@ def build_timm(name: str, channels: int, feat_size: tuple[int, int]) -> nn.Modul
 
 
 def build_block(block: str, channels: int, feat_size: tuple[int, int]) -> nn.Module:
-    """One of our blocks, by name or by a genotype's text."""
+    """One of our blocks, by name, maybe with options, or by a genotype's text."""
     from sase_blocks import create_block
 
     return create_block(block, channels, feat_size=feat_size)
@@ -176,9 +176,10 @@ def build_block(block: str, channels: int, feat_size: tuple[int, int]) -> nn.Mod
 def build_composition(text: str, channels: int, feat_size: tuple[int, int]) -> nn.Module:
     """`channel/SQUEEZE,EXCITE` or `spatial/SQUEEZE,EXCITE`."""
     import sase_blocks
+    from sase_blocks.ops.options import split_names
 
     kind, _, pair = text.partition('/')
-    squeeze, excite = pair.split(',')
+    squeeze, excite = split_names(pair)
     cls = sase_blocks.ChannelAttention if kind == 'channel' else sase_blocks.SpatialAttention
     return cls(channels, squeeze, excite, feat_size=feat_size)
 

@@ -1,6 +1,7 @@
 """The command line: exit codes, one line for a user's mistake, and what list and info print."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,25 @@ def bad_commands():
         yield ['search', 'trionet', '--data', 'data', '--space', file], file
     for space in ('', '{}', '[]', 'null', DEEP):
         yield ['search', 'sase', '--data', 'data', '--space', space], 'search space'
+    for name, says in [
+        ('se(rd=4)', "se has no option 'rd'; it has reduction"),
+        ('se(reduction=4', "( has no partner in 'se(reduction=4'"),
+        ('se(reduction=id)', 'the value of reduction is not a literal'),
+        ('cbam(reduction=8, kernel_size=2)', 'SpatialConvNorm needs an odd kernel_size'),
+        ('avg,mlp(rd=4),affine,avg,avg,conv7x7', "genotype, channel_excite: mlp has no option 'rd'"),
+        ('avg,mlp_half,affine,avg,avg,conv7x7', "'mlp_half' is now 'mlp(reduction=2)'"),
+    ]:
+        yield ['info', name], says
+        yield ['info', 'resnet20_cifar', '--genotype', name], says
+        yield ['draw', name, '-o', 'x.png'], says
+        yield ['attend', 'cat.png', '-o', 'maps', '--model', 'resnet18', '--insert', name], says
+        yield ['train', '--data', 'data', *TRAIN, '--genotype', name], says
+    yield (
+        ['search', 'sase', '--data', 'data', '--space', 'gate_excite=mlp(rd=4)'],
+        "gate_excite: mlp has no option 'rd'",
+    )
+    yield ['search', 'sase', '--data', 'data', '--space', 'gate_excite=mlp(reduction=4'], '( has no partner in'
+    yield ['search', 'sase', '--data', 'data', '--space', 'gate_excite=mlp,mlp( reduction=16 )'], 'mlp is in it twice'
     for text in (DEEP, '{"a":' * 400 + '1' + '}' * 400):
         yield ['info', text], ' characters)'
         yield ['draw', text, '-o', 'x.png'], 'nested too deeply'
@@ -289,7 +309,7 @@ def test_as_a_program(tmp_path):
 @pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
     done = as_a_program('sase-blocks list norm | head -n 1', tmp_path)
-    assert (done.stdout, done.stderr) == ('channel squeeze (name, key in the paper)\n', '')
+    assert (done.stdout, done.stderr) == ('channel squeeze (name, key in the paper, options)\n', '')
 
 
 def test_list_shows_everything_of_ours(capsys):
@@ -302,6 +322,8 @@ def test_list_shows_everything_of_ours(capsys):
         assert all(str(cls.paper_key) in out for cls in table.values())
     assert {*list_blocks(), 'resnet50_sase', 'resnet20_cifar'} <= set(words)
     assert 'arXiv 1709.01507' in out
+    assert re.search(r'^  cbam .*\n +reduction=16, kernel_size=7$', out, re.MULTILINE)
+    assert re.search(r'^  mlp +2conv_1x1 +reduction=16$', out, re.MULTILINE)
     assert 'vit_tiny_patch16_224' not in words
     code, out, _ = run(capsys, 'list', 'GAP+std')
     assert (code, out.count('avg_std'), 'avg_max' in out) == (0, 2, False)
@@ -341,6 +363,19 @@ def test_list_shows_everything_of_ours(capsys):
         ),
         (['resnet20_cifar', '--genotype', 'ge', '--attn-stages', '3'], ['in 3 blocks, layer3.0.se to layer3.2.se']),
         (['avg,conv3,affine,l2_norm,avg,conv5x5', '--channels', '8'], ['output 8 x 56 x 56', '[l2_norm]']),
+        (
+            ['cbam(kernel_size=3, reduction=8)', '--channels', '64'],
+            ['sigmoid(mlp(reduction=8)(avg(x)) + mlp(red', 'options reduction=16, kernel_size=7 by default'],
+        ),
+        (['se', '--channels', '64', '--model-args', 'reduction=4'], ['parameters 2,048']),
+        (
+            ['avg,mlp(reduction=4),affine,avg,avg,conv5x5', '--channels', '8'],
+            ['--[mlp(reduction=4)]--', 'output 8 x 56 x 56'],
+        ),
+        (
+            ['resnet20_cifar', '--genotype', 'ge(extent=2);se(reduction=4) ; eca'],
+            ['nearest(g)', 'mlp(reduction=4)(avg(x))'],
+        ),
     ],
 )
 def test_info(capsys, argv, lines):

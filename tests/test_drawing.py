@@ -12,9 +12,11 @@ from torch import nn
 
 from sase_blocks.blocks import SASE, AttentionBlock, Edge, Genotype, Graph, block_graph, create_block, list_blocks
 from sase_blocks.ops import EXTENDED_SETS, SETS
+from sase_blocks.ops.options import parse_name
 from sase_blocks.viz import draw_block, save_figure
 from sase_blocks.viz.layout import Box, lay_out
 
+OPTIONS = 'bam(reduction=8, dilation=2)'
 EXTENDED = 'style,norm,affine,p_norm,avg,conv3x3_x2'
 
 
@@ -93,7 +95,8 @@ def test_a_loop_is_refused():
 
 ALL = [
     *((name, False) for name in list_blocks()),
-    *((name, True) for name in ('sase', 'cbam', 'bam', EXTENDED, str(Genotype.random(0)), str(Genotype.random(1)))),
+    *((name, True) for name in ('sase', 'cbam', 'bam', OPTIONS)),
+    *((name, True) for name in (EXTENDED, str(Genotype.random(0)), str(Genotype.random(1)))),
 ]
 
 
@@ -117,7 +120,7 @@ def test_every_block_is_drawn_whole_and_without_overlaps(block, sets):
 
 
 @pytest.mark.parametrize(
-    'block', mostly_slow(['sase', 'se', 'cbam', EXTENDED, 'triplet', str(Genotype.random(3))], 'cbam', EXTENDED)
+    'block', mostly_slow(['sase', 'se', 'cbam', EXTENDED, OPTIONS, 'triplet', str(Genotype.random(3))], 'cbam', OPTIONS)
 )
 def test_the_picture_shows_every_node_and_operation_and_the_sets_they_are_from(block):
     g = block_graph(block)
@@ -129,9 +132,14 @@ def test_the_picture_shows_every_node_and_operation_and_the_sets_they_are_from(b
     chosen = [edge.label for edge in g.edges if edge.set_name]
     filled = [text.get_text() for text in texts(figure) if text.get_color() == 'white']
     assert sorted(filled) == sorted(chosen)
-    in_paper = all(edge.label in SETS[edge.set_name] for edge in g.edges if edge.set_name)
+    in_paper = all(parse_name(edge.label)[0] in SETS[edge.set_name] for edge in g.edges if edge.set_name)
     tables = SETS if in_paper else EXTENDED_SETS
-    listed = [name for edge in g.edges if edge.set_name for name in tables[edge.set_name]]
+    listed = [
+        edge.label if name == parse_name(edge.label)[0] else name
+        for edge in g.edges
+        if edge.set_name
+        for name in tables[edge.set_name]
+    ]
     plain = {edge.label for edge in g.edges if not edge.set_name}
     for name in {name for table in EXTENDED_SETS.values() for name in table} - plain:
         assert shown.count(name) == listed.count(name)

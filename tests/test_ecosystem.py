@@ -78,6 +78,7 @@ def example(name):
         ('resnet20_cifar', {'genotype': str(sase_blocks.Genotype.random(3)), 'img_size': 48, 'in_chans': 1}),
         ('resnet20_cifar', {'genotype': sase_blocks.Genotype.random(4).to_json(), 'img_size': [32, 48]}),
         ('resnet50_channel', {'squeeze': 'avg_std', 'excite': 'conv5', 'layers': [1, 1, 1, 1]}),
+        ('resnet20_cifar', {'genotype': 'cbam(reduction=8, kernel_size=3); se(reduction=2);se'}),
     ],
     ids=str,
 )
@@ -95,9 +96,10 @@ def test_a_model_survives_the_hub(tmp_path, name, args):
         assert torch.equal(loaded(x), model(x))
 
 
-def test_a_block_survives_the_hub(tmp_path):
+@pytest.mark.parametrize('name', ['avg_std,conv5,affine,p_norm,avg_max,conv7x7', 'cbam(reduction=8, kernel_size=3)'])
+def test_a_block_survives_the_hub(tmp_path, name):
     hub = example('hub')
-    block = hub.HubBlock('avg_std,conv5,affine,p_norm,avg_max,conv7x7', 16).eval()
+    block = hub.HubBlock(name, 16).eval()
     block.save_pretrained(tmp_path)
     assert json.loads((tmp_path / 'config.json').read_text()) == {
         'block': block._hub_mixin_config['block'],

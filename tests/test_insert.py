@@ -430,6 +430,20 @@ def test_a_block_may_be_any_callable_of_channels(block, label):
         assert model.layer1[0].se.block.weight.shape == (16, 16)
 
 
+def test_options_of_a_block():
+    """As keyword arguments and in the name they are the same block."""
+    model = tiny()
+    report = insert(model, 'cbam', kernel_size=3, reduction=8)
+    assert report.block == 'cbam(reduction=8, kernel_size=3)'
+    assert str(report).startswith("cbam(reduction=8, kernel_size=3) (start='identity') in ResNet: 5 places")
+    assert model.layer1[0].se.block[1].excite.conv.kernel_size == (3, 3)
+    for block in ('cbam( kernel_size=3,reduction = 8 )', 'cbam(kernel_size=3, reduction=8)'):
+        assert len(insert(model, block).already) == 5
+    genotype = 'avg,mlp(reduction=2),affine,avg,avg,conv7x7'
+    assert insert(tiny(), genotype.replace('(reduction=2)', ''), reduction=2).block == genotype
+    assert insert(tiny(), 'se', reduction=16).block == 'se'
+
+
 class Net(nn.Module):
     """A network that nobody knows: a Sequential, a block with names of its own, a shared module."""
 
@@ -617,6 +631,20 @@ REFUSED = {
     'no module': (dict, {}, TypeError, 'model must be an nn.Module, got dict'),
     'unknown block': (tiny, {'block': 'sse'}, ValueError, "unknown attention block 'sse'"),
     'bad genotype': (tiny, {'block': 'avg,mlp'}, ValueError, 'six choices'),
+    'unknown option': (tiny, {'block': 'se', 'rd': 4}, TypeError, "se has no option 'rd'; it has reduction"),
+    'unknown option in the name': (tiny, {'block': 'se(rd=4)'}, ValueError, "se has no option 'rd'; it has reduction"),
+    'wrong value of an option': (
+        tiny,
+        {'block': 'se', 'reduction': 33},
+        ValueError,
+        r"^se\(reduction=33\) for \d+ channels at 'layer1.0.se': ChannelMLP of .* needs reduction to be at most",
+    ),
+    'another option there': (
+        lambda: inserted('se(reduction=4)'),
+        {'block': 'se', 'reduction': 2},
+        ValueError,
+        r"'layer1.0.se' already holds se\(reduction=4\) with start='identity'",
+    ),
     'block is a number': (tiny, {'block': 3}, TypeError, 'a callable of channels, got 3'),
     'block is one module': (tiny, {'block': ONE}, TypeError, 'every place needs its own'),
     'block gives no module': (tiny, {'block': lambda c: None}, TypeError, 'expected an nn.Module, got None'),

@@ -86,6 +86,9 @@ ARGUMENTS = [
     ('resnet50_channel', {'squeeze': 'GAP+std', 'excite': 'conv1D_5'}, 16, ChannelAttention),
     ('resnet101_spatial', {'squeeze': 'l2_norm', 'excite': 'affine'}, 33, SpatialAttention),
     ('resnet20_cifar', {'genotype': GENOTYPE, 'attn_stages': (3,)}, 3, AttentionBlock),
+    ('resnet20_cifar', {'genotype': 'se(reduction=4)'}, 9, ChannelAttention),
+    ('resnet20_cifar', {'genotype': ['se(reduction=4)', 'eca(kernel_size=5)', 'se']}, 9, ChannelAttention),
+    ('resnet50_channel', {'squeeze': 'avg', 'excite': 'mlp(reduction=4)'}, 16, ChannelAttention),
 ]
 
 

@@ -6,13 +6,16 @@ import json
 import re
 
 import pytest
+import timm
 import torch
 from torch import nn
 
-from sase_blocks import ChannelAttention, SpatialAttention, create_block, keep_channels
+from sase_blocks import ChannelAttention, Genotype, SpatialAttention, create_block, insert, keep_channels
 from sase_blocks.blocks import BLOCKS, ParallelAttention, block_graph, block_name
-from sase_blocks.ops import EXTENDED_SETS, primitive_name, resolve_primitive
+from sase_blocks.ops import EXTENDED_SETS, ChannelAvg, primitive_name, resolve_primitive
 from sase_blocks.ops.options import LONGEST, add_options, format_name, options_of, parse_name, split_names
+from sase_blocks.search.sase.mixed import MixedBlock
+from sase_blocks.search.sase.space import SearchSpace
 
 
 def thing(channels, feat_size=None, *, size=7, ratio=0.5, mode='sum', at=(0, 0), deep=None, device=None, dtype=None):
@@ -350,6 +353,33 @@ def test_options_of_compositions():
     ]:  # fmt: skip
         with pytest.raises(TypeError, match=error):
             build()
+
+
+def test_a_new_option_works_wherever_a_name_is_taken(monkeypatch):
+    """The signature is the only table. A float has a dot, which is not allowed in the name of a module."""
+
+    def scaled(channels, feat_size=None, *, scale=1.0, mode='a', device=None, dtype=None):
+        assert (scale, mode) == (0.25, 'b;,=(')
+        return ChannelAvg(channels, feat_size)
+
+    scaled.paper_key = None
+    monkeypatch.setitem(EXTENDED_SETS['channel_squeeze'], 'scaled', scaled)
+    name = "scaled(scale=0.25, mode='b;,=(')"
+    text = f'{name},mlp,affine,avg,avg,conv7x7'
+    assert ChannelAttention(8, 'scaled', 'mlp', scale=0.25, mode='b;,=(').graph().edges[0].label == name
+    assert str(Genotype.parse(Genotype.parse(text).to_json())) == text
+    for genotype in (text, f'{text};se; se', [text, 'se', 'se']):
+        model = timm.create_model('resnet20_cifar', genotype=genotype, device='meta')
+        assert str(model.layer1[0].se.genotype) == text
+    model = nn.Sequential(nn.Conv2d(3, 8, 1))
+    assert insert(model, text, '0').block == text
+    assert len(insert(model, Genotype.parse(text), '0').already) == 1
+    space = SearchSpace.parse(f'channel_squeeze=avg,{name}; gate_excite=affine')
+    assert SearchSpace.parse(str(space)) == SearchSpace.of(json.loads(json.dumps(space.to_dict()))) == space
+    assert space.channel_squeeze == ('avg', name)
+    block = MixedBlock(8, space, 8)
+    assert block(torch.randn(2, 8, 8, 8)).isfinite().all()
+    block.load_state_dict(MixedBlock(8, space, 8).state_dict())
 
 
 @pytest.mark.slow

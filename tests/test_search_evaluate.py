@@ -31,7 +31,7 @@ from sase_blocks.train import TrainConfig
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 FOUND = 'avg_max,conv3,affine,p_norm,avg,conv3x3'
-OTHER = 'avg,mlp,affine,avg,avg,conv5x5'
+OTHER = 'avg,mlp(reduction=4),affine,avg,avg,conv5x5'
 SMALL = {'model_args': {'attn_stages': [3]}, 'img_size': 12, 'batch_size': 4, 'workers': 0}
 
 
@@ -182,6 +182,8 @@ def test_a_candidate_that_fails(budget, trained):
         (FOUND, {}, {'baselines': ['sase', 'sasse']}, 'sasse of the evaluation: .*sasse'),
         (FOUND, {}, {'baselines': ['se', 'se']}, "two blocks of the evaluation have the name 'se'; LABEL=GENOTYPE"),
         (FOUND, {}, {'baselines': [f'found={OTHER}']}, "have the name 'found'"),
+        (FOUND, {}, {'baselines': ['se(rd=4)']}, r"se\(rd=4\) of the evaluation: .* se has no option 'rd'"),
+        (FOUND, {}, {'baselines': ['mine=se(reduction=4']}, r'\( has no partner in'),
         (FOUND, {}, {'seeds': []}, 'needs at least one seed'),
         (FOUND, {}, {'randoms': -1}, 'randoms must be at least 0, got -1'),
         (FOUND, {'model': 'resnet18', 'model_args': {}}, {}, 'resnet18 takes no genotype=.*evaluate in resnet20_cifar'),
@@ -203,7 +205,7 @@ def test_another_budget_is_not_mixed_in(budget, trained):
     evaluate(FOUND, budget, baselines=[], seeds=[0], say=[].append)
     with pytest.raises(ValueError, match=r'other settings: lr was 0\.1 and is 0\.2'):
         evaluate(FOUND, replace(budget, lr=0.2), baselines=[], seeds=[0])
-    with pytest.raises(ValueError, match=f'another job: found, seed 0 was .*{FOUND}.* and is .*{OTHER}'):
+    with pytest.raises(ValueError, match=f'another job: found, seed 0 was .*{FOUND}.* and is .*{re.escape(OTHER)}'):
         evaluate(OTHER, budget, baselines=[], seeds=[0])
 
 

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 ROOT = Path(__file__).parents[1]
 SPACE = (
-    'channel_squeeze=avg,l2_norm; channel_excite=conv3,mlp; gate_excite=affine,conv3; '
+    'channel_squeeze=avg,l2_norm; channel_excite=conv3,mlp(reduction=4); gate_excite=affine,conv3; '
     'gated_squeeze=p_norm,avg_std; spatial_squeeze=avg,avg_max; spatial_excite=conv3x3,affine'
 )
 CLASSES = ('dark', 'light', 'striped')
@@ -336,6 +336,9 @@ def test_full_disk_keeps_the_last_checkpoint(config, look_often, monkeypatch):
         ({'space': 'channel_squeeze='}, 'channel_squeeze: no operation is left'),
         ({'space': 'channel_squeeze=avg,avg'}, 'avg is in it twice'),
         ({'space': 'chanel=avg'}, "no edge 'chanel'"),
+        ({'space': 'gate_excite=mlp(reduction=4),mlp( reduction = 4 )'}, r'mlp\(reduction=4\) is in it twice'),
+        ({'space': 'gate_excite=mlp(reduction=4'}, r'\( has no partner in'),
+        ({'space': 'gate_excite=mlp(rd=4)'}, "gate_excite: mlp has no option 'rd'; it has reduction"),
         ({'space': 'gate_excite=avg'}, "gate_excite: 'avg' is not a channel excite"),
         ({'space': 'nowhere.json'}, 'the search space file nowhere.json cannot be read: No such file'),
         ({'space': '{}'}, "a search space is 'paper'"),
@@ -491,12 +494,12 @@ def test_dead_operations():
     network = small_network().train()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     block = next(iter(network.blocks.values()))
-    block.channel_excite['mlp'].fc2.weight.data.zero_()
+    block.channel_excite['mlp(reduction=4)'].fc2.weight.data.zero_()
     dead = dead_operations(network, small_batch()[0])
-    assert dead['channel_excite.mlp'] == [next(iter(network.blocks))]
+    assert dead['channel_excite.mlp(reduction=4)'] == [next(iter(network.blocks))]
     assert 'spatial_excite.conv3x3' not in dead
     for key, value in network.state_dict().items():
-        assert 'mlp.fc2' in key or torch.equal(value, before[key])
+        assert 'mlp(reduction=4).fc2' in key or torch.equal(value, before[key])
 
 
 @pytest.mark.parametrize(

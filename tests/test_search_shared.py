@@ -21,6 +21,9 @@ SUBSETS = {
     'spatial_squeeze=max; spatial_excite=conv1x3_3x1',
     'no moments': 'channel_squeeze=second_order,max; gated_squeeze=second_order,l2_norm; '
     'spatial_squeeze=avg,second_order',
+    'options': 'channel_squeeze=avg,second_order,second_order(reduction=8); '
+    'channel_excite=mlp,mlp(reduction=4),conv_eca(kernel_size=5); gated_squeeze=second_order(grid=4),second_order,avg; '
+    'spatial_squeeze=dilated(dilation=2),second_order(grid=3),avg; spatial_excite=conv_norm(kernel_size=3),conv3x3',
     'turned round': 'channel_squeeze=second_order,p_norm,avg_max; channel_excite=affine,conv7,mlp,conv3_x2; '
     'gated_squeeze=avg_skew,second_order,p_norm,l2_norm; spatial_squeeze=l2_norm,max,avg_std,avg_max; '
     'spatial_excite=conv3x3_x2,affine,conv5x5,conv1x3_3x1',

@@ -19,6 +19,7 @@ import torch
 from sase_blocks import __version__
 from sase_blocks.blocks import BLOCKS
 from sase_blocks.ops import EXTENDED_SETS
+from sase_blocks.ops.options import describe_options
 from sase_blocks.reading import one_line, printable, quoted, shorten
 from sase_blocks.runs import is_main, say
 
@@ -55,6 +56,7 @@ examples:
   sase-blocks info resnet50_sase --img-size 288
   sase-blocks info resnet20_cifar --genotype se --attn-stages 2 3
   sase-blocks info sase --channels 256 --img-size 56
+  sase-blocks info 'cbam(reduction=8, kernel_size=3)'
   sase-blocks info avg,conv3,affine,p_norm,avg,conv7x7
 
 MACs count convolutions and matrix products. Squeezes are neither, but cost time too.
@@ -200,13 +202,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('filter', nargs='?', default='', help='show only names that contain this text')
 
     sub = command('info', _info, 'show the size of a model or block, and its genotype as a drawing')
-    sub.add_argument('name', help='a timm model, a block, or a genotype as text')
+    sub.add_argument('name', help='a timm model, a block, maybe with options, or a genotype as text')
     sub.add_argument('--img-size', type=int, help="height and width in px (default: the model's; 56 for a block)")
     sub.add_argument('--channels', type=int, help='channels of the input of a block (default: 256)')
     add_model_options(sub)
 
     sub = command('draw', _draw, "draw a block as a graph of its operations, or a network of TrioNet's blocks")
-    sub.add_argument('name', help='a block, a genotype or architecture as text, or architecture.json')
+    sub.add_argument(
+        'name', help='a block, maybe with options, a genotype or architecture as text, or architecture.json'
+    )
     sub.add_argument('-o', '--out', required=True, metavar='FILE', help='the picture: .png, .svg or .pdf')
     sub.add_argument('--no-sets', dest='sets', action='store_false', help='do not list the alternatives')
 
@@ -254,14 +258,16 @@ def _list(filter: str) -> None:
         if wanted(name):
             about = (build.__doc__ or '').strip().splitlines()[0].replace('``', '')
             blocks.append(f'  {name:<14}{about}')
+            if options := describe_options(build):
+                blocks.append(f'{"":<16}{options}')
     if blocks:
-        shown.append('blocks\n' + '\n'.join(blocks))
+        shown.append('blocks (with the defaults of their options)\n' + '\n'.join(blocks))
     for set_name, table in EXTENDED_SETS.items():
-        rows = [(name, str(cls.paper_key or '')) for name, cls in table.items()]
-        rows = [row for row in rows if wanted(*row)]
+        rows = [(name, str(cls.paper_key or ''), describe_options(cls)) for name, cls in table.items()]
+        rows = [row for row in rows if wanted(*row[:2])]
         if rows:
-            lines = [f'  {name:<14}{key}'.rstrip() for name, key in rows]
-            shown.append(f'{set_name.replace("_", " ")} (name, key in the paper)\n' + '\n'.join(lines))
+            lines = [f'  {name:<15} {key:<19} {options}'.rstrip() for name, key, options in rows]
+            shown.append(f'{set_name.replace("_", " ")} (name, key in the paper, options)\n' + '\n'.join(lines))
     models = [name for name in timm.list_models() if wanted(name) and (filter or is_ours(name))]
     if models:
         title = 'timm models' if filter else "models (in addition to timm's)"

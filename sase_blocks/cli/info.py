@@ -20,6 +20,7 @@ from sase_blocks.blocks import (
     create_block,
     list_blocks,
 )
+from sase_blocks.ops.options import describe_options
 from sase_blocks.reading import one_line, printable, quoted
 from sase_blocks.train import build_model
 
@@ -39,9 +40,10 @@ def show_info(
     if img_size is not None and img_size < 1:
         raise ValueError(f'--img-size must be at least 1, got {img_size}')
     args = model_arguments(model_args, genotype, attn_stages)
-    is_block = name in BLOCKS or ',' in name or name.lstrip().startswith('{')
+    plain = name.partition('(')[0].strip()  # without options
+    is_block = plain in BLOCKS or ',' in name or name.lstrip().startswith('{')
     if not is_block and ':' not in name and not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*list_blocks(), *timm.list_models()], n=3)
+        near = difflib.get_close_matches(plain, [*list_blocks(), *timm.list_models()], n=3)
         raise ValueError(
             f'there is no model or block {quoted(name)}{"; did you mean " + " or ".join(near) + "?" if near else ""} '
             f'(`sase-blocks list TEXT` searches)'
@@ -79,6 +81,8 @@ def show_info(
             formulas.setdefault(block_graph(block).formula, []).append(path)
     if is_block:
         print(f'\nformula {block_graph(module).formula}')
+    if plain in BLOCKS and (options := describe_options(BLOCKS[plain])):
+        print(f'options {options} by default')
     for formula, paths in formulas.items():
         print(f'\nattention {formula}{_where(paths)}')
     for found, paths in genotypes.items():

@@ -46,7 +46,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, attention: bool = True
     if attention:
         parser.add_argument(
             '--genotype',
-            help="attention of our models: a block's name, a genotype as text or JSON, a search's .json file, or none",
+            help="attention of our models: a block's name, maybe with options such as 'se(reduction=8)', a genotype as "
+            "text or JSON, a search's .json file, or none",
         )
         parser.add_argument(
             '--attn-stages', type=int, nargs='+', metavar='N', help='stages of our models with attention (default: all)'

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sase_blocks.blocks import BLOCKS
+from sase_blocks.ops.options import split_names
 from sase_blocks.reading import quoted
 from sase_blocks.runs import is_main, say
 
@@ -21,7 +22,7 @@ examples:
   sase-blocks search sase --data DIR --out runs/search          the paper's settings, first order, fair mixing
   sase-blocks search sase --data DIR --order 2 --paper-mixing   the search as the paper describes it
   sase-blocks search sase --data DIR --out runs/search ... --resume
-  sase-blocks search sase --data DIR --space 'channel_excite=conv3,conv5,affine; gate_excite=affine'
+  sase-blocks search sase --data DIR --space 'channel_excite=mlp,mlp(reduction=4),affine; gate_excite=affine'
   sase-blocks search sase --data DIR --seeds 0,1,2,3 --null --evaluate 5 --random 19
   sase-blocks search sase --data DIR --seeds 0,1,2,3 --null --evaluate 5 --ray auto
   torchrun --nproc-per-node 8 -m sase_blocks search sase --data DIR ...
@@ -134,6 +135,6 @@ def _blocks(items: Sequence[str]) -> list[str]:
     """Split comma-separated names; a genotype contains five commas and stays whole."""
     out: list[str] = []
     for item in items:
-        parts = [part.strip() for part in item.split(',') if part.strip()]
-        out += parts if all(part == 'none' or part in BLOCKS for part in parts) else [item]
+        parts = list(filter(None, split_names(item)))
+        out += parts if all(part.partition('(')[0] in ('none', *BLOCKS) for part in parts) else [item]
     return out

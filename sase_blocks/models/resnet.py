@@ -118,8 +118,8 @@ def _register_genotype(name: str, depth: int, genotype: str | Genotype, **defaul
 
         Args:
             pretrained: there are no published weights; False.
-            genotype: a block's name, a genotype as text or JSON, a search's .json file, or 'none'; several genotypes,
-                separated by semicolons, are one for each stage.
+            genotype: a block's name, maybe with options (``'se(reduction=8)'``), a genotype as text or JSON, a search's
+                .json file, or 'none'; several, separated by semicolons, are one for each stage.
             attn_stages: the stages that get the block, from 1 to 4; default: all.
             img_size: image size for per-position parameters; default: 224.
             **kwargs: timm's ResNet arguments.
@@ -139,7 +139,7 @@ def register_resnet(
 
     Args:
         name: a new model name, a valid identifier.
-        genotype: a block's name, a ``Genotype``, or its text or JSON.
+        genotype: a block's name, maybe with options, a ``Genotype``, or its text or JSON.
         depth: 50 or 101.
         attn_stages: the stages that get the block.
         img_size: image size for per-position parameters.

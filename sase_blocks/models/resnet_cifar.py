@@ -136,8 +136,8 @@ def resnet20_cifar(
 
     Args:
         pretrained: there are no published weights; False.
-        genotype: a block's name, a genotype as text or JSON, a search's .json file, or None for no attention; several
-            genotypes, separated by semicolons, are one for each stage.
+        genotype: a block's name, maybe with options (``'se(reduction=8)'``), a genotype as text or JSON, a search's
+            .json file, or None for no attention; several, separated by semicolons, are one for each stage.
         attn_stages: the stages that get the block, from 1 to 3; default: all.
         img_size: image size for per-position parameters; default: 32.
         **kwargs: arguments of ``CifarResNet``.

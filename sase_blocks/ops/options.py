@@ -121,6 +121,11 @@ def options_of(build: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ('device', 'dtype')}
 
 
+def describe_options(build: Callable[..., Any]) -> str:
+    """The options of a class or builder and their defaults as text: ``'reduction=16, kernel_size=7'``."""
+    return ', '.join(f'{option}={default!r}' for option, default in options_of(build).items())
+
+
 def format_name(name: str, build: Callable[..., Any], options: Mapping[str, Any]) -> str:
     """The canonical text of a name with options: in the order of the signature, without those equal to the default.
 

@@ -24,6 +24,7 @@ from sase_blocks import models  # noqa: F401  # registers our models with timm
 from sase_blocks.blocks import Genotype
 from sase_blocks.data import Samples, derive_seed, image_config, name_data
 from sase_blocks.jobs import Ray, check_jobs, job_folder, run_jobs
+from sase_blocks.ops.options import split_names
 from sase_blocks.profiling import count_macs, milliseconds_per_image
 from sase_blocks.reading import quoted, shorten, table
 from sase_blocks.runs import check_writable, environment, fixed_settings, is_main, open_accelerator, write_json
@@ -82,7 +83,8 @@ def evaluate(
         found: the genotype as text, or one for each stage with semicolons between them.
         budget: the settings of all trainings except seed and genotype. Its model must take ``genotype=``, its ``out``
             is the folder for everything, and its validation split, which is reported, should be new to the search.
-        baselines: blocks of ``list_blocks()``, 'none', or genotypes; ``'LABEL=GENOTYPE'`` names one.
+        baselines: blocks of ``list_blocks()``, maybe with options, 'none', or genotypes; ``'LABEL=GENOTYPE'`` names
+            one.
         randoms: number of random genotypes, all different and different from the found one.
         space: of the random genotypes. Default: the paper's.
         seeds: of the trainings, the same for all candidates.
@@ -204,8 +206,8 @@ def list_candidates(
     found = '; '.join(map(str, stages))
     listed = [{'name': 'found', 'kind': 'found', 'genotype': found}]
     for entry in baselines:
-        label, equals, genotype = entry.partition('=')
-        listed.append({'name': label, 'kind': 'baseline', 'genotype': genotype if equals else label})
+        label, *genotype = split_names(entry, '=')  # not at the = of an option
+        listed.append({'name': label, 'kind': 'baseline', 'genotype': '='.join(genotype) if genotype else label})
     paper = SearchSpace.parse('paper')
     texts = random_genotypes(space or paper, randoms, random_seed, sets=len(stages), without=[found])
     listed += [{'name': f'random {i}', 'kind': 'random', 'genotype': text} for i, text in enumerate(texts)]

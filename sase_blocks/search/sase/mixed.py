@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sase_blocks.blocks import AttentionModule
 from sase_blocks.blocks.graph import CHANNEL, MAP, SPATIAL, Edge, Graph
 from sase_blocks.checks import check_feat_size, check_features
-from sase_blocks.ops import EXTENDED_SETS
+from sase_blocks.ops import resolve_primitive
 from sase_blocks.ops.primitive import mix
 
 from .convolutions import excited
@@ -82,8 +82,9 @@ class MixedBlock(AttentionModule):
         self.form = form
         args: dict[str, Any] = {'feat_size': self.feat_size, 'device': device, 'dtype': dtype}
         for edge, names in space:
-            table = EXTENDED_SETS[self._set_of(edge)]
-            self.add_module(edge, nn.ModuleDict({name: table[name](channels, **args) for name in names}))
+            operations = {name: resolve_primitive(self._set_of(edge), name)(channels, **args) for name in names}
+            # torch allows no dots in the names of modules, but an option may be a float.
+            self.add_module(edge, nn.ModuleDict({name.replace('.', '_'): op for name, op in operations.items()}))
         self.mix_weight = nn.Parameter(torch.full((2,), 0.5, device=device, dtype=dtype))
         self.norm = nn.BatchNorm2d(1, affine=False, device=device, dtype=dtype)
         # One channel an operation, over everything else.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sase_blocks.blocks import Genotype
 from sase_blocks.ops import EXTENDED_SETS, SETS, primitive_name
+from sase_blocks.ops.options import split_names
 from sase_blocks.reading import parse_json, quoted, read_text
 
 __all__ = ['EDGES', 'SearchSpace']
@@ -25,7 +26,7 @@ EDGES = tuple(Genotype.SET_OF)
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The choices of each edge: primitives' names or the paper's keys, stored as names.
+    """The choices of each edge: primitives' names or the paper's keys, maybe with options, stored as in ``Genotype``.
 
     The logits of a space are one flat vector: the operations of edge 0, then those of edge 1, and so on (``sizes``).
 
@@ -42,6 +43,8 @@ class SearchSpace:
         ((7, 7, 7, 7, 7, 7), 117649)
         >>> SearchSpace.parse('channel_squeeze=avg,avg_max; gate_excite=affine').genotypes
         4802
+        >>> SearchSpace.parse('channel_excite=mlp,2conv_1x1(reduction=4)').channel_excite
+        ('mlp', 'mlp(reduction=4)')
     """
 
     channel_squeeze: tuple[str, ...]
@@ -98,9 +101,9 @@ class SearchSpace:
         if text.startswith(('{', '[')):
             edges = parse_json(text, 'a search space')
         else:
-            for part in filter(None, (part.strip() for part in text.split(';'))):
+            for part in filter(None, split_names(text, ';')):
                 edge, equals, names = part.partition('=')
-                edges[edge.strip()] = [name.strip() for name in names.split(',') if name.strip()] if equals else None
+                edges[edge.strip()] = list(filter(None, split_names(names))) if equals else None
         if not isinstance(edges, dict) or not edges or None in edges.values():
             raise ValueError(
                 f"a search space is 'paper', 'extended', 'EDGE=NAME,NAME; ...' or a JSON object of lists by edge, got "
