@@ -8,10 +8,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar('T')
 QUOTED = 100  # characters of a value that a message shows
 DEPTH = 20  # levels of nested JSON; nothing in this package needs more than five
 
@@ -87,6 +88,15 @@ def read_text(path: str | os.PathLike[str], what: str) -> str:
     if not text:
         raise ValueError(f'the {what} file {path} is empty')
     return text
+
+
+def parse_file(path: str | os.PathLike[str], what: str, parse: Callable[[str], T]) -> T:
+    """``parse`` of the text of a file, see ``read_text``; a ValueError names the file."""
+    text = read_text(path, what)
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
 
 
 def parse_json(text: str, what: str) -> Any:

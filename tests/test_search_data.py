@@ -1,7 +1,6 @@
 """The data of a search: how a training set is split, and what of it is augmented."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ MEAN_STD = {'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4), 'interpolation': 'b
 
 
 def config(**changes):
-    return SimpleNamespace(**{'fraction': 0.5, 'hflip': 0.5, 'seed': 3, 'batch_size': 4, 'workers': 0, **changes})
+    return SearchConfig('', **{'fraction': 0.5, 'hflip': 0.5, 'seed': 3, 'batch_size': 4, 'workers': 0, **changes})
 
 
 def all_images(part, epoch):

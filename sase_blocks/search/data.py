@@ -1,4 +1,4 @@
-"""The data of a search: a training set split into images that train the weights and held-out images.
+"""The data of a search: a training set split into training and held-out images.
 
 The split depends only on the seed and keeps the share of every class. Held-out images are not augmented.
 """
@@ -28,8 +28,6 @@ from sase_blocks.data import (
 )
 from sase_blocks.runs import resuming
 
-__all__ = ['Arrays', 'SearchData', 'check_arrays', 'check_same_data', 'split_data']
-
 SPLIT, RELABEL = 101, 102  # streams of random numbers, see derive_seed
 # Images (N, C, H, W) of uint8, labels (N,), names of the classes.
 Arrays = tuple[Tensor, Tensor, Sequence[str]]
@@ -37,17 +35,11 @@ Arrays = tuple[Tensor, Tensor, Sequence[str]]
 
 @dataclass
 class SearchData:
-    """The two parts of a training set.
+    """The two parts of a training set."""
 
-    Attributes:
-        training: images that train the weights.
-        held_out: images that train the mixture of a search, or score its candidates.
-        facts: for the checkpoint: classes, counts, the fingerprint of the data and the indices of the held-out images.
-    """
-
-    training: Batches
-    held_out: Batches
-    facts: dict[str, Any]
+    training: Batches  # train the weights
+    held_out: Batches  # train the mixture of a search, or score its candidates
+    facts: dict[str, Any]  # for the checkpoint: classes, counts, fingerprint, indices of the held-out images
 
     @property
     def classes(self) -> list[str]:
@@ -78,7 +70,6 @@ def split_data(
     data_config: Mapping[str, Any] | None = None,
     *,
     device: torch.device | str = 'cpu',
-    memory_format: torch.memory_format = torch.contiguous_format,
     null: bool = False,
     trains_on_both: bool = True,
 ) -> SearchData:
@@ -86,11 +77,11 @@ def split_data(
 
     Args:
         data: the training set. Images up to 64 px are decoded once and kept on the device.
-        config: the settings of a search: fraction, hflip, seed, batch_size, workers.
+        config: the settings of a search.
         data_config: of ``data.image_config``, for ``Samples``. Arrays are normalised by the mean and the standard
             deviation of their training part.
-        null: shuffle the labels within each part. Nothing can then be learned that holds in the other part, and what
-            still wins does so by construction.
+        null: shuffle the labels within each part. Nothing that is learned then holds in the other part, and what still
+            wins does so by construction.
         trains_on_both: whether the held-out part needs a full batch, too.
 
     Raises:
@@ -108,13 +99,7 @@ def split_data(
     parts = split_classes(labels, classes, config.fraction, config.seed)
     if null:
         labels = shuffle_labels(labels, parts, config.seed)
-    facts = {
-        'classes': classes,
-        'weights': len(parts[0]),
-        'held_out': len(parts[1]),
-        'fingerprint': fingerprint,
-        'held_out_indices': parts[1],
-    }
+    facts = {'classes': classes, 'weights': len(parts[0]), 'held_out': len(parts[1]), 'fingerprint': fingerprint}
     for part, name in zip(parts, ('training', 'held-out') if trains_on_both else ('training',), strict=False):
         if len(part) < config.batch_size:
             raise ValueError(
@@ -140,10 +125,9 @@ def split_data(
             SmallImages(images[part], labels[part], mean, std, config.seed, stream, hflip[stream], device)
             for stream, part in enumerate(parts)
         ]
-    training, held_out = (
-        Batches(part, workers=config.workers, device=device, memory_format=memory_format) for part in sets
-    )
-    return SearchData(training, held_out, facts)
+    layout = config.memory_format
+    training, held_out = (Batches(p, workers=config.workers, device=device, memory_format=layout) for p in sets)
+    return SearchData(training, held_out, {**facts, 'held_out_indices': parts[1]})
 
 
 def check_arrays(images: Tensor, labels: Tensor) -> None:
@@ -156,9 +140,8 @@ def check_arrays(images: Tensor, labels: Tensor) -> None:
 
 
 def split_classes(labels: Tensor, classes: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Positions of the two parts, each sorted; ``fraction`` of every class, and at least one image of it, in each."""
-    first: list[int] = []
-    second: list[int] = []
+    """Sorted positions of the two parts. The first has ``fraction`` of every class, each at least one image of it."""
+    parts: tuple[list[int], list[int]] = [], []
     generator = torch.Generator().manual_seed(derive_seed(seed, SPLIT))
     for number, name in enumerate(classes):
         members = torch.nonzero(labels == number).flatten()
@@ -166,9 +149,9 @@ def split_classes(labels: Tensor, classes: Sequence[str], fraction: float, seed:
             raise ValueError(f'class {name!r} has {len(members)} training images, a split in two parts needs 2 or more')
         members = members[torch.randperm(len(members), generator=generator)]
         cut = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        first += members[:cut].tolist()
-        second += members[cut:].tolist()
-    return sorted(first), sorted(second)
+        parts[0].extend(members[:cut].tolist())
+        parts[1].extend(members[cut:].tolist())
+    return sorted(parts[0]), sorted(parts[1])
 
 
 def shuffle_labels(labels: Tensor, parts: Sequence[Sequence[int]], seed: int) -> Tensor:

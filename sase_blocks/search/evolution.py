@@ -6,14 +6,15 @@ maximises the score and minimises the cost. Our additions:
 - Limits are hard: a network over them is drawn again before it costs anything, and is never written down.
 - No network is scored twice: genomes are compared by the text of their network.
 - A generation is drawn as a whole and scored in any order, in this process or on many machines. A draw depends only on
-  the seed, the earlier texts and the earlier generations, so the order changes nothing.
-- Candidates are lines of a file, written before and after they are scored: a search that is killed and started again
-  ends with the candidates of an uninterrupted one.
+  the seed, the earlier texts and the earlier generations.
+- Candidates are lines of a file, written before and after scoring. A search that is killed and started again ends with
+  the candidates of an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 from collections import Counter
@@ -29,8 +30,6 @@ from sase_blocks.reading import one_line
 from sase_blocks.runs import append_row, write_rows
 from sase_blocks.runs import say as print_line
 
-__all__ = ['ALGORITHMS', 'Candidate', 'Genome', 'Problem', 'best', 'evolve', 'front', 'load_optuna']
-
 ALGORITHMS = ('nsga2', 'random')
 FAILURES = 3  # failed candidates in a row that end a search
 LINES = 20  # progress lines of a whole search
@@ -44,12 +43,11 @@ class Problem:
 
     Args:
         genes: maps the name of a gene to its choices.
-        decode: the text of a genome's network. Several genomes may have the same, as genes without effect have no part
-            in it.
-        fits: whether the hard limits allow a network. Cheap: called for every draw.
+        decode: returns the text of a genome's network. Genomes that differ in genes without effect have the same text.
+        fits: returns whether the hard limits allow a network. Cheap: called for every draw.
         cost: of a network; less is better.
         score: of a network; more is better. Expensive: called once per network.
-        draw: a random genome, for the first generation and for random search.
+        draw: returns a random genome, for the first generation and for random search.
     """
 
     genes: Mapping[str, Sequence[str]]
@@ -70,9 +68,8 @@ class Problem:
                 raise ValueError(f'gene {name}: a choice is repeated in {list(choices)}')
 
     def check_genome(self, genome: Mapping[str, str], what: str) -> Genome:
-        """The genome with its genes in order; an error calls it ``what``."""
-        if genome.keys() != self.genes.keys():
-            differing = sorted(genome.keys() ^ self.genes.keys())
+        """The genome with its genes in order. An error names it ``what``."""
+        if differing := sorted(genome.keys() ^ self.genes.keys()):
             raise ValueError(f'{what} and the search differ in these genes: {", ".join(differing)}')
         for name, choices in self.genes.items():
             if genome[name] not in choices:
@@ -81,7 +78,7 @@ class Problem:
 
 
 class Candidate(NamedTuple):
-    """A scored network: its text, values, one of its genomes, and its number in the order of the draws."""
+    """A scored network: its text, values, one of its genomes, and the number of its draw."""
 
     text: str
     score: float
@@ -91,10 +88,9 @@ class Candidate(NamedTuple):
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The Pareto front: no other candidate is at least as good in score and cost and better in one of them.
+    """The Pareto front by cost: no other candidate is at least as good in score and cost and better in one of them.
 
-    Returns:
-        Sorted by cost; of candidates equal in cost and score all stay, sorted by text.
+    All candidates of equal cost and score stay, by text.
     """
     chosen: list[Candidate] = []
     for one in sorted(candidates, key=lambda one: (one.cost, -one.score, one.text)):
@@ -104,7 +100,7 @@ def front(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def best(candidates: Sequence[Candidate]) -> Candidate:
-    """The highest score; among equals the cheapest, then the first by text."""
+    """The candidate with the highest score; among equals the cheapest, then the first by text."""
     if not candidates:
         raise ValueError('there are no candidates')
     return min(candidates, key=lambda one: (-one.score, one.cost, one.text))
@@ -131,27 +127,25 @@ def evolve(
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     each: Each = each_in_turn,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = print_line,
     tries: int = 2000,
 ) -> list[Candidate]:
     """Search until ``evaluations`` networks are scored.
 
-    The same call again continues, and more evaluations extend the search. Failures since the last success are then
-    tried again.
+    The same call again continues, and more evaluations extend the search. It tries failures since the last success
+    again.
 
     Args:
-        problem: what to search.
         file: the candidates, one JSON a line; its folder is made. Only one call at a time may write to it.
         evaluations: networks to score. Failed candidates do not count.
         algorithm: 'nsga2', or 'random' for ``problem.draw`` only, the baseline.
         population: scored networks of a generation, and parents of the next one; above 1, below evaluations.
         mutation: probability that a gene of a child is drawn anew, uniformly. Default: 1 / number of genes.
         seeds: genomes to score first, in this order.
-        settings: other JSON values that the scores depend on. ``evolve`` raises ValueError for a file with others, or
-            with other genes, seeds, algorithm, population, mutation or seed.
+        settings: other JSON values that the scores depend on.
         seed: of all draws; not negative.
         each: calls ``problem.score`` with each of several texts. Default: one after another in this process.
-        say: prints a line. Default: print.
+        say: prints a line.
         tries: draws without a new network before the search ends, for NSGA-II first of children, then of
             ``problem.draw``.
 
@@ -160,16 +154,16 @@ def evolve(
 
     Raises:
         ImportError: Optuna is missing (extra ``search``).
-        ValueError: a wrong argument, a file with other settings, or limits that no drawn network meets.
+        ValueError: a wrong argument, a file with other settings, genes, seeds, algorithm, population, mutation or seed,
+            or limits that no drawn network meets.
         OSError: the file cannot be written.
         RuntimeError: three candidates in a row have failed.
     """
     problem.check()
     if algorithm not in ALGORITHMS:
         raise ValueError(f'algorithm: expected {" or ".join(ALGORITHMS)}, got {algorithm!r}')
-    for what, value, least in [
-        ('evaluations', evaluations, 1), ('population', population, 2), ('seed', seed, 0), ('tries', tries, 1),
-    ]:  # fmt: skip
+    counts = {'evaluations': (evaluations, 1), 'population': (population, 2), 'seed': (seed, 0), 'tries': (tries, 1)}
+    for what, (value, least) in counts.items():
         if value < least:
             raise ValueError(f'{what}: expected at least {least}, got {value}')
     if algorithm == 'nsga2' and population >= evaluations:
@@ -198,7 +192,7 @@ def evolve(
             raise ValueError(f'a seed is over the limits: {text}')
     search = _Search(problem, load_optuna(), Path(file), evaluations, size, mutation, seed, tries, planned)
     search.open({**theirs, **ours})
-    return search.run(each, say or print_line)
+    return search.run(each, say)
 
 
 @dataclass
@@ -223,10 +217,7 @@ class _Search:
     trials: dict[int, Any] = field(default_factory=dict)  # the scored candidates as Optuna has them
 
     def open(self, settings: Mapping[str, Any]) -> None:
-        """Read the file. Raises ValueError if it is damaged or has other settings.
-
-        Failures since the last success are forgotten, so that these candidates are scored again.
-        """
+        """Read the file, except for failures since the last success. Raises ValueError for damage or other settings."""
         rows: list[dict[str, Any]] = []
         lines = self.file.read_text(encoding='utf-8', errors='replace').splitlines() if self.file.exists() else []
         try:
@@ -258,7 +249,7 @@ class _Search:
         self._note(row)
 
     def candidates(self) -> list[Candidate]:
-        """The scored ones, in the order of their draws."""
+        """The scored candidates, in the order of their draws."""
         return [
             Candidate(one['text'], one['score'], one['cost'], one['genome'], number)
             for number, one in enumerate(self.drawn)
@@ -308,7 +299,7 @@ class _Search:
         return error
 
     def _tell(self, told: int, say: Callable[[str], None]) -> int:
-        """Say a line after each twentieth of the search. -> the number of evaluations in the last line."""
+        """Print a line after each twentieth of the search. -> the number of evaluations in the last line."""
         found, total = self.candidates(), self.evaluations
         if len(found) * LINES // total == told * LINES // total:
             return told
@@ -320,14 +311,9 @@ class _Search:
     def propose(self) -> str:
         """Add a new candidate: the first missing seed, or a draw. -> the reason if there is none."""
         known = {one['text'] for one in self.drawn}
-        for genome in self.seeds:
-            if (text := self.problem.decode(genome)) not in known:
-                self._write({'number': len(self.drawn), 'text': text, 'genome': genome})
-                return ''
-        sequence = np.random.SeedSequence([self.seed, 0, len(known)])
-        rng = np.random.default_rng(sequence)
+        missing = (genome for genome in self.seeds if self.problem.decode(genome) not in known)
         counts = Counter[str]()
-        for drawn in self._draws(rng, int(sequence.generate_state(1)[0])):
+        for drawn in itertools.chain(missing, self._draws(np.random.SeedSequence([self.seed, 0, len(known)]))):
             genome = self.problem.check_genome(drawn, 'what was drawn')
             text = self.problem.decode(genome)
             reason = 'known' if text in known else '' if self.problem.fits(text) else 'over the limits'
@@ -340,23 +326,20 @@ class _Search:
             f'{counts["known"]} known already; widen the limits or the space'
         )
 
-    def _draws(self, rng: np.random.Generator, seed: int) -> Iterator[Mapping[str, str]]:
+    def _draws(self, sequence: np.random.SeedSequence) -> Iterator[Mapping[str, str]]:
         """Genomes: children of Optuna's NSGA-II after the first generation, then draws of ``problem.draw``."""
-        members = self.candidates()
+        members, rng = self.candidates(), np.random.default_rng(sequence)
         if self.population and len(members) >= self.population:
-            yield from self._children(members, self.population, rng, seed)
+            yield from self._children(members, self.population, rng, int(sequence.generate_state(1)[0]))
         for _ in range(self.tries):
             yield self.problem.draw(rng)
 
     def _children(
         self, members: Sequence[Candidate], size: int, rng: np.random.Generator, seed: int
     ) -> Iterator[Genome]:
-        optuna, parents = self.optuna, self.parents
-        generation = len(members) // size
-        distributions = {
-            name: optuna.distributions.CategoricalDistribution(tuple(choices))
-            for name, choices in self.problem.genes.items()
-        }
+        optuna, parents, generation = self.optuna, self.parents, len(members) // size
+        categorical = optuna.distributions.CategoricalDistribution
+        distributions = {name: categorical(tuple(choices)) for name, choices in self.problem.genes.items()}
         for one in members:
             if one.number not in self.trials:
                 trial = self.trials[one.number] = optuna.trial.create_trial(
@@ -381,7 +364,7 @@ class _Search:
         verbosity = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = Sampler(population_size=size, mutation_prob=self.mutation, seed=seed)
-        # The study has only the directions, the sampler has the trials.
+        # The study has only the directions. The sampler has the trials.
         study = optuna.create_study(directions=['maximize', 'minimize'], sampler=sampler)
         optuna.logging.set_verbosity(verbosity)
         for before in range(1, generation):  # each needs the one before it
@@ -390,7 +373,5 @@ class _Search:
         for _ in range(self.tries):
             child = sampler.sample_relative(study, trial, distributions)
             # Mutation drops genes, which are drawn anew.
-            yield {
-                name: child[name] if name in child else str(rng.choice(list(choices)))
-                for name, choices in self.problem.genes.items()
-            }
+            genes = self.problem.genes.items()
+            yield {name: child[name] if name in child else str(rng.choice(list(choices))) for name, choices in genes}

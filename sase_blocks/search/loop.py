@@ -18,8 +18,6 @@ from sase_blocks.runs import RunLog, check_finite, load_optimizer, resuming, who
 
 from .data import SearchData, check_same_data
 
-__all__ = ['TrainingLoop']
-
 
 class TrainingLoop(ABC):
     """Epochs of training steps, with a checkpoint after each epoch and every ``config.save_minutes``.

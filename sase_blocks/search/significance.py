@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ['LEVEL', 'holm', 'load_stats', 'not_worse', 'paired_test', 'shown_from']
-
 LEVEL = 0.05
 SAME = 1e-9  # largest difference of equal accuracies in percent, by rounding
 

@@ -5,19 +5,18 @@ torch's SyncBatchNorm needs a GPU and has no second derivative, which an exact s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from sase_blocks.ops import BatchNorm2d
 
-__all__ = ['synchronize_norms']
-
 
 def gather_processes(x: Tensor) -> Tensor:
-    """``x`` of every process, (processes, *x.shape), by one sum, which torch can differentiate twice."""
+    """``x`` of all processes, (processes, *x.shape), by one sum, which torch can differentiate twice."""
     from torch.distributed.nn.functional import all_reduce  # not in every build of torch
 
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -25,12 +24,9 @@ def gather_processes(x: Tensor) -> Tensor:
     return all_reduce(torch.stack(rows))
 
 
-def synchronized_batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+def synchronized_batch_norm(x: Tensor, norm: Any) -> Tensor:
     """Batch norm in train mode with the statistics of all processes, which must have equally many images."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    assert isinstance(norm.running_mean, Tensor)
-    assert isinstance(norm.running_var, Tensor)
-    assert isinstance(norm.num_batches_tracked, Tensor)
     var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
     means, variances = gather_processes(torch.stack([mean, var])).unbind(1)
     mean = means.mean(0)
@@ -51,9 +47,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d`` with the statistics of all processes in train mode."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training:
-            return synchronized_batch_norm(input, self)
-        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return synchronized_batch_norm(input, self) if self.training else super().forward(input)
 
 
 class SynchronizedBatchNormAct2d(BatchNormAct2d):
@@ -73,13 +67,9 @@ _SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def synchronize_norms(model: nn.Module) -> int:
-    """Give every batch norm of ``model`` the statistics of all processes. In place; no name or tensor changes.
+    """Give all batch norms of ``model`` the statistics of all processes, in place. -> their number.
 
-    Returns:
-        The number of batch norms.
-
-    Raises:
-        ValueError: a batch norm of another class.
+    No name or tensor changes. Raises ValueError for a batch norm of another class.
     """
     count = 0
     for name, module in model.named_modules():

@@ -26,8 +26,6 @@ from sase_blocks.search.significance import LEVEL, holm
 from .diagnostics import NOTHING_TO_DECIDE, decided_edges, describe_edges
 from .space import SearchSpace
 
-__all__ = ['chance_of_agreement', 'compare_searches', 'format_agreement']
-
 
 def compare_searches(
     results: Sequence[Mapping[str, Any]], null: Sequence[Mapping[str, Any]] | None = None

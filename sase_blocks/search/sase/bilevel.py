@@ -20,8 +20,6 @@ from torch import Tensor
 
 from .network import SearchNetwork
 
-__all__ = ['ORDERS', 'LogitsGradient', 'VirtualStep', 'logits_gradient']
-
 ORDERS = ('1', '2', '2-fd')
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -37,8 +37,6 @@ from .result import RESULT, read_result
 from .searching import saved_search, search
 from .space import SearchSpace
 
-__all__ = ['campaign', 'evaluation_budget']
-
 
 def campaign(
     config: SearchConfig,

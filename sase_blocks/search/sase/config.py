@@ -11,8 +11,6 @@ from .bilevel import ORDERS
 from .mixed import FORMS
 from .space import SearchSpace
 
-__all__ = ['SearchConfig']
-
 
 @dataclass(frozen=True)
 class SearchConfig(RunConfig):

@@ -41,16 +41,6 @@ from sase_blocks.train import (
 
 from .space import SearchSpace
 
-__all__ = [
-    'BASELINES',
-    'compare',
-    'evaluate',
-    'format_evaluation',
-    'list_candidates',
-    'open_evaluation',
-    'random_genotypes',
-]
-
 BASELINES = ('none', 'se', 'eca', 'cbam', 'sase')
 RANDOM = 103  # stream of random numbers, see derive_seed: random genotypes
 COSTS = ('parameters', 'macs', 'ms_per_image', 'time_ratio', 'device')

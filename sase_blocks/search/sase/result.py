@@ -17,8 +17,6 @@ from sase_blocks.runs import environment
 from .diagnostics import describe_edges, noise_leads, verdict_of
 from .space import SearchSpace
 
-__all__ = ['RESULT', 'describe_result', 'draw_result', 'read_result', 'write_logits']
-
 RESULT = 'genotype.json'  # in the run's folder; timm.create_model('resnet50_sase', genotype=PATH) reads it
 
 

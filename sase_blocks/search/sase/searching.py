@@ -44,8 +44,6 @@ from .network import SearchNetwork
 from .result import RESULT, describe_result, draw_result, write_logits
 from .space import SearchSpace
 
-__all__ = ['saved_search', 'search']
-
 HESSIAN_IMAGES = 32  # of a held-out batch
 
 
@@ -110,10 +108,10 @@ class _Search(TrainingLoop):
         )
         if isinstance(data, Samples) and data.fingerprint is None:
             (data,) = drop_broken(config.skip_broken, accelerator, data)
-        device, layout = accelerator.device, config.memory_format
-        parts = split_data(data, config, data_config, device=device, memory_format=layout, null=config.null)
+        device = accelerator.device
+        parts = split_data(data, config, data_config, device=device, null=config.null)
 
-        network.to(device).to(memory_format=layout).train()
+        network.to(device).to(memory_format=config.memory_format).train()
         if accelerator.num_processes > 1:
             synchronize_norms(network.model)
         self.named = network.weights()

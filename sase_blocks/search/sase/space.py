@@ -17,9 +17,7 @@ from torch import Tensor
 from sase_blocks.blocks import Genotype
 from sase_blocks.ops import EXTENDED_SETS, SETS, primitive_name
 from sase_blocks.ops.options import split_names
-from sase_blocks.reading import parse_json, quoted, read_text
-
-__all__ = ['EDGES', 'SearchSpace']
+from sase_blocks.reading import parse_file, parse_json, quoted
 
 EDGES = tuple(Genotype.SET_OF)
 
@@ -87,13 +85,7 @@ class SearchSpace:
         text = text.strip()
         if (sets := {'paper': SETS, 'extended': EXTENDED_SETS}.get(text)) is not None:
             return cls.of({edge: tuple(sets[set_name]) for edge, set_name in Genotype.SET_OF.items()})
-        if not text.endswith('.json'):
-            return cls._of_text(text)
-        content = read_text(text, 'search space')
-        try:
-            return cls._of_text(content)
-        except ValueError as error:
-            raise ValueError(f'{text}: {error}') from None
+        return parse_file(text, 'search space', cls._of_text) if text.endswith('.json') else cls._of_text(text)
 
     @classmethod
     def _of_text(cls, text: str) -> SearchSpace:

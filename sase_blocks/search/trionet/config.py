@@ -12,8 +12,6 @@ from .cost import SETTINGS, count_number
 from .slicing import SHARINGS
 from .space import LAWS, Law, TrioSpace, hierarchical
 
-__all__ = ['TrioConfig']
-
 
 @dataclass(frozen=True)
 class TrioConfig(RunConfig):

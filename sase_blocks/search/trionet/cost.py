@@ -21,8 +21,6 @@ from sase_blocks.selfattention import TrioBlock
 from .meta_device import meta_device
 from .space import TrioSpace
 
-__all__ = ['SETTINGS', 'Costs', 'Latency', 'bound', 'count_number', 'macs', 'parameters']
-
 # The setting of each limit.
 SETTINGS = {'macs': 'max_macs', 'parameters': 'max_params', 'milliseconds': 'max_ms'}
 

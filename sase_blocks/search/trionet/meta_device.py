@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ['meta_device']
-
 
 class _WithoutDrawing(TorchFunctionMode):
     """Skips random initialisation: it has no effect on the meta device, but each draw costs milliseconds."""

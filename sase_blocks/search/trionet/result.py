@@ -15,8 +15,6 @@ from sase_blocks.search.significance import not_worse
 from .cost import Costs
 from .space import TrioSpace
 
-__all__ = ['RESULT', 'describe_result', 'draw_result', 'format_result']
-
 RESULT = 'architecture.json'  # in the run's folder; timm.create_model('trionet', architecture=PATH) reads it
 
 

@@ -17,8 +17,6 @@ from torch.optim.swa_utils import update_bn
 
 from sase_blocks.train import hits
 
-__all__ = ['accuracy', 'recalibrate', 'resize']
-
 
 def resize(images: Tensor, size: int) -> Tensor:
     """(B, C, H, W) -> (B, C, size, size) by bilinear interpolation with antialiasing; unchanged if the size fits."""

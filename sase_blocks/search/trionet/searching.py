@@ -53,8 +53,6 @@ from .score import accuracy
 from .space import Law, TrioSpace, draw
 from .training import SupernetTraining, saved_supernet
 
-__all__ = ['search']
-
 PURE = 302  # stream of random numbers, see derive_seed
 PURE_DRAWS = 500
 
@@ -275,8 +273,7 @@ def _open_training(config: TrioConfig, accelerator: Any, data: Samples | Arrays)
     """The training of the supernet, where a checkpoint has left it. The images are checked already."""
     in_chans = config.in_chans if isinstance(data, Samples) else data[0].shape[1]
     data_config = _data_config(TrioSpace.parse(config.space).image_sizes[-1], in_chans)
-    device, layout = accelerator.device, config.memory_format
-    parts = split_data(data, config, data_config, device=device, memory_format=layout, trains_on_both=False)
+    parts = split_data(data, config, data_config, device=accelerator.device, trains_on_both=False)
     return SupernetTraining(config, accelerator, parts, in_chans, saved_supernet(config))
 
 

@@ -22,8 +22,6 @@ from torch import Tensor, nn
 
 from sase_blocks.selfattention import LocalSelfAttention
 
-__all__ = ['SHARINGS', 'operator_tensors', 'output_channels', 'packed_rows', 'prefix', 'take']
-
 SHARINGS = ('heads', 'plain')
 
 # Channels of each role in one head, by projection: for axial attention ((g / 2,), (g / 2,), (g,)) for q, k and v.

@@ -1,8 +1,8 @@
 """The space of a TrioNet search (from the abstract of arXiv 2111.07547), its points, and how they are drawn.
 
-Only the paper's three operators are public; both spaces here are our own. A point is an ``Architecture``. A search
-works on genes: every choice by name, as text, for all blocks that a network can have, so a gene keeps its meaning when
-the depth changes. Genomes that differ only in unused blocks are the same point.
+Only the paper's three operators are public. Not in the paper: both spaces here. A point is an ``Architecture``. A
+search works on genes: every choice by name, as text, for all blocks that a network can have, so a gene keeps its
+meaning when the depth changes. Genomes that differ only in unused blocks are the same point.
 
 The public part of the paper only names Hierarchical Sampling; this is our interpretation. If every block draws its
 operator independently, nearly every network is an even mixture: all of 16 blocks are convolutions once in 43 million
@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -25,10 +25,8 @@ import numpy as np
 
 from sase_blocks.models import Architecture
 from sase_blocks.models.architecture import REDUCTIONS, Block, Stage
-from sase_blocks.reading import parse_json, quoted, read_text, shorten
+from sase_blocks.reading import parse_file, parse_json, quoted, shorten
 from sase_blocks.selfattention import OPERATORS
-
-__all__ = ['LAWS', 'SPACES', 'Genome', 'Law', 'TrioSpace', 'draw', 'hierarchical', 'uniform']
 
 Genome = Mapping[str, str]
 # Maps a generator and the number of operators to their probabilities, drawn once per network.
@@ -80,33 +78,32 @@ class TrioSpace:
             if isinstance(value, list):
                 value = tuple(tuple(inner) if isinstance(inner, list) else inner for inner in value)
                 object.__setattr__(self, entry.name, value)
-        stages = len(self.depths) if isinstance(self.depths, tuple) else 0
+        for name, good, expected in self._checks():
+            if not good:
+                raise ValueError(f'{name} of the space must be {expected}, got {quoted(getattr(self, name))}')
+
+    def _checks(self) -> Iterator[tuple[str, bool, str]]:
+        """Fields, whether their values are right, and what they must be. A check may assume the ones before it."""
         for name in ('stem', 'heads'):
-            self._require(name, _is_whole(getattr(self, name)), 'an int of at least 1')
-        self._require('reduction', self.reduction in REDUCTIONS, 'one of 1, 4')
+            yield name, _is_rising((getattr(self, name),)), 'an int of at least 1'
+        yield 'reduction', self.reduction in REDUCTIONS, 'one of 1, 4'
         for name in ('image_sizes', 'kernels', 'windows'):
-            value = getattr(self, name)
-            self._require(name, _is_rising(value), 'ints of at least 1 in rising order')
-            self._require(name, name == 'image_sizes' or all(k % 2 for k in value), 'odd')
-        self._require('depths', stages > 0, 'a tuple for each stage')
+            yield name, _is_rising(getattr(self, name)), 'ints of at least 1 in rising order'
+            yield name, name == 'image_sizes' or all(k % 2 for k in getattr(self, name)), 'odd'
         for name in ('depths', 'widths'):
             value = getattr(self, name)
-            good = isinstance(value, tuple) and all(_is_rising(one) for one in value)
-            self._require(name, good, 'for each stage ints of at least 1 in rising order')
-        self._require('widths', len(self.widths) == stages, f'for as many stages as depths, which has {stages}')
-        self._require('expansions', _is_rising(self.expansions, _is_number), 'numbers above 0 in rising order')
-        known = isinstance(self.operators, tuple) and bool(self.operators) and set(self.operators) <= set(OPERATORS)
-        good = known and len(set(self.operators)) == len(self.operators)
-        self._require('operators', good, f'some of {", ".join(OPERATORS)}')
-        chosen, every = self.attention_stages, set(range(1, stages + 1))
+            good = isinstance(value, tuple) and len(value) > 0 and all(map(_is_rising, value))
+            yield name, good, 'for each stage ints of at least 1 in rising order'
+        stages, chosen = len(self.depths), self.attention_stages
+        yield 'widths', len(self.widths) == stages, f'for as many stages as depths, which has {stages}'
+        yield 'expansions', _is_rising(self.expansions, (int, float)), 'numbers above 0 in rising order'
+        good = isinstance(self.operators, tuple) and 0 < len(set(self.operators)) == len(self.operators)
+        yield 'operators', good and set(self.operators) <= set(OPERATORS), f'some of {", ".join(OPERATORS)}'
+        every = set(range(1, stages + 1))
         good = chosen == () or (_is_rising(chosen) and set(chosen) <= every)
-        self._require('attention_stages', good, f'stages from 1 to {stages} in rising order')
+        yield 'attention_stages', good, f'stages from 1 to {stages} in rising order'
         good = 'conv' in self.operators or set(chosen) == every
-        self._require('attention_stages', good, "all stages, as 'conv' is not among the operators")
-
-    def _require(self, name: str, good: bool, expected: str) -> None:
-        if not good:
-            raise ValueError(f'{name} of the space must be {expected}, got {quoted(getattr(self, name))}')
+        yield 'attention_stages', good, "all stages, as 'conv' is not among the operators"
 
     # ---- choices ----
 
@@ -237,11 +234,7 @@ class TrioSpace:
             return SPACES[text]
         if not text.endswith('.json'):
             raise ValueError(f'there is no space {quoted(text)}: give {", ".join(SPACES)} or a .json file')
-        content = read_text(text, 'space')
-        try:
-            return cls.from_dict(parse_json(content, 'a space'))
-        except ValueError as error:
-            raise ValueError(f'{text}: {error}') from None
+        return parse_file(text, 'space', lambda content: cls.from_dict(parse_json(content, 'a space')))
 
 
 # ---- draws ----
@@ -266,8 +259,6 @@ def draw(
     """A random genome: operators by ``law``, everything else uniformly.
 
     Args:
-        space: the search space.
-        rng: the random generator.
         law: see ``Law``. Blocks that may not be attentions are always convolutions.
         extent: 'largest' or 'smallest': all sizes at that end, with operators still drawn to favour none.
 
@@ -292,22 +283,12 @@ def draw(
     return genome
 
 
-# ---- values of fields ----
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _is_rising(values: Any, good: Callable[[Any], bool] = _is_whole) -> bool:
-    """A tuple of one or more numbers, each larger than the one before it."""
-    if not isinstance(values, tuple) or not values or not all(good(value) for value in values):
+def _is_rising(values: Any, kinds: Any = int) -> bool:
+    """Whether this is a tuple of one or more finite numbers of these kinds above 0 in rising order."""
+    if not isinstance(values, tuple) or not values:
         return False
-    return all(a < b for a, b in itertools.pairwise(values))
+    good = all(isinstance(value, kinds) and not isinstance(value, bool) for value in values)
+    return good and all(a < b for a, b in itertools.pairwise((0, *values, math.inf)))
 
 
 SPACES = {

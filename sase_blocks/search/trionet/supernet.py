@@ -24,8 +24,6 @@ from .meta_device import meta_device
 from .slicing import SHARINGS, operator_tensors, output_channels, prefix, take
 from .space import TrioSpace
 
-__all__ = ['SharedBlock', 'SubNetwork', 'SuperNet']
-
 
 def _norm(channels: int) -> nn.Module:
     """Weight and bias of a batch norm, without statistics."""

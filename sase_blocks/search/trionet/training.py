@@ -38,8 +38,6 @@ from .score import accuracy, recalibrate, resize
 from .space import Law, TrioSpace, draw
 from .supernet import SubNetwork, SuperNet
 
-__all__ = ['SupernetTraining', 'load_supernet', 'networks_of', 'sandwich_step', 'saved_supernet']
-
 ADVICE = 'Try a lower --lr, a longer --warmup or a lower --clip-grad.'
 NETWORKS, SHOWN = 301, 303  # streams of random numbers: the networks of a step, and of the progress lines
 
