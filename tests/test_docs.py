@@ -59,8 +59,28 @@ def test_the_tables_of_primitives_are_complete():
         part = text.split(f'## `{set_name.upper()}`')[1].split('\n## ')[0]
         rows = re.findall(r'^\| `(\w+)` \| (\S.*?) \|', part, re.MULTILINE)
         assert rows == [(name, cls.paper_key) for name, cls in table.items()], set_name
-    beyond = re.findall(r'^\| `(\w+)` \| `(\w+)` \|', text.split('## Beyond the paper')[1], re.MULTILINE)
+    part = text.split('## Beyond the paper')[1].split('\n## ')[0]
+    beyond = re.findall(r'^\| `(\w+)` \| `(\w+)` \|', part, re.MULTILINE)
     assert beyond == [(s, name) for s, table in EXTENDED_SETS.items() for name in table if name not in SETS[s]]
+
+
+def test_the_tables_of_options_are_the_signatures():
+    from sase_blocks.blocks import BLOCKS
+    from sase_blocks.ops import EXTENDED_SETS
+    from sase_blocks.ops.options import options_of
+
+    def rows(page, columns):
+        part = (ROOT / 'docs' / page).read_text().split('\n## Options\n')[1].split('\n## ')[0]
+        return re.findall(r'^\|' + r' `(.+?)` \|' * columns + r' \S.* \|$', part, re.MULTILINE)
+
+    blocks = [(name, option, repr(value)) for name in BLOCKS for option, value in options_of(BLOCKS[name]).items()]
+    assert rows('blocks.md', 3) == blocks
+    assert rows('primitives.md', 4) == [
+        (set_name, name, option, repr(value))
+        for set_name, table in EXTENDED_SETS.items()
+        for name, cls in table.items()
+        for option, value in options_of(cls).items()
+    ]
 
 
 def test_the_table_of_blocks_is_the_library():

@@ -26,7 +26,7 @@ class SimAM(AttentionModule):
 
     Args:
         channels: C, at least 1.
-        e_lambda: the regulariser of the variance, lambda of eq. 4 and 5, above 0; 1e-4 as in the paper.
+        e_lambda: the regulariser lambda of the variance, above 0; 1e-4 as in the paper.
         feat_size, device, dtype: ignored; all blocks accept them.
 
     Raises:
