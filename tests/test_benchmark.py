@@ -132,7 +132,7 @@ def passes(bench, module, x):
 
 # What has the size of x: a gate that is neither a sum nor a product, or all of y, in blocks without a gate.
 WHOLE_GATE = ('bam', 'ge', 'ge_theta', 'ge_plus', 'sge', 'ema', 'simam', 'triplet', 'scoord', 'strip')
-WITHOUT_GATE = ('shuffle',)
+WITHOUT_GATE = ('shuffle', 'sk')
 
 
 @pytest.mark.parametrize('dtype', mostly_slow([torch.float32, torch.bfloat16], torch.bfloat16), ids=str)

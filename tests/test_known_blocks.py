@@ -283,6 +283,40 @@ def triplet(ours: nn.Module, k: int = 7) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def timm_sk(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    """timm's module of two paths on all channels, with our weights. Its two selections are one layer."""
+    own = weights(ours)
+    groups, hidden = C // own['paths.0.0.weight'].shape[1], own['fc.weight'].shape[0]
+    theirs = create_attn('sk', C, split_input=False, groups=groups, rd_channels=hidden).double().train()
+    names = {f'paths.{i}.{t}.{k}': f'paths.{i}.{o}.{k}' for i in (0, 1) for t, o in (('conv', 0), ('bn', 1))
+             for k in ('weight', 'bias')}  # fmt: skip
+    names |= {'attn.fc_reduce.weight': 'fc.weight', 'attn.bn.weight': 'norm.weight', 'attn.bn.bias': 'norm.bias'}
+    selection = torch.cat([own['select.0.weight'], own['select.1.weight']])
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            copied = selection if name == 'attn.fc_select.weight' else own[names[name]]
+            parameter.copy_(copied.reshape(parameter.shape))
+    return theirs
+
+
+def selective_kernel(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    w = weights(ours)
+    paths = sum(name.startswith('select') for name in w)
+
+    def forward(x: Tensor) -> Tensor:
+        maps = []
+        for i in range(paths):
+            kernel = w[f'paths.{i}.0.weight']
+            u = F.conv2d(x, kernel, padding=i + 1, dilation=i + 1, groups=C // kernel.shape[1])
+            maps.append(torch.relu(batch_norm(u, w[f'paths.{i}.1.weight'], w[f'paths.{i}.1.bias'])))
+        s = sum(maps).mean((2, 3))
+        z = torch.relu(batch_norm(s @ w['fc.weight'].T, w['norm.weight'], w['norm.bias']))
+        e = [torch.exp(z @ w[f'select.{i}.weight'].T) for i in range(paths)]
+        return sum(u * (part / sum(e))[:, :, None, None] for u, part in zip(maps, e, strict=True))
+
+    return forward
+
+
 def gather_excite(ours: nn.Module, convs: tuple[int, ...] = (0, 3, 6)) -> Callable[[Tensor], Tensor]:
     """The learned forms of Gather-Excite, at extent 8 with three convolutions."""
     w = weights(ours)
@@ -370,6 +404,8 @@ CASES: list[tuple[str, str, Reference]] = [
     ('triplet', 'formula', triplet),
     ('ge_theta', 'formula', gather_excite),
     ('ge_plus', 'formula', gather_excite),
+    ('sk', 'timm', timm_sk),
+    ('sk', 'formula', selective_kernel),
 ]
 # The same with other options than the defaults. A formula reads most sizes from the weights.
 WITH_OPTIONS: list[tuple[str, Reference]] = [
@@ -400,6 +436,8 @@ WITH_OPTIONS: list[tuple[str, Reference]] = [
     ('shuffle(groups=4)', shuffle),
     ('simam(e_lambda=0.1)', partial(simam, e_lambda=0.1)),
     ('triplet(kernel_size=3)', partial(triplet, k=3)),
+    ('sk(groups=4, reduction=2, min_rd_channels=8)', timm_sk),
+    ('sk(num_paths=3, groups=1)', selective_kernel),
 ]
 
 
@@ -481,6 +519,7 @@ PARAMETERS = {
     'scoord': 3 * 256 * 40 + 40 + 2 * 256,
     'ela': 2 * 7 * 256 + 4 * 256,
     'strip': 2 * 3 * 256,
+    'sk': 2 * (9 * 256 * 8 + 2 * 256) + 256 * 32 + 2 * 32 + 2 * 32 * 256,
 }
 
 

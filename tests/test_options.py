@@ -210,6 +210,8 @@ CASES = [
     ('block', 'scoord(reduction=2)', 3 * C * 16 + 16 + 2 * C),
     ('block', 'ela(kernel_size=5, groups=4)', 2 * 5 * C + 4 * C),
     ('block', 'strip(kernel_size=5)', 2 * 5 * C),
+    ('block', 'sk(groups=4, reduction=2, min_rd_channels=8)', 2 * (9 * C * 8 + 2 * C) + C * 16 + 2 * 16 + 2 * 16 * C),
+    ('block', 'sk(num_paths=3, groups=1)', 3 * (9 * C * C + 2 * C) + C * 32 + 2 * 32 + 3 * 32 * C),
     ('block', GENOTYPE,
      (4 * 4 + 4 * C + 2 * 4) + 2 * C * 8 + 5 + (2 * 16 + 2 * 16 * 16) + (2 * C + 18 * 4 + 8 + 1) + 11 + 4),
 ]  # fmt: skip
@@ -302,9 +304,12 @@ WRONG_VALUES = [
     ('block', 'eca(gamma=0)', 'ChannelConvECA needs gamma to be an int of at least 1, got 0'),
     ('block', 'eca(gamma=2.5)', 'ChannelConvECA needs gamma to be an int of at least 1, got 2.5'),
     ('block', 'eca(beta=-1)', 'ChannelConvECA needs beta to be an int of at least 0, got -1'),
-    *(('block', f'{name}(groups=3)', 'needs groups to divide its 32 channels') for name in ('sge', 'ema', 'ela')),
+    *(('block', f'{name}(groups=3)', 'needs groups to divide its 32 channels') for name in ('sge', 'ema', 'ela', 'sk')),
     *(('block', f'{name}(groups={value})', 'needs groups to be an int of at least 1, got')
-      for name in ('sge', 'ema', 'ela') for value in (0, 2.0, True)),
+      for name in ('sge', 'ema', 'ela', 'sk') for value in (0, 2.0, True)),
+    ('block', 'sk(num_paths=1)', 'SelectiveKernel needs num_paths to be an int of at least 2, got 1'),
+    ('block', 'sk(min_rd_channels=0)', 'SelectiveKernel needs min_rd_channels to be an int of at least 1, got 0'),
+    ('block', 'sk(reduction=33)', 'SelectiveKernel of 32 channels'),
     ('block', 'shuffle(groups=32)', r'needs 2 \* groups to divide its 32 channels, got groups=32'),
     ('block', 'shuffle(groups=0)', 'ShuffleAttention needs groups to be an int of at least 1, got 0'),
     ('block', 'bam(dilation=0)', 'SpatialDilated needs dilation to be an int of at least 1, got 0'),

@@ -15,7 +15,7 @@ SIZE = (8, 8)
 # Their parameters are not for channels, or for groups of them, so they take other numbers of channels, too.
 ANY_NUMBER = {'eca', 'ecam', 'ceca', 'ge', 'simam', 'triplet', 'sge', 'ema', 'shuffle'}
 # What these compute of a channel depends on where it stands among the others.
-ORDERED = {'eca', 'ecam', 'ceca', 'fca', 'sge', 'ema', 'ela', 'triplet', 'shuffle'}
+ORDERED = {'eca', 'ecam', 'ceca', 'fca', 'sge', 'ema', 'ela', 'triplet', 'shuffle', 'sk'}
 
 
 def built(name: str, channels: int = 64) -> nn.Module:
@@ -97,12 +97,26 @@ def test_keep_channels_in_an_inserted_block():
     assert network(torch.randn(1, 3, 8, 8)).shape == (1, 3, 6, 6)
 
 
+def test_keep_channels_of_grouped_convolutions():
+    """Where no new group takes old ones apart: what the whole block computes without the other channels."""
+    for options, kept, groups in (({'groups': 1}, [5, 0, 1, 63], 1), ({'groups': 16}, [0, 3, 1, 4, 61, 8, 62, 60], 2)):
+        block = create_block('sk', 64, dtype=torch.float64, **options).eval()
+        part, x = copy.deepcopy(block), example(64)
+        keep_channels(part, kept)
+        assert part.paths[0][0].groups == groups
+        dropped = [i for i in range(64) if i not in kept]
+        x[:, dropped] = 0
+        block.fc.weight.data[:, dropped] = 0
+        torch.testing.assert_close(part(x[:, kept]), block(x)[:, kept], rtol=1e-12, atol=1e-12)
+
+
 WRONG = [
     ('se', [], 'some of the 64 channels of ChannelAttention, each once'),
     ('se', [0, 0], 'each once, got [0, 0]'),
     ('se', [64], 'some of the 64 channels'),
     ('se', [-1], 'some of the 64 channels'),
     ('ema', range(31), 'multiple of 2 channels, got 31; prune to such a multiple (round_to=2'),
+    ('sk', range(31), 'multiple of 2 channels, got 31; prune to such a multiple (round_to=2'),
     ('ela', range(24), 'multiple of 16 channels, got 24; prune to such a multiple (round_to=16'),
 ]
 

@@ -10,6 +10,7 @@ from .graph import Edge, Graph
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
 from .named import BLOCKS, block_graph, block_name, create_block, list_blocks, resolve_block
 from .pruning import keep_channels
+from .selective_kernel import SelectiveKernel
 from .shuffle import ShuffleAttention
 from .simam import SimAM
 from .strip import CoordinateAttention, EfficientLocalAttention, SimpleCoordinateAttention, StripAttention
@@ -30,6 +31,7 @@ __all__ = [
     'Genotype',
     'Graph',
     'ParallelAttention',
+    'SelectiveKernel',
     'SequentialAttention',
     'ShuffleAttention',
     'SimAM',

@@ -59,7 +59,8 @@ class AttentionModule(nn.Module, ABC):
         TypeError: in ``forward``, a non-floating input.
     """
 
-    # For ``keep_channels``: the block's own parameters and layers with an entry per channel, and that entry's axis.
+    # For ``keep_channels``: the block's own parameters and layers with an entry per channel, and that entry's axis, or
+    # ``ops.primitive.BOTH``.
     per_channel: ClassVar[dict[str, int]] = {}
 
     def __init__(self, channels: int) -> None:

@@ -19,6 +19,7 @@ from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Graph, chain
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
+from .selective_kernel import SelectiveKernel
 from .shuffle import ShuffleAttention
 from .simam import SimAM
 from .strip import CoordinateAttention, EfficientLocalAttention, SimpleCoordinateAttention, StripAttention
@@ -164,6 +165,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'scoord': SimpleCoordinateAttention,
     'ela': EfficientLocalAttention,
     'strip': StripAttention,
+    'sk': SelectiveKernel,
 }
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from sase_blocks.ops import GroupNorm, Linear
-from sase_blocks.ops.primitive import Primitive
+from sase_blocks.ops.primitive import BOTH, Primitive
 
 from .base import AttentionModule
 
@@ -18,8 +18,9 @@ def keep_channels(block: nn.Module, keep: Sequence[int]) -> None:
     """Reduce a block to some of its channels, in place, for a pruned network. Hidden widths stay.
 
     The parameters are new objects, so make the optimiser afterwards. Parts without a parameter per channel follow the
-    new channel order: the neighbours in ``eca``, the frequencies in ``fca``, and the groups in ``sge`` and ``ema``,
-    which keep their size. In ``sge`` a group gets the parameters of its first channel's old group.
+    new channel order: the neighbours in ``eca``, the frequencies in ``fca``, and the groups, which keep their size. In
+    ``sge`` a group gets the parameters of its first channel's old group. In a grouped convolution, channels from
+    different old groups get the weight 0 between them.
 
     Args:
         block: a block of this library, or a module with blocks of the same channels.
@@ -48,10 +49,11 @@ def keep_channels(block: nn.Module, keep: Sequence[int]) -> None:
     for part in parts:
         for path, axis in part.per_channel.items():
             for owner, name, tensor in _tensors(part, path):
-                if tensor.dim() > axis:  # a bias has no entry per input
-                    size = part.channels // tensor.shape[axis]  # channels per entry, the groups of sge
+                if tensor.dim() > max(axis, 0):  # a bias has no entry per input
+                    size = part.channels // tensor.shape[max(axis, 0)]  # channels per entry, the groups of sge
                     entries = torch.tensor(index[::size], device=tensor.device) // size
-                    kept: Tensor = tensor.index_select(axis, entries)
+                    both = axis == BOTH and tensor.dim() > 1
+                    kept = _between(tensor, entries) if both else tensor.index_select(max(axis, 0), entries)
                     if isinstance(tensor, nn.Parameter):
                         kept = nn.Parameter(kept, tensor.requires_grad)
                     setattr(owner, name, kept)
@@ -78,10 +80,20 @@ def _tensors(part: nn.Module, path: str) -> list[tuple[nn.Module, str, Tensor]]:
     ]
 
 
+def _between(weight: Tensor, keep: Tensor) -> Tensor:
+    """The weight of a layer from the channels to the channels, for some of them. Groups, if any, keep their size."""
+    size = weight.shape[1]
+    if size == weight.shape[0]:
+        return weight[keep][:, keep]
+    inputs = keep.reshape(-1, size).repeat_interleave(size, 0)  # of each output
+    together = inputs // size == (keep // size)[:, None]
+    return weight[keep[:, None], inputs % size] * together.reshape(*inputs.shape, *(1,) * (weight.dim() - 2))
+
+
 def _fit(layer: Any) -> None:
     """Update the sizes that a layer stores besides its weight, because some of torch's layers use them."""
     if isinstance(layer, _ConvNd):
-        layer.groups = layer.weight.shape[0] if layer.groups > 1 else 1  # ours are depthwise or have one group
+        layer.groups = layer.weight.shape[0] // layer.weight.shape[1] if layer.groups > 1 else 1  # of BOTH, if grouped
         layer.out_channels, layer.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
     elif isinstance(layer, Linear):
         layer.out_features, layer.in_features = layer.weight.shape

@@ -20,7 +20,7 @@ from sase_blocks.numerics import narrow, saturate, widen
 
 from .layers import Linear
 from .normalization import BatchNorm2d
-from .primitive import Primitive, turn_positive_
+from .primitive import BOTH, Primitive, turn_positive_
 
 torch.fx.wrap('saturate')
 torch.fx.wrap('check_features')  # must be wrapped in each module that calls it
@@ -265,7 +265,7 @@ class ChannelNormTanh(ChannelExcite):
 class ChannelFC(ChannelExcite):
     """One C -> C linear layer with bias and a hard sigmoid: the eSE module of CenterMask (arXiv 1911.06667)."""
 
-    per_channel: ClassVar[dict[str, int]] = {'fc': 0, 'fc.weight': 1}
+    per_channel: ClassVar[dict[str, int]] = {'fc': BOTH}
 
     def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, feat_size)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from sase_blocks.checks import check_channels, check_feat_size
 from sase_blocks.numerics import widen
 
+BOTH = -1  # both axes of a weight in ``per_channel``: a layer from the channels to the channels
+
 
 class Primitive(nn.Module, ABC):
     """Base of all primitives: stores and checks the constructor's arguments. Abstract, like the base of each set.
@@ -29,7 +31,7 @@ class Primitive(nn.Module, ABC):
 
     paper_key: ClassVar[str | None] = None  # the SASE authors' name for this operation
     needs_feat_size: ClassVar[bool] = False
-    # For ``keep_channels``: the parameters and layers with an entry per channel, and that entry's axis.
+    # For ``keep_channels``: the parameters and layers with an entry per channel, and that entry's axis, or BOTH.
     per_channel: ClassVar[dict[str, int]] = {}
 
     def __init__(
