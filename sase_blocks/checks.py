@@ -64,6 +64,16 @@ def check_feat_size(feat_size: Any, owner: str) -> tuple[int, int]:
     return (size[0], size[1])
 
 
+def check_optional_size(feat_size: Any, owner: str, needed: bool = False) -> tuple[int, int] | None:
+    """``check_feat_size``, or None for None unless ``owner`` needs the size."""
+    if needed and feat_size is None:
+        raise ValueError(
+            f'{owner} has parameters per position and needs feat_size=(H, W), the size of the feature map it will '
+            f'mostly see (it is interpolated for any other), got feat_size=None'
+        )
+    return None if feat_size is None else check_feat_size(feat_size, owner)
+
+
 # torch.fx.wrap keeps the function whole in a symbolic trace, because it depends on a real tensor's dtype and rank,
 # which a traced proxy does not know.
 @torch.fx.wrap

@@ -11,6 +11,7 @@ def widen(x: Tensor) -> Tensor:
     return x
 
 
+@torch.fx.wrap
 def saturate(y: Tensor) -> Tensor:
     """In fp16, replace inf by the dtype's largest number, because a later convolution would turn inf - inf into NaN."""
     if y.dtype == torch.float16:
@@ -18,6 +19,7 @@ def saturate(y: Tensor) -> Tensor:
     return y
 
 
+@torch.fx.wrap
 def narrow(y: Tensor, like: Tensor) -> Tensor:
     """``y`` in the dtype of ``like``. Values beyond fp16 saturate."""
     if like.dtype == torch.float16:

@@ -20,8 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sase_blocks.checks import check_feat_size
-from sase_blocks.ops import BatchNorm2d, resolve_primitive
+from sase_blocks.checks import check_channels, check_feat_size
+from sase_blocks.ops import (
+    BatchNorm2d,
+    ChannelExcite,
+    ChannelSqueeze,
+    SpatialExcite,
+    SpatialSqueeze,
+    resolve_primitive,
+)
 from sase_blocks.ops.normalization import ChannelShift, scale_and_shift
 from sase_blocks.ops.primitive import mix
 
@@ -32,47 +39,31 @@ from .graph import CHANNEL, MAP, SPATIAL, Edge, Graph
 torch.fx.wrap('fade_sum')  # must be wrapped in each module that calls it
 
 
-class AttentionBlock(AttentionModule):
-    """The SASE graph with the six operations of ``genotype``.
-
-    Shape: (B, C, H, W) -> (B, C, H, W), any H and W. Keeps dtype and memory format.
-
-    Args:
-        channels: C, at least 1.
-        genotype: the six operations, or their text form.
-        feat_size: (H, W) or an int, required by genotypes with per-position parameters (spatial ``l2_norm`` and
-            ``affine``), which are interpolated for other sizes.
-        device, dtype: of the parameters.
-
-    Raises:
-        ValueError: bad channels, genotype or feat_size; in ``forward`` another rank or number of channels.
-        TypeError: in ``forward``, a non-floating input.
-    """
+class SixEdges(AttentionModule):
+    """The SASE graph of six operations, in the order of their edges. See ``AttentionBlock``."""
 
     def __init__(
         self,
         channels: int,
-        genotype: Genotype | str,
-        feat_size: int | tuple[int, int] | None = None,
+        channel_squeeze: ChannelSqueeze,
+        channel_excite: ChannelExcite,
+        gate_excite: ChannelExcite,
+        gated_squeeze: SpatialSqueeze,
+        spatial_squeeze: SpatialSqueeze,
+        spatial_excite: SpatialExcite,
         *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__(channels)
-        g = Genotype.parse(genotype) if isinstance(genotype, str) else genotype
-        if not isinstance(g, Genotype):
-            raise TypeError(f'genotype must be a Genotype or its text form, got {genotype!r}')
-        self.genotype = g
-        self.feat_size = None if feat_size is None else check_feat_size(feat_size, type(self).__name__)
-        args: dict[str, Any] = {'feat_size': self.feat_size, 'device': device, 'dtype': dtype}
-        self.channel_squeeze = resolve_primitive('channel_squeeze', g.channel_squeeze)(channels, **args)
-        self.channel_excite = resolve_primitive('channel_excite', g.channel_excite)(channels, **args)
-        self.gate_excite = resolve_primitive('channel_excite', g.gate_excite)(channels, **args)
-        self.gated_squeeze = resolve_primitive('spatial_squeeze', g.gated_squeeze)(channels, **args)
-        self.spatial_squeeze = resolve_primitive('spatial_squeeze', g.spatial_squeeze)(channels, **args)
+        self.channel_squeeze = channel_squeeze
+        self.channel_excite = channel_excite
+        self.gate_excite = gate_excite
+        self.gated_squeeze = gated_squeeze
+        self.spatial_squeeze = spatial_squeeze
         self.mix_weight = nn.Parameter(torch.full((2,), 0.5, device=device, dtype=dtype))
         self.norm = BatchNorm2d(1, device=device, dtype=dtype)
-        self.spatial_excite = resolve_primitive('spatial_excite', g.spatial_excite)(channels, **args)
+        self.spatial_excite = spatial_excite
 
     def current_channels(self) -> int:
         return self.channel_excite.current_channels()
@@ -107,6 +98,46 @@ class AttentionBlock(AttentionModule):
     def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
         c, a = self.gates(x)
         return fade_sum(1 + c / 2, a / 2, alpha)
+
+
+class AttentionBlock(SixEdges):
+    """The SASE graph with the six operations of ``genotype``.
+
+    Shape: (B, C, H, W) -> (B, C, H, W), any H and W. Keeps dtype and memory format.
+
+    Args:
+        channels: C, at least 1.
+        genotype: the six operations, or their text form.
+        feat_size: (H, W) or an int, required by genotypes with per-position parameters (spatial ``l2_norm`` and
+            ``affine``), which are interpolated for other sizes.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: bad channels, genotype or feat_size; in ``forward`` another rank or number of channels.
+        TypeError: in ``forward``, a non-floating input.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        genotype: Genotype | str,
+        feat_size: int | tuple[int, int] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        name = type(self).__name__
+        check_channels(channels, name)
+        g = Genotype.parse(genotype) if isinstance(genotype, str) else genotype
+        if not isinstance(g, Genotype):
+            raise TypeError(f'genotype must be a Genotype or its text form, got {genotype!r}')
+        feat_size = None if feat_size is None else check_feat_size(feat_size, name)
+        args: dict[str, Any] = {'device': device, 'dtype': dtype}
+        edges = zip(g.SET_OF.values(), g.to_dict().values(), strict=True)
+        parts = [resolve_primitive(kind, edge)(channels, feat_size=feat_size, **args) for kind, edge in edges]
+        super().__init__(channels, *parts, **args)
+        self.genotype = g
+        self.feat_size = feat_size
 
     def graph(self) -> Graph:
         g = self.genotype

@@ -106,9 +106,17 @@ class AttentionModule(nn.Module, ABC):
     def gate(self, x: Tensor) -> Tensor:
         """The attention for a checked x, in a shape that broadcasts to it."""
 
+    def attend(self, x: Tensor) -> Tensor:
+        """y for a checked x. A block that is no gate overrides it, and ``faded``."""
+        return x * self.gate(x).to(x.dtype)
+
     def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
         """1 + alpha (gate - 1), for ``insert``. Needs no extra pass for a sum or a product of small gates."""
         return fade(self.gate(x), alpha)
+
+    def faded(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        """x + alpha (y - x) for a checked x, y for None. In a symbolic trace, a missing alpha is a proxy."""
+        return x * self.faded_gate(x, alpha).to(x.dtype)
 
     @abstractmethod
     def graph(self) -> Graph:
@@ -117,8 +125,7 @@ class AttentionModule(nn.Module, ABC):
     def forward(self, x: Tensor, alpha: Tensor | None = None) -> Tensor:
         """y = x * gate, or with ``insert``'s alpha of shape (1,), y = x * (1 + alpha (gate - 1))."""
         check_features(x, self.current_channels())
-        gate = self.gate(x) if alpha is None else self.faded_gate(x, alpha)
-        return x * gate.to(x.dtype)
+        return self.attend(x) if alpha is None else self.faded(x, alpha)
 
     def extra_repr(self) -> str:
         return f'{self.current_channels() or self.channels}'

@@ -5,19 +5,29 @@ in ``BLOCKS``. Every other pair of ``ops.EXTENDED_SETS`` also works, without a n
 name, ``'mlp(reduction=4)'``, or are keyword arguments, ``reduction=4``, that go to the one primitive that has them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sase_blocks.checks import check_features
-from sase_blocks.ops import EXTENDED_CHANNEL_EXCITE, SETS, primitive_names, resolve_primitive
+from sase_blocks.checks import check_channels
+from sase_blocks.ops import (
+    EXTENDED_CHANNEL_EXCITE,
+    SETS,
+    ChannelExcite,
+    ChannelSqueeze,
+    SpatialExcite,
+    SpatialSqueeze,
+    primitive_names,
+    resolve_primitive,
+)
 from sase_blocks.ops.options import parse_name
 
 from .base import AttentionModule, fade, fade_sum
 from .graph import CHANNEL, MAP, SPATIAL, Edge, Graph
 
-for _function in ('check_features', 'fade', 'fade_sum', '_fade_value'):
+for _function in ('fade', 'fade_sum'):
     torch.fx.wrap(_function)  # must be wrapped in each module that calls it
 
 
@@ -37,11 +47,48 @@ def _gate(logits: str, gated: bool) -> str:
     return logits if gated else f'sigmoid({logits})'
 
 
+@torch.fx.wrap
 def _fade_value(value: Tensor, alpha: Tensor | None) -> Tensor:
     return value if alpha is None else alpha.to(value.dtype) * value
 
 
-class ChannelAttention(AttentionModule):
+class ChannelGate(AttentionModule):
+    """y = x * act(sum of excite(squeeze(x)) over the squeezes), with ``add`` x plus it. See ``ChannelAttention``."""
+
+    def __init__(
+        self,
+        channels: int,
+        squeeze: Sequence[ChannelSqueeze],
+        excite: ChannelExcite,
+        act: nn.Module,
+        add: bool = False,
+    ) -> None:
+        super().__init__(channels)
+        self.squeeze = nn.ModuleList(squeeze)
+        self.excite = excite
+        self.act = act
+        self.add = add
+
+    def current_channels(self) -> int:
+        return self.excite.current_channels()
+
+    def gate(self, x: Tensor) -> Tensor:
+        values = [self.excite(squeeze(x)) for squeeze in self.squeeze]
+        return self.act(torch.stack(values).sum(0) if len(values) > 1 else values[0])
+
+    def attend(self, x: Tensor) -> Tensor:
+        gate = self.gate(x).to(x.dtype)
+        return x + gate if self.add else x * gate
+
+    def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        return _fade_value(self.gate(x), alpha) if self.add else fade(self.gate(x), alpha)
+
+    def faded(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        gate = self.faded_gate(x, alpha).to(x.dtype)
+        return x + gate if self.add else x * gate
+
+
+class ChannelAttention(ChannelGate):
     """y = x * gate, or x + value, one number per channel. Shape: (B, C, H, W) -> (B, C, H, W).
 
     Args:
@@ -73,34 +120,19 @@ class ChannelAttention(AttentionModule):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(channels)
+        check_channels(channels, type(self).__name__)
         args: dict[str, Any] = {'feat_size': feat_size, 'device': device, 'dtype': dtype}
         names, excite = _names('channel', squeeze, excite, options)
-        self.squeeze = nn.ModuleList(resolve_primitive('channel_squeeze', name)(channels, **args) for name in names)
-        self.excite = resolve_primitive('channel_excite', excite)(channels, **args)
-        if self.excite.gated and (add or len(names) > 1):
+        squeezes = [resolve_primitive('channel_squeeze', name)(channels, **args) for name in names]
+        excitation = resolve_primitive('channel_excite', excite)(channels, **args)
+        if excitation.gated and (add or len(names) > 1):
             raise ValueError(
                 f'excite={excite!r} ends in a gate, whose values cannot be {"added to x" if add else "summed"}; choose '
                 f'one of {", ".join(n for n, cls in EXTENDED_CHANNEL_EXCITE.items() if not cls.gated)}'
             )
-        self.add = add
-        self.act = nn.Identity() if self.excite.gated or add else nn.Sigmoid()
+        act = nn.Identity() if excitation.gated or add else nn.Sigmoid()
+        super().__init__(channels, squeezes, excitation, act, add)
         self._names = (names, excite)
-
-    def current_channels(self) -> int:
-        return self.excite.current_channels()
-
-    def gate(self, x: Tensor) -> Tensor:
-        values = [self.excite(squeeze(x)) for squeeze in self.squeeze]
-        return self.act(torch.stack(values).sum(0) if len(values) > 1 else values[0])
-
-    def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
-        return _fade_value(self.gate(x), alpha) if self.add else fade(self.gate(x), alpha)
-
-    def forward(self, x: Tensor, alpha: Tensor | None = None) -> Tensor:
-        check_features(x, self.current_channels())
-        gate = (self.gate(x) if alpha is None else self.faded_gate(x, alpha)).to(x.dtype)
-        return x + gate if self.add else x * gate
 
     def graph(self) -> Graph:
         squeezes, excite = self._names
@@ -122,7 +154,21 @@ class ChannelAttention(AttentionModule):
         )
 
 
-class SpatialAttention(AttentionModule):
+class SpatialGate(AttentionModule):
+    """y = x * act(excite(the maps of the squeezes, stacked)). See ``SpatialAttention``."""
+
+    def __init__(self, channels: int, squeeze: Sequence[SpatialSqueeze], excite: SpatialExcite, act: nn.Module) -> None:
+        super().__init__(channels)
+        self.squeeze = nn.ModuleList(squeeze)
+        self.excite = excite
+        self.act = act
+
+    def gate(self, x: Tensor) -> Tensor:
+        values = [squeeze(x) for squeeze in self.squeeze]
+        return self.act(self.excite(torch.cat(values, 1) if len(values) > 1 else values[0]))
+
+
+class SpatialAttention(SpatialGate):
     """y = x * gate, one gate per position. Shape: (B, C, H, W) -> (B, C, H, W).
 
     Args:
@@ -152,21 +198,17 @@ class SpatialAttention(AttentionModule):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(channels)
+        check_channels(channels, type(self).__name__)
         args: dict[str, Any] = {'feat_size': feat_size, 'device': device, 'dtype': dtype}
         names, excite = _names('spatial', squeeze, excite, options)
-        self.squeeze = nn.ModuleList(resolve_primitive('spatial_squeeze', name)(channels, **args) for name in names)
+        squeezes = [resolve_primitive('spatial_squeeze', name)(channels, **args) for name in names]
         if len(names) > 1:
             if parse_name(excite)[0] != 'conv_norm':
                 raise ValueError(f"several spatial statistics need excite='conv_norm', got {excite!r} for {names}")
             args['maps'] = len(names)
-        self.excite = resolve_primitive('spatial_excite', excite)(channels, **args)
-        self.act = nn.Identity() if self.excite.gated else nn.Sigmoid()
+        excitation = resolve_primitive('spatial_excite', excite)(channels, **args)
+        super().__init__(channels, squeezes, excitation, nn.Identity() if excitation.gated else nn.Sigmoid())
         self._names = (names, excite)
-
-    def gate(self, x: Tensor) -> Tensor:
-        values = [squeeze(x) for squeeze in self.squeeze]
-        return self.act(self.excite(torch.cat(values, 1) if len(values) > 1 else values[0]))
 
     def graph(self) -> Graph:
         squeezes, excite = self._names
@@ -186,7 +228,48 @@ class SpatialAttention(AttentionModule):
         return f'{channels}, {squeezes[0] if len(squeezes) == 1 else squeezes!r}, {excite!r}'
 
 
-class ParallelAttention(AttentionModule):
+class ParallelGate(AttentionModule):
+    """y = x * (c + s), or if ``joint``, x * (1 + sigmoid(c + s)), of two branches. See ``ParallelAttention``."""
+
+    def __init__(
+        self,
+        channels: int,
+        channel_squeeze: ChannelSqueeze,
+        channel_excite: ChannelExcite,
+        spatial_squeeze: SpatialSqueeze,
+        spatial_excite: SpatialExcite,
+        channel_act: nn.Module,
+        spatial_act: nn.Module,
+        joint: bool,
+    ) -> None:
+        super().__init__(channels)
+        self.channel_squeeze = channel_squeeze
+        self.channel_excite = channel_excite
+        self.spatial_squeeze = spatial_squeeze
+        self.spatial_excite = spatial_excite
+        self.joint = joint
+        self.channel_act = channel_act
+        self.spatial_act = spatial_act
+
+    def current_channels(self) -> int:
+        return self.channel_excite.current_channels()
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The values c (B, C, 1, 1) and s (B, 1, H, W) of the branches, gates unless ``joint``."""
+        c = self.channel_act(self.channel_excite(self.channel_squeeze(x)))
+        s = self.spatial_act(self.spatial_excite(self.spatial_squeeze(x)))
+        return c, s
+
+    def gate(self, x: Tensor) -> Tensor:
+        c, s = self.gates(x)
+        return 1 + torch.sigmoid(c + s) if self.joint else c + s
+
+    def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        c, s = self.gates(x)
+        return fade(1 + torch.sigmoid(c + s), alpha) if self.joint else fade_sum(c, s, alpha)
+
+
+class ParallelAttention(ParallelGate):
     """A channel and a spatial branch side by side. Shape: (B, C, H, W) -> (B, C, H, W).
 
     Args:
@@ -217,35 +300,19 @@ class ParallelAttention(AttentionModule):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(channels)
+        check_channels(channels, type(self).__name__)
         args: dict[str, Any] = {'feat_size': feat_size, 'device': device, 'dtype': dtype}
-        cs, ce, ss, se = primitive_names(list(zip(SETS, (*channel, *spatial), strict=True)), **options)
-        self.channel_squeeze = resolve_primitive('channel_squeeze', cs)(channels, **args)
-        self.channel_excite = resolve_primitive('channel_excite', ce)(channels, **args)
-        self.spatial_squeeze = resolve_primitive('spatial_squeeze', ss)(channels, **args)
-        self.spatial_excite = resolve_primitive('spatial_excite', se)(channels, **args)
-        if joint and (self.channel_excite.gated or self.spatial_excite.gated):
-            raise ValueError(f'joint=True sums values before the gate, but one of {ce!r}, {se!r} ends in a gate')
-        self.joint = joint
-        self.channel_act = nn.Identity() if joint or self.channel_excite.gated else nn.Sigmoid()
-        self.spatial_act = nn.Identity() if joint or self.spatial_excite.gated else nn.Sigmoid()
-        self._names = (cs, ce, ss, se)
-
-    def current_channels(self) -> int:
-        return self.channel_excite.current_channels()
-
-    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        c = self.channel_act(self.channel_excite(self.channel_squeeze(x)))
-        s = self.spatial_act(self.spatial_excite(self.spatial_squeeze(x)))
-        return c, s
-
-    def gate(self, x: Tensor) -> Tensor:
-        c, s = self._gates(x)
-        return 1 + torch.sigmoid(c + s) if self.joint else c + s
-
-    def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
-        c, s = self._gates(x)
-        return fade(1 + torch.sigmoid(c + s), alpha) if self.joint else fade_sum(c, s, alpha)
+        names = primitive_names(list(zip(SETS, (*channel, *spatial), strict=True)), **options)
+        squeeze_c, excite_c, squeeze_s, excite_s = (
+            resolve_primitive(set_name, name)(channels, **args) for set_name, name in zip(SETS, names, strict=True)
+        )
+        if joint and (excite_c.gated or excite_s.gated):
+            raise ValueError(
+                f'joint=True sums values before the gate, but one of {names[1]!r}, {names[3]!r} ends in a gate'
+            )
+        act_c, act_s = (nn.Identity() if joint or part.gated else nn.Sigmoid() for part in (excite_c, excite_s))
+        super().__init__(channels, squeeze_c, excite_c, squeeze_s, excite_s, act_c, act_s, joint)
+        self._names = tuple(names)
 
     def graph(self) -> Graph:
         cs, ce, ss, se = self._names

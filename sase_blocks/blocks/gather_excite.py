@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_exporting
 
 from sase_blocks.checks import check_reduction
 from sase_blocks.ops import BatchNorm2d, Conv2d
@@ -26,6 +25,11 @@ def neighbourhood_matrix(size: int, extent: int, like: Tensor) -> Tensor:
     centre = i * ((size - 1) // extent + 1) // size * extent
     window = ((j > centre - extent) & (j < centre + extent)).to(like.dtype)
     return window / window.sum(1, keepdim=True)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export captures the graph; False before torch 2.7, which cannot tell."""
+    return hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting()
 
 
 class GatherExcite(AttentionModule):

@@ -10,15 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sase_blocks.checks import check_features, check_groups, check_int, check_reduction
+from sase_blocks.checks import check_groups, check_int, check_reduction
 from sase_blocks.ops import BatchNorm2d, Conv2d, Linear
 from sase_blocks.ops.primitive import BOTH
 
 from .base import AttentionModule, fade_map
 from .graph import CHANNEL, MAP, Edge, Graph
 
-for _function in ('check_features', 'fade_map'):
-    torch.fx.wrap(_function)  # must be wrapped in each module that calls it
+torch.fx.wrap('fade_map')  # must be wrapped in each module that calls it
 
 
 class SelectiveKernel(AttentionModule):
@@ -99,13 +98,15 @@ class SelectiveKernel(AttentionModule):
         """The weight of the largest kernel (B, C, 1, 1), for the pictures."""
         return self.branches(x)[1][:, -1]
 
-    def forward(self, x: Tensor, alpha: Tensor | None = None) -> Tensor:
-        check_features(x, self.current_channels())
+    def attend(self, x: Tensor) -> Tensor:
         maps, a = self.branches(x)
         y = maps[0] * a[:, 0]
         for i in range(1, len(maps)):
             y = y + maps[i] * a[:, i]
-        return fade_map(x, y.to(x.dtype), alpha)
+        return y.to(x.dtype)
+
+    def faded(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        return fade_map(x, self.attend(x), alpha)
 
     def graph(self) -> Graph:
         maps = [f'u{i + 1}' for i in range(len(self.paths))]

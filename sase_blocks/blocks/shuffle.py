@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sase_blocks.checks import check_features, check_int
+from sase_blocks.checks import check_int
 from sase_blocks.ops import channel_affine
 
 from .base import AttentionModule, fade_map
 from .graph import MAP, Edge, Graph
 from .grouped import check_multiple, instance_norm
 
-for _function in ('check_features', 'check_multiple', 'fade_map', 'instance_norm'):
+for _function in ('check_multiple', 'fade_map', 'instance_norm'):
     torch.fx.wrap(_function)  # must be wrapped in each module that calls it
 
 HALF_MAP, HALF_CHANNEL = 'C/2 x H x W', 'C/2 x 1 x 1'
@@ -87,9 +87,11 @@ class ShuffleAttention(AttentionModule):
         s = channel_affine(s, self.spatial_weight, self.spatial_bias)
         return torch.cat([c.expand(-1, -1, height, width), s], 1).reshape(b, channels, height, width)
 
-    def forward(self, x: Tensor, alpha: Tensor | None = None) -> Tensor:
-        check_features(x, 0)
-        return fade_map(x, torch.channel_shuffle(x * self.gate(x).to(x.dtype), 2), alpha)
+    def attend(self, x: Tensor) -> Tensor:
+        return torch.channel_shuffle(x * self.gate(x).to(x.dtype), 2)
+
+    def faded(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        return fade_map(x, self.attend(x), alpha)
 
     def graph(self) -> Graph:
         nodes = {'x': MAP, 'x1': HALF_MAP, 'x2': HALF_MAP, 'q': HALF_CHANNEL, 's': HALF_MAP, 'z': MAP, 'y': MAP}

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import make_divisible
 from torch import Tensor, nn
 
 from sase_blocks.checks import check_groups, check_kernel_size, check_reduction
 from sase_blocks.ops import BatchNorm2d, GroupNorm, Linear
+from sase_blocks.ops.primitive import round_width
 
 from .base import AttentionModule, fade_product
 from .graph import MAP, Edge, Graph
@@ -117,7 +117,7 @@ class SimpleCoordinateAttention(AttentionModule):
     ) -> None:
         super().__init__(channels)
         reduction = check_reduction(reduction, channels, type(self).__name__)
-        hidden = make_divisible(channels / reduction, 8, round_limit=0.0)
+        hidden = round_width(channels / reduction)
         self.fc1 = Linear(channels, hidden, device=device, dtype=dtype)
         self.fc_h = Linear(hidden, channels, device=device, dtype=dtype)
         self.fc_w = Linear(hidden, channels, device=device, dtype=dtype)

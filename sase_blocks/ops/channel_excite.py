@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import make_divisible
 from torch import Tensor, nn
 
 from sase_blocks.checks import check_features, check_int, check_kernel_size, check_reduction
@@ -20,7 +19,7 @@ from sase_blocks.numerics import narrow, saturate, widen
 
 from .layers import Linear
 from .normalization import BatchNorm2d
-from .primitive import BOTH, Primitive, turn_positive_
+from .primitive import BOTH, Primitive, round_width, turn_positive_
 
 torch.fx.wrap('saturate')
 torch.fx.wrap('check_features')  # must be wrapped in each module that calls it
@@ -341,7 +340,7 @@ class ChannelConvMLP(ChannelExcite):
     ) -> None:
         super().__init__(channels, feat_size)
         name = type(self).__name__
-        hidden = make_divisible(channels / check_reduction(reduction, channels, name), 8)
+        hidden = round_width(channels / check_reduction(reduction, channels, name), 0.9)
         k = eca_kernel_size(channels, kernel_size, gamma, beta, name)
         self.conv1 = nn.Conv1d(1, hidden, 1, device=device, dtype=dtype)
         self.conv2 = nn.Conv1d(hidden, 1, k, padding=k // 2, device=device, dtype=dtype)

@@ -42,7 +42,6 @@ def batch_norm(
     return narrow(y, weight)
 
 
-@register_notrace_module  # timm's FX tools keep it whole like torch's, so that train() and eval() still work
 class BatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d`` that also accepts one value per channel (batch 1 on a 1 x 1 map) in training mode.
 
@@ -66,6 +65,9 @@ class BatchNorm2d(nn.BatchNorm2d):
             momentum,
             self.eps,
         )
+
+
+register_notrace_module(BatchNorm2d)  # timm's FX tools keep it whole like torch's, so train() and eval() still work
 
 
 def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

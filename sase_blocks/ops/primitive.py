@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sase_blocks.checks import check_channels, check_feat_size
+from sase_blocks.checks import check_channels, check_optional_size
 from sase_blocks.numerics import widen
 
 BOTH = -1  # both axes of a weight in ``per_channel``: a layer from the channels to the channels
@@ -43,14 +43,8 @@ class Primitive(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        name = type(self).__name__
-        self.channels = check_channels(channels, name)
-        if self.needs_feat_size and feat_size is None:
-            raise ValueError(
-                f'{name} has parameters per position and needs feat_size=(H, W), the size of the feature map it will '
-                f'mostly see (it is interpolated for any other), got feat_size=None'
-            )
-        self.feat_size = None if feat_size is None else check_feat_size(feat_size, name)
+        self.channels = check_channels(channels, type(self).__name__)
+        self.feat_size = check_optional_size(feat_size, type(self).__name__, self.needs_feat_size)
 
     def reset_parameters(self) -> None:
         """Reinitialise the parameters."""
@@ -125,6 +119,7 @@ def contract_rows(rows: Tensor, weight: Tensor) -> Tensor:
     return (rows * weight).sum(2)
 
 
+@torch.fx.wrap
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """The weighted sum of the channels, (B, C, H, W) -> (B, 1, H, W), in fp32 for half inputs. weight: (C,).
 
@@ -150,6 +145,12 @@ def adaptive_avg_pool(x: Tensor, height: int, width: int) -> Tensor:
     """(B, C, H, W) -> (B, C, height, width), like ``F.adaptive_avg_pool2d``."""
     rows, columns = pooling_matrix(x.shape[2], height, x), pooling_matrix(x.shape[3], width, x)
     return rows @ x @ columns.transpose(0, 1)
+
+
+def round_width(width: float, least: float = 0.0) -> int:
+    """The multiple of 8 nearest to ``width``, from 8 on, and not below ``least * width``, as in timm's models."""
+    rounded = max(8, int(width + 4) // 8 * 8)
+    return rounded + 8 if rounded < least * width else rounded
 
 
 @torch.no_grad()

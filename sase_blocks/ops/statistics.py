@@ -20,12 +20,14 @@ def squeezed_size(x: Tensor, dims: list[int]) -> int:
     return n
 
 
+@torch.fx.wrap
 def avg_max(x: Tensor, weight: Tensor, dims: list[int]) -> Tensor:
     """ReLU of the weighted mean and maximum over ``dims``. weight: (2,)."""
     avg, top = x.mean(dims, keepdim=True), x.amax(dims, keepdim=True)
     return narrow(torch.relu(mix(widen(avg), widen(top), widen(weight))), x)
 
 
+@torch.fx.wrap
 def avg_std(x: Tensor, weight: Tensor, dims: list[int]) -> Tensor:
     """ReLU of the weighted mean and unbiased standard deviation over ``dims`` (0 for one value). weight: (2,)."""
     n = squeezed_size(x, dims)
@@ -33,6 +35,7 @@ def avg_std(x: Tensor, weight: Tensor, dims: list[int]) -> Tensor:
     return narrow(torch.relu(mix(avg, safe_sqrt(var * n / max(n - 1, 1)), widen(weight))), x)
 
 
+@torch.fx.wrap
 def avg_skew(x: Tensor, weight: Tensor, dims: list[int]) -> Tensor:
     """ReLU of the weighted mean and third central moment over ``dims``. weight: (2,)."""
     wide = widen(x)

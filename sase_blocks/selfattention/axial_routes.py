@@ -119,7 +119,7 @@ def einsum(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, scale: Tensor) -> 
     return values.reshape(v.shape), positions.reshape(v.shape)
 
 
-class Recompute(torch.autograd.Function):
+class RecomputedLines(torch.autograd.Function):
     """``einsum`` that keeps only its inputs, in their own dtype; second derivatives go through ``einsum``."""
 
     generate_vmap_rule = True
@@ -150,14 +150,14 @@ class Recompute(torch.autograd.Function):
             return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
         if autocast_active(g_values.device):
             with torch.autocast(g_values.device.type, enabled=False):
-                return gradients(q, k, v, relative, scale, g_values, g_positions)
-        return gradients(q, k, v, relative, scale, g_values, g_positions)
+                return line_gradients(q, k, v, relative, scale, g_values, g_positions)
+        return line_gradients(q, k, v, relative, scale, g_values, g_positions)
 
 
-def gradients(
+def line_gradients(
     q: Tensor, k: Tensor, v: Tensor, relative: Tensor, scale: Tensor, g_values: Tensor, g_positions: Tensor
 ) -> tuple[Tensor, ...]:
-    """Gradients of the five inputs of ``Recompute``, chunk by chunk, from these inputs only."""
+    """Gradients of the five inputs of ``RecomputedLines``, chunk by chunk, from these inputs only."""
     with torch.enable_grad():
         table = widen(relative).detach().requires_grad_()
         expanded = split_tables(table, q.shape[3])
@@ -190,9 +190,9 @@ def gradients(
     return gq, gk, gv, narrow(g_relative, relative), narrow(g_scale, scale)
 
 
-def recomputed(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def recomputed_lines(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The route ``recompute``. (A function of its own: TorchScript reads every comment about types.)"""
-    values, positions = Recompute.apply(q, k, v, relative, scale)
+    values, positions = RecomputedLines.apply(q, k, v, relative, scale)
     return values, positions
 
 
@@ -205,13 +205,13 @@ def long_axis(q: Tensor) -> bool:
     return q.shape[3] >= 4 * q.shape[4]  # L >= 2 g
 
 
-def run_route(
+def run_axial_route(
     q: Tensor, k: Tensor, v: Tensor, relative: Tensor, scale: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor]:
     """``axial_attention`` after its checks, outside autocast."""
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips code only under such a line
         if recompute:
-            return recomputed(q, k, v, relative, scale)
+            return recomputed_lines(q, k, v, relative, scale)
     values, positions = einsum(widen(q), widen(k), widen(v), widen(relative), widen(scale))
     values, positions = narrow(values, v), narrow(positions, v)
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips code only under such a line
@@ -262,7 +262,7 @@ def axial_attention(
             raise ValueError(
                 "the route 'recompute' is an autograd function, which TorchScript cannot run; use 'einsum'"
             )
-        return run_route(q, k, v, relative, scale, False)
+        return run_axial_route(q, k, v, relative, scale, False)
     else:
         graph = captured()
         if forced == 'recompute' and graph:
@@ -272,5 +272,5 @@ def axial_attention(
         )
         if autocast_active(q.device):
             with torch.autocast(q.device.type, enabled=False):
-                return run_route(q, k, v, relative, scale, recompute)
-        return run_route(q, k, v, relative, scale, recompute)
+                return run_axial_route(q, k, v, relative, scale, recompute)
+        return run_axial_route(q, k, v, relative, scale, recompute)

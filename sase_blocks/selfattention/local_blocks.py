@@ -121,7 +121,7 @@ def blocks(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool, side: 
     return join_blocks(y, b, h, height, width, side)
 
 
-class Recompute(torch.autograd.Function):
+class RecomputedBlocks(torch.autograd.Function):
     """``blocks`` that keeps only its inputs, in their own dtype; second derivatives go through ``blocks``."""
 
     generate_vmap_rule = True
@@ -147,8 +147,8 @@ class Recompute(torch.autograd.Function):
             return (*gradients_of_blocks(saved, grad, ctx.needs_input_grad, ctx.mask), None, None)
         if autocast_active(grad.device):
             with torch.autocast(grad.device.type, enabled=False):
-                return (*gradients(q, k, v, relative, grad, ctx.mask, ctx.side), None, None)
-        return (*gradients(q, k, v, relative, grad, ctx.mask, ctx.side), None, None)
+                return (*block_gradients(q, k, v, relative, grad, ctx.mask, ctx.side), None, None)
+        return (*block_gradients(q, k, v, relative, grad, ctx.mask, ctx.side), None, None)
 
 
 def gradients_of_blocks(
@@ -170,7 +170,7 @@ def numbers_per_head(q: Tensor, relative: Tensor, side: int) -> int:
     return count * side**2 * (side + relative.shape[3] - 1) ** 2
 
 
-def gradients(
+def block_gradients(
     q: Tensor, k: Tensor, v: Tensor, relative: Tensor, grad: Tensor, mask: bool, side: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the tables, chunk by chunk, from the inputs only."""
@@ -217,7 +217,7 @@ def gradients(
     return gq, gk, gv, narrow(g_relative, relative)
 
 
-def recomputed(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool, side: int) -> Tensor:
+def recomputed_blocks(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool, side: int) -> Tensor:
     """The route ``recompute``. (A function of its own: TorchScript reads every comment about types.)"""
-    y: Tensor = Recompute.apply(q, k, v, relative, mask, side)
+    y: Tensor = RecomputedBlocks.apply(q, k, v, relative, mask, side)
     return y

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from sase_blocks.numerics import narrow, widen
 
-from .local_blocks import blocks, recomputed
+from .local_blocks import blocks, recomputed_blocks
 from .routes import autocast_active, captured, exported
 from .windows import SIDE, block_side
 
 BORDERS = ('zero', 'mask')
-LOCAL_ROUTES = ('shifts', 'blocks', 'recompute', 'triton')
+TORCH_ROUTES = ('shifts', 'blocks', 'recompute')
+LOCAL_ROUTES = (*TORCH_ROUTES, 'triton')
 
 
 def shifts(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool) -> Tensor:
@@ -71,6 +72,41 @@ def shifts(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool) -> Ten
     return y
 
 
+def run_local_route(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool, route: str, side: int) -> Tensor:
+    """``torch_attention`` after its checks, outside autocast."""
+    if route == 'auto' and relative.shape[3] <= 3:
+        route = 'shifts'
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips code only under such a line
+        if route == 'recompute':
+            return recomputed_blocks(q, k, v, relative, mask, side)
+    dtype, q, k, v, relative = q, widen(q), widen(k), widen(v), widen(relative)
+    if route == 'shifts':
+        return narrow(shifts(q, k, v, relative, mask), dtype)
+    return narrow(blocks(q, k, v, relative, mask, side), dtype)
+
+
+def torch_route(q: Tensor, k: Tensor, v: Tensor, relative: Tensor) -> str:
+    """The fastest of torch's routes on a CPU in eager mode.
+
+    Measured at 14, 28 and 56 with 8, 16 and 32 channels per head and k = 3, 5 and 7: shifts is fastest for small
+    windows in the forward; with the backward, from 16 channels per head on, recompute is as fast and keeps less; below
+    that, copying dominates the windows of keys. Nothing was measured on a GPU.
+    """
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, relative))
+    small = relative.shape[3] <= 3
+    return 'shifts' if small and not (backward and q.shape[2] >= 16) else 'recompute'
+
+
+def eager_route(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool) -> str:
+    """On CUDA triton, if its kernels run and have passed their check. Else ``torch_route``."""
+    if q.device.type == 'cuda':
+        from .local_triton import trusted
+
+        if trusted(q, k, v, relative, mask):
+            return 'triton'
+    return torch_route(q, k, v, relative)
+
+
 def fused(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool) -> Tensor:
     """The route ``triton``, or a ValueError with the reason."""
     from .local_triton import fused_attention
@@ -78,40 +114,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool) -> Tens
     return fused_attention(q, k, v, relative, mask)
 
 
-def run_route(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool, route: str, side: int) -> Tensor:
-    """``local_attention`` after its checks, outside autocast."""
-    if route == 'auto' and relative.shape[3] <= 3:
-        route = 'shifts'
-    if not torch.jit.is_scripting():  # TorchScript skips code only under such a line
-        if route == 'recompute':
-            return recomputed(q, k, v, relative, mask, side)
-        if route == 'triton':
-            return fused(q, k, v, relative, mask)
-    dtype, q, k, v, relative = q, widen(q), widen(k), widen(v), widen(relative)
-    if route == 'shifts':
-        return narrow(shifts(q, k, v, relative, mask), dtype)
-    return narrow(blocks(q, k, v, relative, mask, side), dtype)
-
-
-def eager_route(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, mask: bool) -> str:
-    """On CUDA triton, if its kernels run and have passed their check. Else the fastest route on a CPU.
-
-    Measured at 14, 28 and 56 with 8, 16 and 32 channels per head and k = 3, 5 and 7: shifts is fastest for small
-    windows in the forward; with the backward, from 16 channels per head on, recompute is as fast and keeps less; below
-    that, copying dominates the windows of keys. Nothing was measured on a GPU.
-    """
-    if q.device.type == 'cuda':
-        from .local_triton import trusted
-
-        if trusted(q, k, v, relative, mask):
-            return 'triton'
-    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, relative))
-    small = relative.shape[3] <= 3
-    return 'shifts' if small and not (backward and q.shape[2] >= 16) else 'recompute'
-
-
-def check_local(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, border: str, route: str) -> None:
-    """Validate the arguments of ``local_attention``."""
+def check_local(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, border: str) -> None:
+    """Validate the arguments of ``local_attention`` besides the route."""
     if q.dim() != 5 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(f'q, k and v must have one shape (B, heads, d, H, W), got {q.shape}, {k.shape}, {v.shape}')
     if q.shape[3] < 1 or q.shape[4] < 1:
@@ -122,8 +126,37 @@ def check_local(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, border: str, 
         raise ValueError(f'relative must be (1 or 3, 2, d / 2, k), k odd, got {size} for q of shape {q.shape}')
     if border != 'zero' and border != 'mask':
         raise ValueError(f'border must be one of zero, mask, got {border}')
-    if route != 'auto' and route != 'shifts' and route != 'blocks' and route != 'recompute' and route != 'triton':
-        raise ValueError(f'route must be one of shifts, blocks, recompute, triton, got {route}')
+
+
+@torch.fx.wrap
+def torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, relative: Tensor, border: str = 'zero', route: str | None = None
+) -> Tensor:
+    """``local_attention`` by one of ``TORCH_ROUTES``; None chooses."""
+    forced = 'auto' if route is None else route
+    check_local(q, k, v, relative, border)
+    if forced != 'auto' and forced != 'shifts' and forced != 'blocks' and forced != 'recompute':
+        raise ValueError(f'route must be one of shifts, blocks, recompute, got {forced}')
+    if torch.jit.is_scripting():
+        if forced == 'recompute':
+            raise ValueError(
+                "the route 'recompute' is an autograd function, which TorchScript cannot run; use 'blocks'"
+            )
+        side = block_side(q.shape[3], q.shape[4])
+        return run_local_route(q, k, v, relative, border == 'mask', forced, side)
+    else:
+        graph = captured()
+        if forced == 'auto' and graph and exported():
+            forced = 'shifts'  # the numbers of blocks, which may be 1, would fix the exported sizes
+        if forced == 'recompute' and graph:
+            raise ValueError("the route 'recompute' is an autograd function and cannot be captured; use 'blocks'")
+        if forced == 'auto' and not graph:
+            forced = torch_route(q, k, v, relative)
+        side = SIDE if graph else block_side(q.shape[3], q.shape[4])
+        if autocast_active(q.device):
+            with torch.autocast(q.device.type, enabled=False):
+                return run_local_route(q, k, v, relative, border == 'mask', forced, side)
+        return run_local_route(q, k, v, relative, border == 'mask', forced, side)
 
 
 @torch.fx.wrap
@@ -156,24 +189,20 @@ def local_attention(
             where it does not run.
     """
     forced = 'auto' if route is None else route
-    check_local(q, k, v, relative, border, forced)
+    if forced != 'auto' and forced != 'shifts' and forced != 'blocks' and forced != 'recompute' and forced != 'triton':
+        raise ValueError(f'route must be one of shifts, blocks, recompute, triton, got {route}')
     if torch.jit.is_scripting():
-        if forced == 'recompute' or forced == 'triton':
-            raise ValueError(
-                f"the route '{forced}' is an autograd function, which TorchScript cannot run; use 'blocks'"
-            )
-        side = block_side(q.shape[3], q.shape[4])
-        return run_route(q, k, v, relative, border == 'mask', forced, side)
+        if forced == 'triton':
+            raise ValueError("the route 'triton' is an autograd function, which TorchScript cannot run; use 'blocks'")
     else:
         graph = captured()
-        if forced == 'auto' and graph and exported():
-            forced = 'shifts'  # the numbers of blocks, which may be 1, would fix the exported sizes
-        if (forced == 'recompute' or forced == 'triton') and graph:
-            raise ValueError(f"the route '{forced}' is an autograd function and cannot be captured; use 'blocks'")
-        if forced == 'auto' and not graph:
-            forced = eager_route(q, k, v, relative, border == 'mask')
-        side = SIDE if graph else block_side(q.shape[3], q.shape[4])
-        if autocast_active(q.device):
-            with torch.autocast(q.device.type, enabled=False):
-                return run_route(q, k, v, relative, border == 'mask', forced, side)
-        return run_route(q, k, v, relative, border == 'mask', forced, side)
+        if forced == 'triton' and graph:
+            raise ValueError("the route 'triton' is an autograd function and cannot be captured; use 'blocks'")
+        if forced == 'triton' or (forced == 'auto' and not graph and q.device.type == 'cuda'):
+            check_local(q, k, v, relative, border)
+            if forced == 'triton' or eager_route(q, k, v, relative, border == 'mask') == 'triton':
+                if autocast_active(q.device):
+                    with torch.autocast(q.device.type, enabled=False):
+                        return fused(q, k, v, relative, border == 'mask')
+                return fused(q, k, v, relative, border == 'mask')
+    return torch_attention(q, k, v, relative, border, route)
