@@ -139,10 +139,13 @@ def bad_commands():
         ('avg,mlp_half,affine,avg,avg,conv7x7', "'mlp_half' is now 'mlp(reduction=2)'"),
     ]:
         yield ['info', name], says
-        yield ['info', 'resnet20_cifar', '--genotype', name], says
-        yield ['draw', name, '-o', 'x.png'], says
-        yield ['attend', 'cat.png', '-o', 'maps', '--model', 'resnet18', '--insert', name], says
-        yield ['train', '--data', 'data', *TRAIN, '--genotype', name], says
+    for command in (
+        'info resnet20_cifar --genotype',
+        'draw -o x.png',
+        'attend cat.png -o maps --model resnet18 --insert',
+    ):
+        yield [*command.split(), 'se(rd=4)'], "se has no option 'rd'; it has reduction"
+    yield ['train', '--data', 'data', *TRAIN, '--genotype', 'se(rd=4)'], "se has no option 'rd'; it has reduction"
     yield (
         ['search', 'sase', '--data', 'data', '--space', 'gate_excite=mlp(rd=4)'],
         "gate_excite: mlp has no option 'rd'",
