@@ -142,7 +142,7 @@ def test_onnx_of_a_network(name, tmp_path):
         (y,) = session.run(None, {'input': x.numpy()})
         torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=0, atol=1e-4)
     kinds = {node.op_type for node in onnx.load(report.file).graph.node}
-    assert ('BatchNormalization' in kinds) == (name in ('srm', 'gsop'))
+    assert ('BatchNormalization' in kinds) == (name in ('srm', 'gsop', 'nam'))
 
 
 @pytest.mark.slow

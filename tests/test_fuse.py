@@ -85,8 +85,8 @@ def assert_equal_after_fuse(model: nn.Module, x: Tensor) -> None:
 def test_every_block_in_a_network_gives_the_same(name):
     model = network(name)
     assert_equal_after_fuse(model, images())
-    # What is left is behind no layer: the norm of SRM's statistics and of the rows of a covariance.
-    left = {'srm': {'excite.norm'}, 'gsop': {'squeeze.0.norm'}}
+    # What is left is behind no layer: the norm of SRM's statistics, of NAM's x and of the rows of a covariance.
+    left = {'srm': {'excite.norm'}, 'gsop': {'squeeze.0.norm'}, 'nam': {'norm'}}
     left[GENOTYPE] = {'channel_squeeze.norm', 'spatial_squeeze.norm'}
     assert {path.partition('.se.')[2] for path, _ in fuse(model).left} == left.get(name, set())
     assert torch.equal(torch.jit.script(copy.deepcopy(model))(images()), model(images()))

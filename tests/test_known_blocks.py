@@ -317,6 +317,17 @@ def selective_kernel(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def nam(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    w = weights(ours)
+
+    def forward(x: Tensor) -> Tensor:
+        gamma = w['norm.weight']
+        share = torch.stack([g.abs() for g in gamma]) / sum(g.abs() for g in gamma)
+        return x / (1 + torch.exp(-share[:, None, None] * batch_norm(x, gamma, w['norm.bias'])))
+
+    return forward
+
+
 def gather_excite(ours: nn.Module, convs: tuple[int, ...] = (0, 3, 6)) -> Callable[[Tensor], Tensor]:
     """The learned forms of Gather-Excite, at extent 8 with three convolutions."""
     w = weights(ours)
@@ -406,6 +417,7 @@ CASES: list[tuple[str, str, Reference]] = [
     ('ge_plus', 'formula', gather_excite),
     ('sk', 'timm', timm_sk),
     ('sk', 'formula', selective_kernel),
+    ('nam', 'formula', nam),
 ]
 # The same with other options than the defaults. A formula reads most sizes from the weights.
 WITH_OPTIONS: list[tuple[str, Reference]] = [
@@ -520,6 +532,7 @@ PARAMETERS = {
     'ela': 2 * 7 * 256 + 4 * 256,
     'strip': 2 * 3 * 256,
     'sk': 2 * (9 * 256 * 8 + 2 * 256) + 256 * 32 + 2 * 32 + 2 * 32 * 256,
+    'nam': 2 * 256,
 }
 
 

@@ -8,6 +8,7 @@ from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Edge, Graph
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
+from .nam import NormAttention
 from .named import BLOCKS, block_graph, block_name, create_block, list_blocks, resolve_block
 from .pruning import keep_channels
 from .selective_kernel import SelectiveKernel
@@ -30,6 +31,7 @@ __all__ = [
     'GatherExcite',
     'Genotype',
     'Graph',
+    'NormAttention',
     'ParallelAttention',
     'SelectiveKernel',
     'SequentialAttention',

@@ -19,6 +19,7 @@ from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Graph, chain
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
+from .nam import NormAttention
 from .selective_kernel import SelectiveKernel
 from .shuffle import ShuffleAttention
 from .simam import SimAM
@@ -166,6 +167,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'ela': EfficientLocalAttention,
     'strip': StripAttention,
     'sk': SelectiveKernel,
+    'nam': NormAttention,
 }
 
 
