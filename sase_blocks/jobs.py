@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from sase_blocks.reading import one_line, parse_json, quoted, read_text
-from sase_blocks.runs import check_writable, is_main, keep_process_group, lock_folder, write_json
+from sase_blocks.runs import check_writable, import_extra, is_main, keep_process_group, lock_folder, write_json
 from sase_blocks.runs import say as print_line
 
 __all__ = [
@@ -189,10 +189,7 @@ class Ray:
             ImportError: Ray is missing. ValueError: there is no such cluster, or no machine has so many GPUs.
         """
         os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
-        try:
-            import ray
-        except ImportError as error:
-            raise ImportError(f'--ray needs Ray ({error}): pip install "sase-blocks[ray]"') from error
+        ray = import_extra('ray', '--ray needs Ray', 'ray')
         if int(os.environ.get('WORLD_SIZE', '1')) > 1:
             raise ValueError('--ray starts its own processes: leave torchrun or accelerate launch out')
         if not ray.is_initialized():

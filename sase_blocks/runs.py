@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import importlib
 import json
 import math
 import os
@@ -232,6 +233,14 @@ def whole_number(value: Any, name: str, most: int) -> int:
     if not isinstance(value, int) or not 0 <= value <= most:
         raise ValueError(f'{name} is {quoted(value)}, expected an int from 0 to {most}')
     return value
+
+
+def import_extra(module: str, need: str, extra: str) -> Any:
+    """An optional module. Raises an ImportError that says who needs what, and names the extra."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f'{need} ({error}): pip install "sase-blocks[{extra}]"') from error
 
 
 @contextlib.contextmanager

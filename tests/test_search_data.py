@@ -8,7 +8,7 @@ from test_data import make_images, truncate
 from test_search_run import CLASSES, SMALL, pictures
 
 from sase_blocks.data import SmallImages, TransformedSamples, inspect_images, open_split
-from sase_blocks.search.data import check_arrays, shuffle_labels, split_classes, split_data
+from sase_blocks.search.data import check_arrays, describe_data, shuffle_labels, split_classes, split_data
 from sase_blocks.search.sase import SearchConfig, search
 
 MEAN_STD = {'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4), 'interpolation': 'bilinear', 'crop_pct': 0.9}
@@ -50,8 +50,7 @@ def test_both_parts_have_all_classes_and_one_is_augmented(tmp_path, kind):
         torch.testing.assert_close(both.training.images.mean.flatten() / 255, images.mean((0, 2, 3)))
     else:
         assert both.facts['fingerprint'] == inspect_images(data)[1]
-    assert both.classes == list(both.facts['classes'])
-    assert str(both).startswith(f'{count} training and {count} held-out images of 3 classes (data ')
+    assert describe_data(both.facts).startswith(f'{count} training and {count} held-out images of 3 classes (data ')
 
 
 @pytest.mark.parametrize('kind', ['arrays', 'large files'])

@@ -86,7 +86,7 @@ def test_evolution_beats_random_search(tmp_path):
 def test_parents_are_the_best_of_all_generations(tmp_path):
     path = tmp_path / 'search.jsonl'
     found = run(toy(), path, 36, 6)
-    search = _Search(toy(), evolution.load_optuna(), path, 50, 6, None, 0, 100, [])
+    search = _Search(toy(), evolution.load_optuna(), path, 50, 6, 0, 100, [])
     search.open(json.loads(path.read_text().splitlines()[0])['settings'])
     search.propose()
     for generation in range(1, 7):
@@ -311,7 +311,6 @@ def test_what_stops_the_search_leaves_its_network_to_the_next(tmp_path):
         ({'population': 20}, '20 evaluations end before a first generation of 20 has children'),
         ({'seed': -1}, 'seed: expected at least 0, got -1'),
         ({'tries': 0}, 'tries: expected at least 1, got 0'),
-        ({'mutation': 1.5}, 'mutation: expected a probability, got 1.5'),
         ({'algorithm': 'tpe'}, "algorithm: expected nsga2 or random, got 'tpe'"),
         ({'problem': toy(genes={})}, 'no genes'),
         ({'problem': toy(genes={'x': 'abc'})}, "gene x: expected a list of texts to choose from, got 'abc'"),
@@ -339,7 +338,6 @@ def test_wrong_arguments(tmp_path, changes, says):
         ({'settings': {}}, 'limit was 14 and is None'),
         ({'algorithm': 'random'}, "algorithm was 'nsga2' and is 'random'"),
         ({'population': 4}, 'population was 5 and is 4'),
-        ({'mutation': 0.5}, 'mutation was None and is 0.5'),
         ({'seed': 1}, 'seed was 0 and is 1'),
         ({'seeds': [genome(PURE[0])]}, r'seeds was \[\] and is \[.aaaaaaaaaaaa.\]'),
         ({'problem': toy(genes={**GENES, 'gene3': ['a', 'b']})}, r'settings: gene gene3 was \[.*c.\] and is \[.*b.\]'),

@@ -141,7 +141,7 @@ def test_the_ends_of_a_step_have_drawn_operators():
 
 def test_statistics_are_measured_anew(supernet):
     """All batch norms, 1-d ones too: the mean over the batches of what each norm met, found by a loop of its own."""
-    network = nn.Sequential(supernet.extract(architecture_of(supernet.space)), nn.BatchNorm1d(3)).train()
+    network = nn.Sequential(supernet.activate(architecture_of(supernet.space)).extract(), nn.BatchNorm1d(3)).train()
     batches = [torch.randn(8, 1, 12, 12, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -580,6 +580,7 @@ def test_not_a_number_stops(config, look_often, monkeypatch):
     [
         ({'epochs': 0}, 'epochs must be at least 1, got 0'),
         ({'population': 1}, 'population must be at least 2'),
+        ({'evaluations': 4}, r'population must be below evaluations \(4\), got 4'),
         ({'drop_rate': 1.0}, 'drop_rate must be at least 0 and below 1'),
         ({'concentration': 0.0}, 'concentration must be above 0'),
         ({'sampling': 'uniform', 'concentration': 0.5}, 'concentration must be left at 1.0 without hierarchical'),
@@ -616,7 +617,6 @@ def test_wrong_settings(config, changes, says):
         ({'max_params': '1G'}, 'max_params is 1000 M, above the most expensive'),
         ({'max_ms': 1e-9}, 'max_ms is 1e-09 ms, below the cheapest'),
         ({'batch_size': 96}, '72 training images are fewer than one batch of 96'),
-        ({'evaluations': 4}, 'population 4 must be below evaluations, got 4'),
         ({'finetune': 1}, 'finetune reads class folders'),
     ],
     ids=lambda value: str(value)[:30],

@@ -471,7 +471,7 @@ def test_latency_is_a_sum_over_parts(monkeypatch):
         return {name: size + images[0].numel() / 7 for name in networks}
 
     monkeypatch.setattr(cost_module, 'milliseconds_per_image', weigh)
-    latency = Latency('cpu', batch=3, rounds=2)
+    latency = Latency('cpu', rounds=2)
     seen = set()
     for text in (
         'image 9; stem 4; heads 1; 8: conv3/4*3 + local3/2; 8: axial/4; 12: conv1/4',
@@ -483,9 +483,9 @@ def test_latency_is_a_sum_over_parts(monkeypatch):
         parts = [(network.conv1, 3, point.image_size)]
         parts += [(network.stages[i][j], channels, size) for i, j, _, channels, _, size in point.places()]
         sizes = [(sum(p.numel() for p in module.parameters()), channels, size) for module, channels, size in parts]
-        expected = 3 * sum(size + channels * side**2 / 7 for size, channels, side in sizes)
+        expected = sum(size + channels * side**2 / 7 for size, channels, side in sizes)
         assert latency(point) == pytest.approx(expected)
-        seen |= {(size, (3, channels, side, side), 'cpu', 2) for size, channels, side in sizes}
+        seen |= {(size, (1, channels, side, side), 'cpu', 2) for size, channels, side in sizes}
         assert set(measured) == seen
         assert len(measured) == len(seen)
         latency(point)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +23,7 @@ from sase_blocks.data import (
     derive_seed,
     inspect_images,
     load_small_images,
-    same_data,
 )
-from sase_blocks.runs import resuming
 
 SPLIT, RELABEL = 101, 102  # streams of random numbers, see derive_seed
 # Images (N, C, H, W) of uint8, labels (N,), names of the classes.
@@ -41,27 +38,13 @@ class SearchData:
     held_out: Batches  # train the mixture of a search, or score its candidates
     facts: dict[str, Any]  # for the checkpoint: classes, counts, fingerprint, indices of the held-out images
 
-    @property
-    def classes(self) -> list[str]:
-        return list(self.facts['classes'])
 
-    def __str__(self) -> str:
-        return _describe(self.facts)
-
-
-def _describe(facts: Mapping[str, Any]) -> str:
+def describe_data(facts: Mapping[str, Any]) -> str:
+    """The facts of ``SearchData`` in a few words."""
     return (
         f'{facts["weights"]} training and {facts["held_out"]} held-out images of {len(facts["classes"])} classes '
         f'(data {facts["fingerprint"]})'
     )
-
-
-def check_same_data(last: Path, saved: Mapping[str, Any], found: SearchData) -> None:
-    """Raise a ValueError unless the checkpoint ``last`` is of the same data, by the facts ``saved`` in it."""
-    with resuming(last):
-        same, before = same_data(saved, found.facts), _describe(saved)
-    if not same:
-        raise ValueError(f'{last.parent} holds a search on other data: {before}, this is {found}')
 
 
 def split_data(

@@ -27,7 +27,7 @@ import numpy as np
 
 from sase_blocks.jobs import Each, Ended, check_settings, each_in_turn
 from sase_blocks.reading import one_line
-from sase_blocks.runs import append_row, write_rows
+from sase_blocks.runs import append_row, import_extra, write_rows
 from sase_blocks.runs import say as print_line
 
 ALGORITHMS = ('nsga2', 'random')
@@ -108,11 +108,7 @@ def best(candidates: Sequence[Candidate]) -> Candidate:
 
 def load_optuna() -> Any:
     """Optuna. Raises ImportError that names the extra."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError(f'an evolution needs Optuna ({error}): pip install "sase-blocks[search]"') from error
-    return optuna
+    return import_extra('optuna', 'an evolution needs Optuna', 'search')
 
 
 def evolve(
@@ -122,7 +118,6 @@ def evolve(
     evaluations: int,
     algorithm: str = 'nsga2',
     population: int = 50,
-    mutation: float | None = None,
     seeds: Sequence[Mapping[str, str]] = (),
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -140,7 +135,6 @@ def evolve(
         evaluations: networks to score. Failed candidates do not count.
         algorithm: 'nsga2', or 'random' for ``problem.draw`` only, the baseline.
         population: scored networks of a generation, and parents of the next one; above 1, below evaluations.
-        mutation: probability that a gene of a child is drawn anew, uniformly. Default: 1 / number of genes.
         seeds: genomes to score first, in this order.
         settings: other JSON values that the scores depend on.
         seed: of all draws; not negative.
@@ -154,8 +148,8 @@ def evolve(
 
     Raises:
         ImportError: Optuna is missing (extra ``search``).
-        ValueError: a wrong argument, a file with other settings, genes, seeds, algorithm, population, mutation or seed,
-            or limits that no drawn network meets.
+        ValueError: a wrong argument, a file with other settings, genes, seeds, algorithm, population or seed, or
+            limits that no drawn network meets.
         OSError: the file cannot be written.
         RuntimeError: three candidates in a row have failed.
     """
@@ -171,14 +165,11 @@ def evolve(
             f'population: {evaluations} evaluations end before a first generation of {population} has children; '
             f"expected fewer, or algorithm='random'"
         )
-    if mutation is not None and not 0 <= mutation <= 1:
-        raise ValueError(f'mutation: expected a probability, got {mutation}')
     planned = [problem.check_genome(genome, 'a seed') for genome in seeds]
-    size, mutation = (population, mutation) if algorithm == 'nsga2' else (None, None)
+    size = population if algorithm == 'nsga2' else None
     ours: dict[str, Any] = {
         'algorithm': algorithm,
         'population': size,
-        'mutation': mutation,
         'seed': seed,
         'seeds': [problem.decode(genome) for genome in planned],
         **{f'gene {name}': list(choices) for name, choices in problem.genes.items()},
@@ -190,7 +181,7 @@ def evolve(
     for text in ours['seeds']:
         if not problem.fits(text):
             raise ValueError(f'a seed is over the limits: {text}')
-    search = _Search(problem, load_optuna(), Path(file), evaluations, size, mutation, seed, tries, planned)
+    search = _Search(problem, load_optuna(), Path(file), evaluations, size, seed, tries, planned)
     search.open({**theirs, **ours})
     return search.run(each, say)
 
@@ -208,7 +199,6 @@ class _Search:
     file: Path
     evaluations: int
     population: int | None  # None: a random search
-    mutation: float | None
     seed: int
     tries: int
     seeds: Sequence[Genome]
@@ -363,7 +353,7 @@ class _Search:
 
         verbosity = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sampler = Sampler(population_size=size, mutation_prob=self.mutation, seed=seed)
+        sampler = Sampler(population_size=size, seed=seed)
         # The study has only the directions. The sampler has the trials.
         study = optuna.create_study(directions=['maximize', 'minimize'], sampler=sampler)
         optuna.logging.set_verbosity(verbosity)

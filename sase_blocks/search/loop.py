@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from sase_blocks.checkpoint import save_checkpoint
-from sase_blocks.data import MODEL, derive_seed
+from sase_blocks.data import MODEL, derive_seed, same_data
 from sase_blocks.runs import RunLog, check_finite, load_optimizer, resuming, whole_number
 
-from .data import SearchData, check_same_data
+from .data import SearchData, describe_data
 
 
 class TrainingLoop(ABC):
@@ -71,7 +71,11 @@ class TrainingLoop(ABC):
 
     def load_state(self, saved: Mapping[str, Any]) -> None:
         """Continue from the content of a checkpoint. Raises ValueError if it does not fit or is of other data."""
-        check_same_data(self.last, saved['data'], self.data)
+        with resuming(self.last):
+            same, before = same_data(saved['data'], self.data.facts), describe_data(saved['data'])
+        if not same:
+            now = describe_data(self.data.facts)
+            raise ValueError(f'{self.last.parent} holds a search on other data: {before}, this is {now}')
         with resuming(self.last):
             for name, part in self.parts.items():
                 if isinstance(part, torch.optim.Optimizer):

@@ -11,17 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from sase_blocks.runs import import_extra
+
 LEVEL = 0.05
 SAME = 1e-9  # largest difference of equal accuracies in percent, by rounding
 
 
 def load_stats() -> Any:
     """``scipy.stats``; raises ImportError that names the extra. Call it before the work whose results it judges."""
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise ImportError(f'verdicts need SciPy ({error}): pip install "sase-blocks[search]"') from error
-    return stats
+    return import_extra('scipy', 'verdicts need SciPy', 'search').stats
 
 
 def paired_test(differences: Any) -> tuple[Any, Any, Any]:

@@ -91,7 +91,7 @@ def campaign(
         load_stats()  # before the searches
         budget = budget or evaluation_budget(config)
         stand_in = _stand_in(config, space)
-        candidates = [*baselines, *_name_found(dict.fromkeys(seeds, stand_in))]
+        candidates = [*baselines, *_name_found(dict.fromkeys(map(str, seeds), stand_in))]
         list_candidates(stand_in, budget, candidates, randoms, space)
         data = open_evaluation(budget, ray)
     given: Arrays | Samples | None = images or (data[0] if data else None)
@@ -101,18 +101,18 @@ def campaign(
     agreement = None
     if single:
         result = search(configs[0], given)
-        searches, nulls = {seeds[0]: result}, {}
+        searches, nulls = {str(seeds[0]): result}, {}
     else:
         searches, nulls = _searches(config, seeds, null, ray, given)
         result = agreement = compare_searches(list(searches.values()), list(nulls.values()))
         if is_main():
             write_json(out / 'agreement.json', agreement)
-            first = searches[seeds[0]]
+            first = next(iter(searches.values()))
             consensus = {
                 **{name: first[name] for name in ('space', 'settings', 'data', 'versions', 'machine')},
                 **{name: agreement[name] for name in ('genotype', 'genotypes', 'verdict')},
                 'seeds': seeds,
-                'searches': {str(seed): one['genotype'] for seed, one in searches.items()},
+                'searches': {seed: one['genotype'] for seed, one in searches.items()},
             }
             write_json(out / RESULT, consensus)
             say(format_agreement(agreement))
@@ -139,8 +139,8 @@ def campaign(
     return {
         'genotype': result['genotype'],
         'verdict': result['verdict'],
-        'searches': {str(seed): one for seed, one in searches.items()},
-        'null': {str(seed): one for seed, one in nulls.items()},
+        'searches': searches,
+        'null': nulls,
         'agreement': agreement,
         'evaluation': evaluation,
     }
@@ -155,7 +155,7 @@ def evaluation_budget(config: SearchConfig, epochs: int | None = None, lr: float
 
 def _searches(
     config: SearchConfig, seeds: Sequence[int], null: bool, ray: Ray | None, images: Arrays | Samples | None
-) -> list[dict[int, dict[str, Any]]]:
+) -> list[dict[str, dict[str, Any]]]:
     """The results by seed, and those on random labels."""
     out = Path(config.out)
     jobs: list[dict[str, Any]] = [{'key': f'seed-{seed}', 'seed': seed, 'null': False} for seed in seeds]
@@ -175,12 +175,12 @@ def _searches(
 
     run_jobs(jobs, work, out, settings=settings, describe=describe, ray=ray, cpu=config.cpu).check('searches')
     return [
-        {job['seed']: read_result(job_folder(out, job['key'])) for job in jobs if job['null'] == random}
+        {str(job['seed']): read_result(job_folder(out, job['key'])) for job in jobs if job['null'] == random}
         for random in (False, True)
     ]
 
 
-def _name_found(genotypes: dict[int, str]) -> list[str]:
+def _name_found(genotypes: dict[str, str]) -> list[str]:
     """The results of several searches, by seed, as baselines of the evaluation."""
     return sorted({f'seed-{seed}={genotype}' for seed, genotype in genotypes.items()}) if len(genotypes) > 1 else []
 

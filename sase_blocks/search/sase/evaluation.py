@@ -308,10 +308,11 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ImportError: SciPy is missing (extra ``search``).
     """
     first = next(row for row in rows if row['kind'] == 'found')
-    candidates = []
+    candidates, reference = [], first['accuracies']
     for row in rows:
-        values = list(row['accuracies'].values())
-        differences = [] if row is first else _differences(row, first)
+        accuracies, values = row['accuracies'], list(row['accuracies'].values())
+        common = [] if row is first else [seed for seed in accuracies if seed in reference]
+        differences = [accuracies[seed] - reference[seed] for seed in common]
         p, low, high = map(float, paired_test(differences))
         tested = not math.isnan(p)
         statistics = {
@@ -340,15 +341,9 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _differences(row: Mapping[str, Any], found: Mapping[str, Any]) -> list[float]:
-    """The accuracy of a block minus the found one's, for each common seed."""
-    its, first = row['accuracies'], found['accuracies']
-    return [its[seed] - first[seed] for seed in its if seed in first]
-
-
 def _verdict(row: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """A sentence on the found block and one baseline."""
-    seeds = len(_differences(row, found))
+    seeds = len(row['accuracies'].keys() & found['accuracies'].keys())
     means = f'found {_by(-row["difference"])} {row["name"]}'
     if row['p_adjusted'] is not None:
         low, high = row['interval']

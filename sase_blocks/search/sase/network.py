@@ -125,16 +125,14 @@ class SearchNetwork(nn.Module):
         groups: dict[torch.dtype, list[Tensor]] = {}
         for buffer in self.model.buffers():
             groups.setdefault(buffer.dtype, []).append(buffer)
-        with torch.no_grad():
-            kept = {dtype: [torch.empty_like(b) for b in buffers] for dtype, buffers in groups.items()}
-            for dtype, buffers in groups.items():
-                torch._foreach_copy_(kept[dtype], buffers)
+        kept = [(buffers, [torch.empty_like(buffer) for buffer in buffers]) for buffers in groups.values()]
+        for buffers, copies in kept:
+            torch._foreach_copy_(copies, buffers)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for dtype, buffers in groups.items():
-                    torch._foreach_copy_(buffers, kept[dtype])
+            for buffers, copies in kept:
+                torch._foreach_copy_(buffers, copies)
 
 
 def _wake_residual_branches(model: nn.Module) -> None:

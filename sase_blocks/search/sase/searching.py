@@ -30,7 +30,7 @@ from sase_blocks.runs import (
     saved_run,
     write_json,
 )
-from sase_blocks.search.data import Arrays, split_data
+from sase_blocks.search.data import Arrays, describe_data, split_data
 from sase_blocks.search.loop import TrainingLoop
 from sase_blocks.search.sync_batch_norm import synchronize_norms
 from sase_blocks.train import build_model, check_model_name, hits
@@ -61,7 +61,6 @@ def search(config: SearchConfig, images: Arrays | Samples | None = None) -> dict
     ``logits.png`` at the end.
 
     Args:
-        config: the settings.
         images: in place of ``config.data``: uint8 images (N, C, H, W), labels (N,) and the names of the classes; or its
             training split, opened and checked for broken images.
 
@@ -69,12 +68,7 @@ def search(config: SearchConfig, images: Arrays | Samples | None = None) -> dict
         The content of genotype.json, see ``describe_result``.
 
     Raises:
-        ImportError: accelerate or tensorboard is missing.
-        ValueError, FileNotFoundError: a wrong setting, wrong data, a run that cannot be resumed or that another process
-            writes (with ``config.resume`` this one waits for it); before any work.
-        OSError: ``config.out`` cannot be written, before any work; or the disk is full, which keeps the last good
-            checkpoint.
-        FloatingPointError: the loss is no longer finite.
+        ImportError, ValueError, OSError, FloatingPointError: as ``train.train``.
     """
     deterministic = be_deterministic(config.deterministic)
     with open_accelerator(config, 'a search', 'search') as accelerator, run_lock(config, accelerator), deterministic:
@@ -87,7 +81,7 @@ class _Search(TrainingLoop):
         saved = saved_search(config)
         check_model_name(config.model)
         self.space = SearchSpace.parse(config.space)
-        data = open_samples(config, accelerator, both=False)[0] if images is None else images
+        data = images or open_samples(config, accelerator, both=False)[0]
         classes = data.classes if isinstance(data, Samples) else list(data[2])
         torch.manual_seed(config.seed)
         model = build_model(config.model, len(classes), **config.model_args)
@@ -248,7 +242,7 @@ class _Search(TrainingLoop):
             'hessian': hessian,
             'seconds_per_step': seconds,
         }
-        return {**row, 'warnings': warnings_of([*self.log.rows, row], len(self.data.classes))}
+        return {**row, 'warnings': warnings_of([*self.log.rows, row], len(self.data.facts['classes']))}
 
     def _write_result(self) -> dict[str, Any]:
         result = describe_result(
@@ -277,8 +271,9 @@ class _Search(TrainingLoop):
         )
         null = ', each with the label of another image' if config.null else ''
         say(
-            f'{self.data}{null}; {config.epochs} epochs of {self.steps} steps of {config.batch_size}; order '
-            f'{config.order}; {self.world} process(es) on {self.accelerator.device.type}; writing to {self.out}'
+            f'{describe_data(self.data.facts)}{null}; {config.epochs} epochs of {self.steps} steps of '
+            f'{config.batch_size}; order {config.order}; {self.world} process(es) on {self.accelerator.device.type}; '
+            f'writing to {self.out}'
         )
         if (missing := missing_matplotlib()) is not None:
             say(f'no pictures will be drawn: {missing}')

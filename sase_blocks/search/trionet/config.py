@@ -1,11 +1,11 @@
-"""Settings of a TrioNet search. The paper's (arXiv 2111.07547) are not public; these follow common practice."""
+"""Settings of a TrioNet search. The paper's (arXiv 2111.07547) are not public. These follow common practice."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
 
-from sase_blocks.runs import RunConfig, require_used, setting
+from sase_blocks.runs import RunConfig, require, require_used, setting
 from sase_blocks.search.evolution import ALGORITHMS
 
 from .cost import SETTINGS, count_number
@@ -72,6 +72,8 @@ class TrioConfig(RunConfig):
         require_used(self, self.opt == 'sgd', 'momentum', 'for adamw')
         require_used(self, self.sampling == 'hierarchical', 'concentration', 'without hierarchical sampling')
         require_used(self, self.finetune > 0, 'finetune_lr', 'without finetune')
+        small = self.algorithm != 'nsga2' or self.population < self.evaluations
+        require(self, small, 'population', f'below evaluations ({self.evaluations})')
         for name in ('max_macs', 'max_params'):
             try:
                 count_number(getattr(self, name))

@@ -1,7 +1,7 @@
 """Cost of a network: multiply-accumulates including attention, parameters, and measured milliseconds; and its limits.
 
-The first two are exact sums over cached blocks, so a search can query thousands of networks. MACs do not count batch
-norms, activations and poolings, as usual.
+The first two are exact sums over cached blocks, so a search can query thousands of networks. As usual, MACs leave out
+batch norms, activations and poolings.
 """
 
 from __future__ import annotations
@@ -71,19 +71,14 @@ def parameters(architecture: Architecture, num_classes: int = 1000, in_chans: in
 
 
 class Latency:
-    """Milliseconds per batch on this device, as a sum over parts, each measured at its first use.
+    """Milliseconds per image on a device, as a sum over parts, each measured at its first use.
 
-    The parts are the stem's convolution, on RGB images, and the blocks. Their sum is not the time of a network, which
-    overlaps them, but is free for a search once the parts are measured.
-
-    Args:
-        device: where to measure.
-        batch: images per batch.
-        rounds: number of rounds; the median counts.
+    The parts are the stem's convolution, on RGB images, and the blocks. A network overlaps them, so their sum is not
+    its time. But the sum costs a search nothing once the parts are measured. The median of ``rounds`` counts.
     """
 
-    def __init__(self, device: torch.device | str = 'cpu', batch: int = 1, rounds: int = 9) -> None:
-        self.device, self.batch, self.rounds = torch.device(device), batch, rounds
+    def __init__(self, device: torch.device | str = 'cpu', rounds: int = 9) -> None:
+        self.device, self.rounds = torch.device(device), rounds
         self.parts: dict[tuple[Any, ...], float] = {}
 
     def __call__(self, architecture: Architecture) -> float:
@@ -96,9 +91,8 @@ class Latency:
 
     def _time(self, key: tuple[Any, ...], build: Callable[[], nn.Module], channels: int, size: int) -> float:
         if key not in self.parts:
-            images = torch.randn(self.batch, channels, size, size, device=self.device)
-            milliseconds = milliseconds_per_image({'': build().to(self.device)}, images, self.rounds)['']
-            self.parts[key] = self.batch * milliseconds
+            image = torch.randn(1, channels, size, size, device=self.device)
+            self.parts[key] = milliseconds_per_image({'': build().to(self.device)}, image, self.rounds)['']
         return self.parts[key]
 
 
@@ -108,8 +102,8 @@ class Costs:
     Args:
         num_classes, in_chans: of the data.
         device: where to measure milliseconds.
-        **limits: maximum 'macs' per image, 'parameters' and 'milliseconds', as measured by ``Latency``; None for no
-            limit. The search weighs the first one with a limit, or MACs.
+        **limits: maximum 'macs' per image, 'parameters' and 'milliseconds' (``Latency``); None for no limit. The search
+            weighs the first cost with a limit, or MACs.
     """
 
     def __init__(
@@ -135,13 +129,13 @@ class Costs:
     def check(self, space: TrioSpace) -> None:
         """Raise a ValueError for a limit below the cheapest network of a space or above the most expensive one."""
         for name, most in self.given.items():
+            timed = name == 'milliseconds'  # to measure every part of a space would take long
             low, high = (
-                # Measuring every part of a space would take long.
-                bound(space.end(extent) if name == 'milliseconds' else space, self.measures[name], pick)
+                bound(space.end(extent) if timed else space, self.measures[name], pick)
                 for extent, pick in (('smallest', min), ('largest', max))
             )
             if not low[0] <= most <= high[0]:
-                unit, scale = ('ms', 1.0) if name == 'milliseconds' else ('M', 1e6)
+                unit, scale = ('ms', 1.0) if timed else ('M', 1e6)
                 text, least, largest = (f'{value / scale:.4g} {unit}' for value in (most, low[0], high[0]))
                 where = 'below the cheapest' if most < low[0] else 'above the most expensive'
                 raise ValueError(
@@ -151,11 +145,7 @@ class Costs:
 
 
 def count_number(text: str | float | None) -> int | None:
-    """Parse a count such as '300M', '1.2G', '25k' or '5e6'.
-
-    Raises:
-        ValueError: not a count, or below 1.
-    """
+    """Parse a count such as '300M', '1.2G', '25k' or '5e6'. Raises ValueError for another text or a count below 1."""
     if text is None:
         return None
     units = {'k': 1e3, 'm': 1e6, 'g': 1e9, 'b': 1e9, 't': 1e12}
@@ -175,8 +165,8 @@ def bound(
 ) -> tuple[float, Architecture]:
     """The cheapest (``pick=max``: the most expensive) network of a space, exactly, by a cost that adds up over blocks.
 
-    A block's cost depends only on its own choices, its stage's width and the width before it. So it suffices to track,
-    stage by stage, the best network for every width.
+    A block's cost depends only on its own choices, its stage's width and the width before it. So this tracks the best
+    network for every width, stage by stage.
     """
 
     def build(image: int, *stages: Stage) -> Architecture:

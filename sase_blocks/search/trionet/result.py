@@ -36,7 +36,7 @@ def describe_result(
     Returns:
         'architecture' (text), 'score' (held-out accuracy in percent, with the supernet's weights), 'cost'; 'tied', the
         number of other networks that may be as good by their scores (``significance.not_worse``), and 'verdict', a
-        sentence about it (neither is in the paper); 'front' and 'pure', lists of such networks; 'space', 'limits',
+        sentence about it (neither is in the paper); 'front' and 'pure', lists of networks; 'space', 'limits',
         'objective', 'seed', 'settings', 'data', 'evaluations', 'versions', 'machine'.
 
     Raises:

@@ -45,20 +45,16 @@ def accuracy(
     Raises:
         ValueError: no images. FloatingPointError: outputs that are not finite.
     """
-    training = network.training
     network.eval()
-    right: list[Tensor] = []
-    count = 0
+    right, bad, count = torch.tensor(0), torch.tensor(0), 0
     with autocast or nullcontext():
         for images, labels in batches:
             outputs = network(images)
-            finite = torch.isfinite(outputs).all(1)
-            right.append(torch.stack([hits(outputs, labels).sum(), finite.sum()]))
+            right = right + hits(outputs, labels).sum()
+            bad = bad + (~torch.isfinite(outputs).all(1)).sum()
             count += len(labels)
-    network.train(training)
     if count == 0:
         raise ValueError('there are no images to measure the accuracy on')
-    good, finite_count = torch.stack(right).sum(0).tolist()
-    if finite_count < count:
-        raise FloatingPointError(f'the outputs for {count - finite_count} of {count} images are not finite')
-    return 100 * good / count
+    if bad:
+        raise FloatingPointError(f'the outputs for {bad} of {count} images are not finite')
+    return 100 * int(right) / count

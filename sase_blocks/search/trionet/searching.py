@@ -1,6 +1,6 @@
 """One TrioNet search (arXiv 2111.07547; extra ``search``): supernet, evolution under a limit, extraction, a test.
 
-The steps are the paper's by its abstract; the other modules say how each is done. The same command again continues.
+The steps are the paper's by its abstract. The other modules have the details.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from sase_blocks.runs import (
     shared_settings,
     write_json,
 )
-from sase_blocks.search.data import Arrays, check_arrays, split_data
+from sase_blocks.search.data import Arrays, check_arrays, describe_data, split_data
 from sase_blocks.search.evolution import Candidate, Problem, evolve, load_optuna
 from sase_blocks.search.significance import load_stats
 from sase_blocks.train import TrainConfig, train
@@ -71,7 +71,6 @@ def search(
     the supernet's weights), ``front.png`` and ``architecture.png``, and a run in ``finetuned/`` if asked for.
 
     Args:
-        config: the settings.
         images: in place of ``config.data``: uint8 images (N, C, H, W), labels (N,) and the names of the classes.
         test: with ``images``: test images and labels of the same form; None for no test.
         ray: the machines that score networks, after this process has trained the supernet. Default: this process, or
@@ -82,12 +81,8 @@ def search(
         (percent; None without test images).
 
     Raises:
-        ImportError: accelerate, tensorboard, Optuna or SciPy is missing.
-        ValueError, FileNotFoundError: a wrong setting, a limit that no network or every network meets, wrong data, a
-            run that cannot be resumed or that another process writes (with ``config.resume`` this one waits for it);
-            before any work.
-        OSError: ``config.out`` cannot be written.
-        FloatingPointError: a loss is no longer finite; the text names the step, the network and the last checkpoint.
+        ImportError, ValueError, OSError, FloatingPointError: as ``train.train``; also, before any work, Optuna or SciPy
+            is missing, or no network or every network meets a limit.
         RuntimeError: three networks in a row could not be scored.
     """
     if config.finetune and images is not None:
@@ -108,7 +103,7 @@ def _search(
     config: TrioConfig, accelerator: Any, images: Arrays | None, test: Any, ray: Ray | None
 ) -> tuple[dict[str, Any], tuple[Samples, Samples] | None]:
     """The result, and the training and the test split, if the images are files."""
-    out, processes = Path(config.out), accelerator.num_processes
+    out = Path(config.out)
     tell = say if accelerator.is_main_process else (lambda text: None)
 
     # Cheap checks first, slow ones last.
@@ -116,8 +111,6 @@ def _search(
     load_optuna()
     check_writable(out)
     saved_supernet(config)  # and again below, when no other run writes it
-    if config.algorithm == 'nsga2' and config.population >= config.evaluations:
-        raise ValueError(f'population {config.population} must be below evaluations, got {config.evaluations}')
     if config.finetune:
         _finetuning(config, '')  # checks its settings
     space = TrioSpace.parse(config.space)
@@ -138,11 +131,11 @@ def _search(
     with run_lock(config, accelerator):
         training = _open_training(config, accelerator, data)
         weights = sum(p.numel() for p in training.supernet.parameters())
-        tell(f'{space.size:.3g} networks of {weights:,} shared weights; {training.data}')
+        tell(f'{space.size:.3g} networks of {weights:,} shared weights; {describe_data(training.data.facts)}')
         tell(
             f'supernet: {config.epochs} epochs of {training.steps} steps of {config.batch_size}, {config.networks + 2} '
-            f'networks each, {config.sampling} sampling, {config.sharing} sharing; {processes} process(es) on '
-            f'{accelerator.device.type}; writing to {out}'
+            f'networks each, {config.sampling} sampling, {config.sharing} sharing; {accelerator.num_processes} '
+            f'process(es) on {accelerator.device.type}; writing to {out}'
         )
         training.run().eval()
 
@@ -167,7 +160,6 @@ def _search(
                 settings=_settings(config, training),
                 seed=config.seed,
                 each=each,
-                say=tell,
             )
 
         candidates = share(score, drive, cpu=config.cpu, ray=ray)
@@ -181,7 +173,7 @@ def _search(
         result['test_accuracy'] = None
         if test is not None:
             # Once, when everything is decided.
-            part = _test_part(config, found.architecture, test, training)
+            part = _test_part(found.architecture, test, training)
             percent = accuracy(found, training.resized(part, found.architecture), accelerator.autocast())
             result['test_accuracy'] = percent
             tell(f'test accuracy with the weights of the supernet: {percent:.2f} % of {len(part)} images')
@@ -209,7 +201,7 @@ def _open_images(config: TrioConfig, accelerator: Any, test: Any) -> tuple[Sampl
 def pure_networks(space: TrioSpace, costs: Costs, seed: int = 0) -> dict[str, dict[str, str]]:
     """For each operator, the genome of a network with no other operator wherever the space allows that.
 
-    It is the most expensive of a few hundred draws within the limits. Without any, the operator is left out.
+    It is the most expensive of a few hundred draws within the limits. An operator without one is left out.
     """
 
     def only(number: int) -> Law:
@@ -251,7 +243,7 @@ def _settings(config: TrioConfig, training: SupernetTraining) -> dict[str, Any]:
 
 
 class _Score:
-    """The score of a network by its text. A Ray worker gets this without the supernet, and loads that once."""
+    """The score of a network by its text. It goes to a Ray worker without the supernet, which loads that once."""
 
     def __init__(self, config: TrioConfig, data: Samples | Arrays, training: SupernetTraining | None) -> None:
         self.config, self.data, self.training = config, data, training
@@ -282,11 +274,9 @@ def _data_config(size: int, in_chans: int) -> dict[str, Any]:
     return config_for(resolve_data_config({'img_size': size}, pretrained_cfg=default_cfgs['trionet']), in_chans)
 
 
-def _test_part(
-    config: TrioConfig, network: Architecture, tests: Samples | tuple[Tensor, Tensor], training: SupernetTraining
-) -> Batches:
+def _test_part(network: Architecture, tests: Samples | tuple[Tensor, Tensor], training: SupernetTraining) -> Batches:
     """The test images as batches."""
-    device = training.accelerator.device
+    config, device = training.config, training.accelerator.device
     if isinstance(tests, Samples):
         transform = create_transforms(_data_config(network.image_size, training.in_chans))[1]
         return Batches(TransformedSamples(tests, transform, config.seed, 2), workers=config.workers, device=device)

@@ -165,23 +165,20 @@ class TrioSpace:
     def check(self, architecture: Architecture) -> None:
         """Raise a ValueError that names the first mismatch if an architecture is not in this space."""
         allowed: list[tuple[str, Any, tuple[Any, ...]]] = [
-            ('stem', architecture.stem, (self.stem,)),
-            ('reduction', architecture.reduction, (self.reduction,)),
-            ('heads', architecture.heads, (self.heads,)),
+            *((name, getattr(architecture, name), (getattr(self, name),)) for name in ('stem', 'reduction', 'heads')),
             ('number of stages', len(architecture.stages), (len(self.depths),)),
             ('image size', architecture.image_size, self.image_sizes),
         ]
-        stages = enumerate(zip(architecture.stages, self.depths, self.widths, strict=False), start=1)
-        for number, (stage, depths, stage_widths) in stages:
-            widths = tuple(dict.fromkeys(self.width(stage.width, e) for e in self.expansions))
-            here: list[Any] = [('depth', len(stage.blocks), depths), ('width', stage.width, stage_widths)]
+        stages = zip(architecture.stages, self.depths, self.widths, strict=False)
+        for number, (stage, depths, stage_widths) in enumerate(stages, start=1):
+            of, widths = f'stage {number}:', tuple(dict.fromkeys(self.width(stage.width, e) for e in self.expansions))
+            allowed += [(f'{of} depth', len(stage.blocks), depths), (f'{of} width', stage.width, stage_widths)]
             for block in stage.blocks:
-                here += [
-                    ('operator', block.operator, self.stage_operators(number)),
-                    (f'size of {block}', block.kernel_size, self.sizes(block.operator)),
-                    (f'width of {block}', block.width, widths),
+                allowed += [
+                    (f'{of} operator', block.operator, self.stage_operators(number)),
+                    (f'{of} size of {block}', block.kernel_size, self.sizes(block.operator)),
+                    (f'{of} width of {block}', block.width, widths),
                 ]
-            allowed += [(f'stage {number}: {name}', value, values) for name, value, values in here]
         for name, value, values in allowed:
             if value not in values:
                 known = ', '.join(map(str, values))

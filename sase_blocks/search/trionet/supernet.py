@@ -1,9 +1,9 @@
 """The supernet of TrioNet (arXiv 2111.07547): one set of weights for all networks of a space.
 
 As in the paper's figure, a block's three operators share its two 1x1 convolutions, and each operator has its own
-weights. All are as large as the space allows; a smaller network uses parts of them (``slicing.py``). Not in the paper:
-the norms after the 1x1 convolutions are shared with them, and each operator has its own norm. Networks never share norm
-statistics, since each needs its own (``score.recalibrate``).
+weights. All are as large as the space allows. A smaller network uses parts of them (``slicing.py``). Not in the paper:
+the norms after the 1x1 convolutions are shared with them, and each operator has its own norm. Networks do not share
+norm statistics, because each needs its own (``score.recalibrate``).
 
 There are no elastic layers. A network of the space runs as an ordinary ``TrioNet`` whose parameters are replaced in
 each forward by parts of the shared ones, so it costs no more than on its own, and ``extract`` gives the same bits.
@@ -83,9 +83,6 @@ class SuperNet(nn.Module):
     """All networks of a space, with shared weights.
 
     Args:
-        space: the search space.
-        num_classes: number of classes.
-        in_chans: input channels.
         sharing: 'heads' for Multi-head Sharing, or 'plain', see ``slicing.py``.
         drop_rate: dropout before the classifier of a network activated with ``dropout=True``.
 
@@ -127,9 +124,9 @@ class SuperNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
 
     def tensors(self, network: TrioNet) -> dict[str, Tensor]:
-        """The parameters of a network of the space by name, as parts of the shared ones.
+        """The parameters of a network of the space by name, as views or, for packed projections, copies of the shared.
 
-        Prefixes and centres are views; rows of packed projections are gathered. Gradients reach the shared weights.
+        Gradients reach the shared weights.
         """
         found: dict[str, Tensor] = {'conv1.weight': self.conv1.weight}
         found['bn1.weight'], found['bn1.bias'] = self.bn1.weight, self.bn1.bias  # type: ignore[assignment]
@@ -143,21 +140,14 @@ class SuperNet(nn.Module):
 
     def on_meta(self, architecture: Architecture, drop_rate: float = 0.0) -> TrioNet:
         """The network of an architecture on the meta device."""
-        facts: dict[str, Any] = {'drop_rate': drop_rate, 'dtype': self.conv1.weight.dtype}
+        more: dict[str, Any] = {'drop_rate': drop_rate, 'dtype': self.conv1.weight.dtype}
         with meta_device() as meta:
-            return TrioNet(architecture, self.num_classes, self.in_chans, device=meta, **facts)
+            return TrioNet(architecture, self.num_classes, self.in_chans, device=meta, **more)
 
     def activate(self, architecture: Architecture, *, dropout: bool = False) -> 'SubNetwork':
-        """The network of an architecture, with these weights. See ``SubNetwork``."""
+        """The network of an architecture, with these weights."""
         self.space.check(architecture)
         return SubNetwork(self, architecture, dropout)
-
-    def extract(self, architecture: Architecture) -> TrioNet:
-        """An ordinary network with a copy of its weights and initial norm statistics.
-
-        ``activate``, ``score.recalibrate`` and ``SubNetwork.extract`` give one with measured statistics.
-        """
-        return self.activate(architecture).extract()
 
     def forward(self, x: Tensor, architecture: Architecture) -> Tensor:
         return self.activate(architecture).train(self.training)(x)
@@ -166,8 +156,8 @@ class SuperNet(nn.Module):
 class SubNetwork(nn.Module):
     """One network of a supernet: its structure and its norms' statistics, without weights of its own.
 
-    Shape: as ``TrioNet``. It follows the supernet: each forward uses the supernet's present weights. Use it only to run
-    the network: optimise or move the supernet's parameters instead, before activation.
+    Shape: as ``TrioNet``. Each forward uses the supernet's present weights. To optimise or move parameters, use the
+    supernet's, before activation.
     """
 
     def __init__(self, supernet: SuperNet, architecture: Architecture, dropout: bool = False) -> None:
@@ -190,7 +180,7 @@ class SubNetwork(nn.Module):
         return y
 
     def extract(self) -> TrioNet:
-        """An ordinary network with copies of its weights and statistics: in eval mode its outputs are the same bits."""
+        """An ordinary network with copies of its weights and statistics. In eval mode its outputs are the same bits."""
         supernet = self._supernet[0]
         network = supernet.on_meta(self.architecture)
         network.to_empty(device=supernet.conv1.weight.device)  # all of it is overwritten

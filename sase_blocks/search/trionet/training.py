@@ -1,13 +1,12 @@
-"""Training of a supernet (arXiv 2111.07547) on accelerate: the step, the loop around it, and its checkpoint.
+"""Training of a supernet (arXiv 2111.07547) on accelerate: the step, its log, and its checkpoint.
 
 A step follows the sandwich rule with in-place distillation (as in BigNAS, arXiv 2003.11142): the largest network learns
 from the labels, and its outputs teach the smallest one and some random ones. Not in the paper: the largest and the
-smallest draw their operators, too, so that no operator is favoured.
+smallest also draw their operators, so that no operator is favoured.
 
-No wrapper averages gradients: the networks of a step use different parts of the weights, so the sum of their gradients
-is averaged over the processes once, at the end of the step. All randomness, the choice of networks included, depends
-only on the seed and the step. So all processes train the same networks, and a killed and resumed run gives the same
-bits.
+The networks of a step use different parts of the weights, so the sum of their gradients is averaged over the processes
+once, at the end of the step. All randomness, including the choice of networks, depends only on the seed and the step.
+So all processes train the same networks, and a killed and resumed run gives the same bits.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ NETWORKS, SHOWN = 301, 303  # streams of random numbers: the networks of a step,
 def saved_supernet(config: TrioConfig) -> dict[str, Any] | None:
     """The checkpoint of the supernet in ``config.out`` to resume from; None for a new run.
 
-    Raises:
-        ValueError: there is one, but no ``resume``, or it has other settings or another space; names the differences.
+    Raises ValueError as ``runs.saved_run``, and for another space.
     """
     last = Path(config.out) / 'supernet.pt'
     needed = ['config', 'supernet', 'space', 'data', 'in_chans', 'step', 'average', 'optimizer', 'sums']
@@ -64,19 +62,13 @@ def load_supernet(path: str | Path, *, average: bool = True) -> SuperNet:
     Raises:
         ValueError, OSError: no such file, or not a supernet.
     """
-    path = Path(path)
-    path = path / 'supernet.pt' if path.is_dir() else path
+    path = Path(path) / 'supernet.pt' if Path(path).is_dir() else path
     saved = read_checkpoint(path)
     if not {'supernet', 'average', 'space', 'config', 'data', 'in_chans'} <= set(saved):
         raise ValueError(f'{path} is not the checkpoint of a supernet')
-    config = saved['config']
-    supernet = SuperNet(
-        TrioSpace.from_dict(saved['space']),
-        len(saved['data']['classes']),
-        saved['in_chans'],
-        config['sharing'],
-        config['drop_rate'],
-    )
+    settings = (saved['config'][name] for name in ('sharing', 'drop_rate'))
+    classes, space = len(saved['data']['classes']), TrioSpace.from_dict(saved['space'])
+    supernet = SuperNet(space, classes, saved['in_chans'], *settings)
     supernet.load_state_dict(saved['average'] if average and saved['average'] else saved['supernet'])
     return supernet.eval()
 
@@ -118,7 +110,7 @@ def sandwich_step(
 
 
 class SupernetTraining(TrainingLoop):
-    """A supernet that trains, and scores its networks; ``saved`` is the checkpoint from ``saved_supernet``."""
+    """Trains a supernet, and scores its networks; ``saved`` is the checkpoint from ``saved_supernet``."""
 
     def __init__(
         self, config: TrioConfig, accelerator: Any, data: SearchData, in_chans: int, saved: dict[str, Any] | None
@@ -126,7 +118,7 @@ class SupernetTraining(TrainingLoop):
         self.in_chans = in_chans
         self.space, self.law = TrioSpace.parse(config.space), config.law
         torch.manual_seed(derive_seed(config.seed, MODEL))
-        self.supernet = SuperNet(self.space, len(data.classes), in_chans, config.sharing, config.drop_rate)
+        self.supernet = SuperNet(self.space, len(data.facts['classes']), in_chans, config.sharing, config.drop_rate)
         # channels_last applies only to the images: each forward slices the weights again.
         self.supernet.to(accelerator.device)
         self.optimizer = make_optimizer(config, self.supernet)
