@@ -15,7 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import mostly_slow
-from timm.layers import create_attn
+from timm.layers import GlobalResponseNorm, create_attn
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.cspnet import model_cfgs
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitConvCfg
@@ -328,6 +328,23 @@ def nam(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def timm_grn(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    theirs = GlobalResponseNorm(C, channels_last=False).double()
+    theirs.load_state_dict(ours.state_dict())
+    return theirs
+
+
+def grn(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    w = weights(ours)
+
+    def forward(x: Tensor) -> Tensor:
+        g = torch.stack([(x[:, i] ** 2).sum((1, 2)).sqrt() for i in range(C)], 1)
+        n = g / (g.mean(1, keepdim=True) + 1e-6)
+        return w['weight'][:, None, None] * x * n[:, :, None, None] + w['bias'][:, None, None] + x
+
+    return forward
+
+
 def gather_excite(ours: nn.Module, convs: tuple[int, ...] = (0, 3, 6)) -> Callable[[Tensor], Tensor]:
     """The learned forms of Gather-Excite, at extent 8 with three convolutions."""
     w = weights(ours)
@@ -418,6 +435,8 @@ CASES: list[tuple[str, str, Reference]] = [
     ('sk', 'timm', timm_sk),
     ('sk', 'formula', selective_kernel),
     ('nam', 'formula', nam),
+    ('grn', 'timm', timm_grn),
+    ('grn', 'formula', grn),
 ]
 # The same with other options than the defaults. A formula reads most sizes from the weights.
 WITH_OPTIONS: list[tuple[str, Reference]] = [
@@ -533,6 +552,7 @@ PARAMETERS = {
     'strip': 2 * 3 * 256,
     'sk': 2 * (9 * 256 * 8 + 2 * 256) + 256 * 32 + 2 * 32 + 2 * 32 * 256,
     'nam': 2 * 256,
+    'grn': 2 * 256,
 }
 
 

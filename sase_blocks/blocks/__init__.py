@@ -7,6 +7,7 @@ from .compose import ChannelAttention, ParallelAttention, SequentialAttention, S
 from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Edge, Graph
+from .grn import GlobalResponseNorm
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
 from .nam import NormAttention
 from .named import BLOCKS, block_graph, block_name, create_block, list_blocks, resolve_block
@@ -30,6 +31,7 @@ __all__ = [
     'EfficientMultiScaleAttention',
     'GatherExcite',
     'Genotype',
+    'GlobalResponseNorm',
     'Graph',
     'NormAttention',
     'ParallelAttention',

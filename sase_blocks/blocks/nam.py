@@ -1,7 +1,7 @@
 """NAM, normalisation-based attention (arXiv 2111.12419): the scales of a batch norm say how much a channel matters.
 
 This is the channel submodule, as in the authors' code. The spatial one (eq. 3) has parameters for each position of a
-map of a fixed size, and the authors took it out of their code. Two differences from that code: the gradient of the scales
+map of a fixed size, and the authors took it out of their code. Differences from that code: the gradient of the scales
 also runs through their shares, as in the formula, where the code stops it. Scales that are all 0 give no NaN.
 """
 

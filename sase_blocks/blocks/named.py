@@ -18,6 +18,7 @@ from .compose import ChannelAttention, ParallelAttention, SequentialAttention, S
 from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Graph, chain
+from .grn import GlobalResponseNorm
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
 from .nam import NormAttention
 from .selective_kernel import SelectiveKernel
@@ -168,6 +169,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'strip': StripAttention,
     'sk': SelectiveKernel,
     'nam': NormAttention,
+    'grn': GlobalResponseNorm,
 }
 
 
