@@ -1,7 +1,7 @@
 """Many independent runs, called jobs: one after another in this process, or on the machines of a Ray cluster.
 
 Each job has a folder, with a ``result.json`` in it once the job has ended. The folders are the memory: the same call
-again runs what is missing, and a killed job continues from what it left there. No job writes outside its folder.
+again runs only the missing jobs, and a killed job continues from its files. No job writes outside its folder.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ ANSWERS = 10.0  # seconds to wait for the head of a cluster
 
 
 class Ended(NamedTuple):
-    """How a call ended: its value, or the text of its error; and its seconds."""
+    """How a call ended: its value or the text of its error, and its seconds."""
 
     value: Any
     error: str
     seconds: float
 
 
-# Calls a function with each argument; yields the number of an argument and how its call ended, in any order.
+# Calls a function with each argument. Yields the number of an argument and how its call ended, in any order.
 Each = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[tuple[int, Ended]]]
 
 
@@ -64,7 +64,7 @@ class Outcome(NamedTuple):
     errors: dict[str, str]
 
     def check(self, what: str = 'jobs') -> dict[str, Result]:
-        """The results. Raises RuntimeError with the first failed job and its error, if any has failed."""
+        """The results. Raises RuntimeError with the first failed job and its error, if there is one."""
         if self.errors:
             key, text = next(iter(self.errors.items()))
             total = len(self.results) + len(self.errors)
@@ -103,7 +103,6 @@ def share(
     """Make calls on Ray, or in all processes of this launch (torchrun, accelerate), as ``drive`` decides.
 
     Args:
-        function: what is called.
         drive: runs in the first process only, with an ``Each`` for ``function``. All processes return its value or
             raise its error.
         cpu: whether the processes use the CPU.
@@ -211,16 +210,16 @@ class Ray:
         return machines
 
     def describe(self) -> str:
-        """The cluster in a few words; joins it."""
+        """Join the cluster. -> a short text about it."""
         machines = self.connect()
         cpus, gpus = (int(sum(machine.get(name, 0) for machine in machines)) for name in ('CPU', 'GPU'))
         return f'Ray: {len(machines)} machine{"s"[: len(machines) > 1]} with {gpus} GPUs and {cpus} CPUs'
 
     def each(self, function: Callable[[Any], Any], arguments: Sequence[Any]) -> Iterator[tuple[int, Ended]]:
-        """Call a function with each argument, wherever there is room.
+        """Call a function with each argument, on any free worker.
 
-        A worker gets the function once, so state that the function keeps is there in its next call. Relative paths
-        start at the folder of this process.
+        A worker gets the function once, so the function keeps its state between calls. Relative paths start at the
+        folder of this process.
         """
         machines = self.connect()
         import ray
@@ -272,18 +271,18 @@ def run_jobs(
     say: Callable[[str], None] | None = None,
     cpu: bool = False,
 ) -> Outcome:
-    """Run all jobs, each once. The same call again runs only what is missing or has failed.
+    """Run all jobs, each once. The same call again runs only missing and failed jobs.
 
     Under torchrun or accelerate all processes of the launch run each job together.
 
     Args:
-        jobs: dicts of JSON values, each with a 'key', a text of its own.
+        jobs: dicts of JSON values, each with its own 'key', a text.
         work: runs one job and returns a dict of JSON values. It writes to ``job_folder(out, key)``, from where a later
             call for the same job continues. For Ray it must be picklable.
         out: the folder of the folders. Only one call at a time can write to it.
-        settings: the settings that all jobs share; ``run_jobs`` raises ValueError for an ``out`` with other settings,
-            or with another job of the same key.
-        describe: makes a line about a finished job, from the job and its result.
+        settings: the settings that all jobs share. An ``out`` with other settings, or another job of the same key,
+            raises ValueError.
+        describe: returns a line about a finished job, from the job and its result.
         ray: the machines to use. Default: one job after another in this process.
         say: prints a line. Default: print.
         cpu: whether the processes of a launch use the CPU.
@@ -334,7 +333,7 @@ def job_folder(out: str | Path, key: str) -> Path:
 
 
 def _run_job(work: Callable[[Job], Result], out: Path, logs: bool, job: Job) -> Result:
-    """Run a job and write its result; with ``logs`` what it prints goes to its folder, for it runs elsewhere."""
+    """Run a job and write its result; with ``logs``, on another machine, its output goes to log.txt in its folder."""
     folder = job_folder(out, job['key'])
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -349,14 +348,14 @@ def _run_job(work: Callable[[Job], Result], out: Path, logs: bool, job: Job) -> 
 
 
 def check_jobs(out: str | Path, settings: Mapping[str, Any], ray: Ray | None = None) -> None:
-    """Raise the errors of ``run_jobs`` about an ``out`` with other settings and about Ray, before any work."""
+    """Raise now the errors of ``run_jobs`` about Ray and about an ``out`` with other settings."""
     if ray is not None:
         ray.connect()
     check_settings(_remembered(Path(out))['settings'], settings, f'{out}')
 
 
 def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Raise a ValueError that names the differences if ``where`` was made with other settings; {} fits all."""
+    """Raise a ValueError that names the differences if ``where`` was made with other settings; {} matches all."""
     now = _as_json(now)
     differing = [
         f'{name} was {quoted(before.get(name))} and is {quoted(now.get(name))}'
@@ -368,7 +367,7 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], where: str
 
 
 def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The value as it comes back from a file."""
+    """The value after a round trip through JSON."""
     return dict(json.loads(json.dumps(dict(value))))
 
 

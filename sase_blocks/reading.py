@@ -35,30 +35,30 @@ def quoted(value: Any) -> str:
 
 
 def one_line(error: BaseException, most: int = 1000) -> str:
-    """The message of an exception in one line of at most ``most`` characters; its class if there is none."""
+    """The message of an exception in one line of at most ``most`` characters; its class if it has no message."""
     lines = str(error).strip().splitlines()
-    if 'Traceback (most recent call last):' in lines:  # printed in a loading process, and the error is its last line
+    if 'Traceback (most recent call last):' in lines:  # of a loading process; the last line is the error
         lines = lines[-1:]
-    # torch goes on with the frames of its own code.
+    # Leave out torch's own stack frames.
     lines = list(itertools.takewhile(lambda line: not line.startswith('Exception raised from '), lines))
     return shorten(' '.join(' '.join(lines).split()), most) or type(error).__name__
 
 
 def printable(text: str, keep: str = '') -> str:
-    """A text for a terminal: control characters but those in ``keep``, and bytes that are not UTF-8, become escapes.
+    """A text for a terminal, with escapes for bytes that are not UTF-8 and for control characters except ``keep``.
 
-    Both may be in the name of a file.
+    The name of a file may contain both.
     """
     return ''.join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
 def some(names: Sequence[str]) -> str:
-    """The first five names for a message, and how many more there are; 'none' without any."""
+    """The first five names for a message, and the number of the others; 'none' for an empty list."""
     return (', '.join(map(printable, names[:5])) + (f' and {len(names) - 5} more' if len(names) > 5 else '')) or 'none'
 
 
 def table(rows: Sequence[Mapping[str, str]], left: Collection[str]) -> list[str]:
-    """The lines of a table: the keys of the rows, a rule, the values; columns in ``left`` are aligned to the left."""
+    """The lines of a table: the keys of the rows, a rule, the values. Columns in ``left`` are aligned to the left."""
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
     lines = [
         '  '.join(f'{row[name]:{"<" if name in left else ">"}{width}}' for name, width in widths.items()).rstrip()
@@ -68,7 +68,7 @@ def table(rows: Sequence[Mapping[str, str]], left: Collection[str]) -> list[str]
 
 
 def read_text(path: str | os.PathLike[str], what: str) -> str:
-    """The text of a UTF-8 file without the blanks around it; ``what`` names its kind.
+    """The text of a UTF-8 file, stripped; ``what`` names its kind.
 
     Raises:
         ValueError: no such file, no regular file, not UTF-8, or empty; the message names the file.
@@ -91,7 +91,7 @@ def read_text(path: str | os.PathLike[str], what: str) -> str:
 
 
 def parse_file(path: str | os.PathLike[str], what: str, parse: Callable[[str], T]) -> T:
-    """``parse`` of the text of a file, see ``read_text``; a ValueError names the file."""
+    """``parse`` the text of a file, see ``read_text``. A ValueError names the file."""
     text = read_text(path, what)
     try:
         return parse(text)
@@ -100,7 +100,7 @@ def parse_file(path: str | os.PathLike[str], what: str, parse: Callable[[str], T
 
 
 def parse_json(text: str, what: str) -> Any:
-    """The value of a JSON text; ``what``, with its article, names what it should be.
+    """The value of a JSON text; ``what``, with its article, names the expected kind.
 
     Raises:
         ValueError: no valid JSON, or nested deeper than ``DEPTH`` levels.

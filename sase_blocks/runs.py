@@ -1,7 +1,7 @@
-"""What every long run has: settings that are options too, a folder, a progress line, a resumable log, one launcher.
+"""The parts of every long run: settings that are also options, a folder, progress, a resumable log, one launcher.
 
-``train.py`` and ``search/`` stand on it. Everything random in a run is a function of the seed and of the place in the
-run, so that its checkpoint needs no random states.
+``train.py`` and ``search/`` use them. All randomness in a run depends only on the seed and the step, so a checkpoint
+needs no random states.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from .checkpoint import read_checkpoint
 from .data import Samples, inspect_images, open_data, open_split
 from .reading import one_line, printable, quoted
 
-LOSS_CHECK_STEPS = 20  # steps between looks at the loss; a look waits for the GPU
+LOSS_CHECK_STEPS = 20  # steps between reads of the loss, which wait for the GPU
 PROGRESS_LINE_SECONDS = 30.0  # seconds between progress lines where there is no terminal
-LOCK_POLL_SECONDS = 1.0  # seconds between looks at a folder that another run has
+LOCK_POLL_SECONDS = 1.0  # seconds between tries for a folder that another run has
 
 
 # ---- settings ----
@@ -44,8 +44,8 @@ LOCK_POLL_SECONDS = 1.0  # seconds between looks at a folder that another run ha
 def setting(default: Any, help: str, **more: Any) -> Any:
     """A field of a ``RunConfig`` with its help text.
 
-    More: ``choices``, or what the value is ``expected`` to be, a key of ``EXPECTED``; ``free=True`` if a resumed run
-    may change it; ``place=True`` for a path, which may also change, because its content is compared instead.
+    More: ``choices``, or ``expected``, a key of ``EXPECTED``; ``free=True`` if a resumed run may change it;
+    ``place=True`` for a path, which may also change, because its content is compared instead.
     """
     return field(default=default, metadata={'help': help, **more})
 
@@ -57,7 +57,7 @@ def require(config: Any, good: bool, name: str, expected: str) -> None:
 
 
 def require_used(config: Any, used: bool, name: str, when: str) -> None:
-    """``require`` that a setting that would be ignored has its default."""
+    """``require`` the default for a setting that would be ignored."""
     default = next(entry.default for entry in fields(config) if entry.name == name)
     require(config, used or getattr(config, name) == default, name, f'left at {default!r} {when}')
 
@@ -130,17 +130,17 @@ def fixed_settings(config: Any) -> dict[str, Any]:
 
 
 def shared_settings(config: Any, kind: type[Any], leave_out: Collection[str]) -> dict[str, Any]:
-    """The settings that the configuration class ``kind`` has, too, as arguments for it."""
+    """The settings that the configuration class ``kind`` also has, as arguments for it."""
     names = {entry.name for entry in fields(kind)} - set(leave_out)
     return {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name in names}
 
 
 def saved_run(config: Any, last: Path, needed: Sequence[str], command: str) -> dict[str, Any] | None:
-    """The checkpoint ``last`` to resume from, None for a fresh start.
+    """The checkpoint ``last`` to resume from, None for a new run.
 
     Raises:
-        ValueError: there is one and ``config.resume`` is off, it is damaged or lacks a key of ``needed``, or its
-            settings differ.
+        ValueError: there is one without ``config.resume``, it is damaged or lacks a key of ``needed``, or its settings
+            differ.
     """
     if not last.exists():
         return None
@@ -174,7 +174,7 @@ def _start_over(last: Path) -> str:
 
 @contextlib.contextmanager
 def resuming(last: Path) -> Iterator[None]:
-    """Within this context, a value that does not fit raises a ValueError of one line that names ``last``."""
+    """Within this context, a value that does not fit raises a one-line ValueError that names ``last``."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -185,10 +185,10 @@ def resuming(last: Path) -> Iterator[None]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict`` with the checks of types and shapes that it lacks.
+    """``optimizer.load_state_dict`` with checks of types and shapes.
 
     Raises:
-        ValueError: they are not those of ``optimizer``.
+        ValueError: a type or a shape differs from ``optimizer``.
     """
     fresh = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
@@ -211,7 +211,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def _same_kind(a: Any, b: Any) -> bool:
-    """Are both numbers, or tuples of as many, or of one type? None goes with a bool: on, off or as it fits."""
+    """Whether both are numbers, tuples of one length, or of one type. None matches a bool: on, off or default."""
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(map(_same_kind, a, b))
     kinds: list[Any] = [(bool, type(None)), (int, float), type(a)]
@@ -219,24 +219,24 @@ def _same_kind(a: Any, b: Any) -> bool:
 
 
 def _state_after_a_step(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors that the optimizer keeps for a parameter of ``group``, found with one of two numbers on the CPU."""
+    """The tensors that the optimizer keeps for a parameter of ``group``, found with a small parameter on the CPU."""
     parameter = torch.nn.Parameter(torch.zeros(2))
     parameter.grad = torch.zeros(2)
-    make: Any = type(optimizer)  # whose defaults count for nothing, since a group has all settings
+    make: Any = type(optimizer)  # its defaults do not matter, because a group has all settings
     twin = make([{**group, 'params': [parameter]}])
     twin.step()
     return {name: value for name, value in twin.state[parameter].items() if isinstance(value, Tensor)}
 
 
 def whole_number(value: Any, name: str, most: int) -> int:
-    """A count of a checkpoint. Raises ValueError unless it is an int from 0 to ``most``."""
+    """A count in a checkpoint. Raises ValueError unless it is an int from 0 to ``most``."""
     if not isinstance(value, int) or not 0 <= value <= most:
         raise ValueError(f'{name} is {quoted(value)}, expected an int from 0 to {most}')
     return value
 
 
 def import_extra(module: str, need: str, extra: str) -> Any:
-    """An optional module. Raises an ImportError that says who needs what, and names the extra."""
+    """An optional module. Raises an ImportError that says what needs it and names the extra."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -271,18 +271,18 @@ def open_accelerator(config: Any, purpose: str, extra: str = 'train') -> Iterato
     finally:
         _launches.discard(this)
         keep_process_group()
-        if not _launches:  # another thread's run goes on with this state
+        if not _launches:  # else another thread's run still uses this state
             AcceleratorState._reset_state(reset_partial_state=True)  # or the next run would get this one's settings
 
 
-_launches: set[object] = set()  # runs of this process that are under way
+_launches: set[object] = set()  # active runs of this process
 
 
 def keep_process_group() -> None:
-    """Let the process group of a launch, if there is one, live to the end of the process.
+    """Keep the process group of a launch, if there is one, to the end of the process, for the next run.
 
-    The next run uses it. A second group would meet the addresses of the first one in the launcher's store, and fail
-    wherever one process is faster than another.
+    A second group would find the addresses of the first one in the launcher's store, and fail if one process is faster
+    than another.
     """
     if distributed.is_available() and distributed.is_initialized():
         _destroy_at_exit()
@@ -294,7 +294,7 @@ def _destroy_at_exit() -> None:
 
 
 def is_main() -> bool:
-    """Is this the first process of its launch? For what is said or written outside of a run."""
+    """Whether this is the first process of its launch, for messages and files outside of a run."""
     return os.environ.get('RANK', '0') == '0'
 
 
@@ -302,8 +302,7 @@ def is_main() -> bool:
 def be_deterministic(enabled: bool = True) -> Iterator[None]:
     """Use deterministic algorithms within this context, and restore the settings after it.
 
-    The settings are those of the process: torch's, cuDNN's, and the variable CUBLAS_WORKSPACE_CONFIG, which is set
-    unless it is already. With ``enabled=False`` nothing changes.
+    These are torch's and cuDNN's settings of the process, and CUBLAS_WORKSPACE_CONFIG unless it is set already.
     """
     if not enabled:
         yield
@@ -343,7 +342,7 @@ def open_samples(config: Any, accelerator: Any, *, both: bool) -> list[Samples]:
 
 
 def drop_broken(skip: bool, accelerator: Any, *splits: Samples) -> list[Samples]:
-    """The main process looks at all images; every process then raises the same error, or leaves out the same ones.
+    """Decode all images in the main process. All processes then raise the same error, or leave out the same images.
 
     Returns:
         The splits, with their fingerprints.
@@ -376,7 +375,7 @@ def drop_broken(skip: bool, accelerator: Any, *splits: Samples) -> list[Samples]
 
 
 def check_writable(out: Path, *, make: bool = True) -> None:
-    """Raise OSError unless files can be written into the folder ``out``, which is made unless ``make`` is off."""
+    """Raise OSError unless files can be written to the folder ``out``, which it makes unless ``make`` is off."""
     place = out
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -392,11 +391,11 @@ def check_writable(out: Path, *, make: bool = True) -> None:
 
 @contextlib.contextmanager
 def run_lock(config: Any, accelerator: Any) -> Iterator[None]:
-    """Within this context no other run writes into the folder ``config.out``, which is made.
+    """Within this context no other run writes to the folder ``config.out``, which it makes.
 
-    With ``config.resume`` it waits for that run to end. The lock is the system's, on the file ``.lock``, and ends with
-    its process. Processes that load images may outlive it and do not inherit the lock (filelock closes it in a fork).
-    Other machines see the lock if the network folder passes locks on. Without locks it prints a warning.
+    With ``config.resume`` it waits for the other run to end. The lock is the system's, on the file ``.lock``, and ends
+    with its process. Processes that load images may outlive it and do not inherit the lock (filelock closes it in a
+    fork). Other machines see the lock if the network folder supports locks. Without locks it prints a warning.
 
     Raises:
         ValueError: another run writes there, and ``config.resume`` is off.
@@ -425,11 +424,11 @@ def run_lock(config: Any, accelerator: Any) -> Iterator[None]:
 
 
 def lock_folder(out: Path, stack: contextlib.ExitStack) -> str | None:
-    """Lock a folder until the stack is closed. -> who has it, if somebody else has."""
+    """Lock a folder until the stack closes. -> the owner, if another run has it."""
     file, owner = out / '.lock', out / '.lock-owner'
     try:
-        # Shared by the threads of a process, two runs in which would otherwise both have it; and where the system has
-        # no locks, a file in its place would outlive its process.
+        # Shared by the threads of a process, or two runs in one process would both get it. Without the system's locks,
+        # a soft lock would outlive its process.
         stack.enter_context(FileLock(file, blocking=False, thread_local=False, fallback_to_soft=False))
     except Timeout:
         with contextlib.suppress(OSError):
@@ -440,7 +439,7 @@ def lock_folder(out: Path, stack: contextlib.ExitStack) -> str | None:
         return None
     for path in (file, owner):
         stack.callback(_remove, path)  # Windows removes a locked file itself
-    with contextlib.suppress(OSError):  # what a full disk spoils is noticed where something is saved
+    with contextlib.suppress(OSError):  # the next save reports a full disk
         owner.write_text(f'process {os.getpid()} on {socket.gethostname()}', encoding='utf-8')
     return None
 
@@ -451,7 +450,7 @@ def _remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is at every moment either the old one or the whole new one."""
+    """Write a file atomically: it is always either the old one or the complete new one."""
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')  # workers of one search write the same results
     temporary.write_text(text, encoding='utf-8')
     temporary.replace(path)
@@ -463,7 +462,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_rows(metrics: Path, epoch: int) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl up to an epoch; what a killed run wrote after its last checkpoint is left out."""
+    """The rows of a metrics.jsonl up to an epoch. A killed run may have written more after its last checkpoint."""
     rows = []
     for line in metrics.read_text(encoding='utf-8', errors='replace').splitlines() if metrics.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):  # a line cut short, or damaged
@@ -473,12 +472,12 @@ def read_rows(metrics: Path, epoch: int) -> list[dict[str, Any]]:
 
 
 def write_rows(metrics: Path, rows: list[dict[str, Any]]) -> None:
-    """metrics.jsonl with these rows and no others."""
+    """Write metrics.jsonl with these rows only."""
     write_text(metrics, ''.join(json.dumps(row) + '\n' for row in rows))
 
 
 def append_row(metrics: Path, row: Mapping[str, Any]) -> None:
-    """One more line of metrics.jsonl."""
+    """Add a line to metrics.jsonl."""
     with metrics.open('a', encoding='utf-8') as file:
         file.write(json.dumps(row) + '\n')
 
@@ -492,7 +491,7 @@ def check_finite(losses: list[float], first_step: int, last: Path, advice: str) 
 
 
 def environment() -> dict[str, dict[str, Any]]:
-    """What a result was made with: 'versions' and 'machine'."""
+    """The 'versions' and the 'machine' behind a result."""
     versions = {'python': platform.python_version()}
     versions |= {module.__name__: str(module.__version__) for module in (torch, timm, einops)}
     return {
@@ -505,7 +504,7 @@ def environment() -> dict[str, dict[str, Any]]:
 
 
 def say(text: str) -> None:
-    """Print a line at once, with escapes for control characters, which may be in the name of a file."""
+    """Print and flush a line, with escapes for control characters, which the name of a file may contain."""
     print(printable(text, keep='\n\t'), flush=True)
 
 
@@ -515,9 +514,8 @@ class RunLog:
     Progress is a bar on a terminal, and a line now and then elsewhere. Only the main process writes and prints.
 
     Args:
-        config, accelerator: of the run.
         steps: steps per epoch.
-        step: where the run starts. Rows of later steps, which a killed run may leave, are removed.
+        step: where the run starts. Removes rows of later steps, which a killed run may leave.
     """
 
     def __init__(self, config: Any, accelerator: Any, steps: int, step: int) -> None:
@@ -547,11 +545,11 @@ class RunLog:
             self.writer.flush()
 
     def count(self, losses: Tensor) -> Tensor | None:
-        """Count a step, whose losses stay on the device for a while.
+        """Count a step. Its losses stay on the device until the next read.
 
         Returns:
-            Every ``LOSS_CHECK_STEPS`` and at the end of an epoch the losses of all steps since the last time, as the
-            means over all processes, (steps, ...); else None.
+            Every ``LOSS_CHECK_STEPS`` and at the end of an epoch the losses of all steps since the last read, as means
+            over all processes, (steps, ...). Else None.
         """
         self.unseen.append(losses)
         self.step += 1
@@ -559,7 +557,7 @@ class RunLog:
             return None
         seen: Tensor = self.accelerator.reduce(torch.stack(self.unseen), 'mean').cpu()
         label = f'epoch {-(-self.step // self.steps)}/{self.epochs}'
-        loss = f'loss {float(seen[-1].flatten()[0]):.4f}'  # the first one of a step
+        loss = f'loss {float(seen[-1].flatten()[0]):.4f}'  # the first loss of a step
         self.bar.set_description(label, refresh=False)
         self.bar.set_postfix_str(loss, refresh=False)
         self.bar.update(len(seen))

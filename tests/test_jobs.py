@@ -1,4 +1,4 @@
-"""Many runs: each job is done once, a killed one goes on, another folder's jobs and settings are refused."""
+"""Many runs: each job runs once, a killed one continues, jobs and settings of another folder raise an error."""
 
 import contextlib
 import json
@@ -58,7 +58,7 @@ def test_results_and_what_a_second_command_does(tmp_path, lines):
     assert {path.name for path in out.iterdir()} == {'a', 'b', 'c', 'jobs.json'}
     assert {path.name for path in (out / 'a').iterdir()} == {'left', 'result.json'}
     assert json.loads((out / 'b' / 'result.json').read_text()) == {'job': JOBS[1], 'result': {'square': 1}}
-    # Again: nothing to do. With another job, in another order: that one alone. With fewer: those.
+    # Again: nothing to do. With another job, in another order: only that one. With fewer jobs: only theirs.
     assert run_jobs(JOBS[:3], work, out, say=lines.append) == first
     assert lines[3:] == ['3 of 3 jobs are done already']
     more = run_jobs([JOBS[3], *JOBS[:3]], work, str(out), say=lines.append)
@@ -66,7 +66,7 @@ def test_results_and_what_a_second_command_does(tmp_path, lines):
     assert lines[4:] == ['3 of 4 jobs are done already', '4/4 d: done (0 s)']
     assert run_jobs(JOBS[1:2], work, out, say=lines.append).results == {'b': {'square': 1}}
     assert len(done) == 4
-    # A result that is deleted is made anew.
+    # A deleted result is made again.
     (out / 'b' / 'result.json').unlink()
     run_jobs(JOBS[:4], work, out, say=lines.append)
     assert done[4:] == ['b']
@@ -161,7 +161,7 @@ def _process_of_a_launch(rank, port, data, folder):
         )  # fmt: skip
         with contextlib.redirect_stdout(None):
             loss = train(config)['loss']
-        # A second process group would meet the first one's addresses, and hang where one process is faster.
+        # A second process group would find the first one's addresses, and hang if one process is faster.
         return {'loss': loss, 'group': torch.distributed.is_initialized()}
 
     outcome = run_jobs(JOBS[:3], work, out, say=said.append, cpu=True)
@@ -175,7 +175,7 @@ def _process_of_a_launch(rank, port, data, folder):
 
 @pytest.mark.slow
 def test_processes_of_one_launch_do_each_job_together(processes, to_a_good_end, tmp_path):
-    """As under torchrun: both train together, one keeps the folder, both get the outcome."""
+    """As under torchrun: both train together, one writes the folder, both get the outcome."""
     pytest.importorskip('ray', reason='Ray is not installed (extra ray)')
     data = str(make_images(tmp_path / 'images', train=7, val=3, classes=('cat', 'dog')))
     with socket.socket() as free:

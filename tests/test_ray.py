@@ -1,4 +1,4 @@
-"""The same jobs on Ray: the bits of one process, whatever dies on the way. On a cluster of this machine alone."""
+"""Jobs on Ray give the bits of one process, whatever is killed. The cluster is this machine only."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from sase_blocks.search.sase.campaigns import evaluation_budget
 from sase_blocks.search.trionet import TrioConfig, search
 
 os.environ['RAY_USAGE_STATS_ENABLED'] = '0'
-os.environ['RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'] = '0'  # as there: everything is bound to 127.0.0.1
-# On a busy machine a worker needs minutes to start, and a live process is slow to answer; Ray takes either for dead.
+os.environ['RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'] = '0'  # as below: everything is bound to 127.0.0.1
+# On a busy machine a worker takes minutes to start or is slow to answer, and Ray would take it for dead.
 os.environ.update({'RAY_worker_register_timeout_seconds': '3600', 'RAY_health_check_timeout_ms': '3600000'})
 ray = pytest.importorskip('ray', reason='Ray is not installed (extra ray)')
 from ray.cluster_utils import Cluster  # noqa: E402
@@ -39,7 +39,7 @@ JOBS = [{'key': key, 'value': value} for value, key in enumerate('abc')]
 
 
 def start(*cpus):
-    """A cluster of machines with so many CPUs, all of them this one."""
+    """A cluster of machines with so many CPUs each, all on this machine."""
     head, *others = [{'num_cpus': count, 'include_dashboard': False} for count in cpus]
     made = Cluster(initialize_head=True, head_node_args=head)
     for node in others:
@@ -49,7 +49,7 @@ def start(*cpus):
 
 @pytest.fixture(scope='module')
 def address():
-    """Of a cluster of one machine with 2 CPUs."""
+    """A cluster of one machine with 2 CPUs."""
     made = start(2)
     yield made.address
     ray.shutdown()
@@ -61,7 +61,7 @@ def square(job):
 
 
 def wait_for(path, process):
-    """Until it is there, which the process is to bring about."""
+    """Wait until the file exists, which the process makes."""
     while not path.exists():
         assert process.poll() is None, f'ended with {process.returncode}'
         time.sleep(0.02)
@@ -95,7 +95,7 @@ def test_results_are_those_of_one_process_and_what_always_fails_is_named(address
     with pytest.raises(ValueError, match=r'ray gpus: a job asks for 1, and no machine of the cluster has over 0'):
         run_jobs(jobs, work, 'gpus', ray=Ray(gpus=1))
     assert not Path('gpus').exists()
-    # What a function keeps, its next call on the same worker finds.
+    # A function keeps its state on a worker between calls.
 
     class Counting:
         calls = 0
@@ -113,7 +113,7 @@ def test_results_are_those_of_one_process_and_what_always_fails_is_named(address
 
 
 def test_a_worker_that_is_killed(address, tmp_path):
-    """Once: the job goes on from what it left. Always: it fails alone."""
+    """Killed once, a job continues from its files. Killed always, only this job fails."""
     machines = Ray(address, retries=2)
 
     def work(job):
@@ -133,8 +133,8 @@ def test_a_worker_that_is_killed(address, tmp_path):
 
 
 def test_a_machine_that_is_lost(tmp_path):
-    """Two machines have one job each; when the first is done, the other's machine goes, and its job is done again."""
-    ray.shutdown()  # of another test's cluster
+    """Two machines have one job each. When the first is done, the other machine is removed, and its job runs again."""
+    ray.shutdown()  # from another test's cluster
     started = start(0, 1, 1)
 
     def work(job):
@@ -189,7 +189,7 @@ if __name__ == '__main__':
 
 
 def test_a_command_that_is_killed(address, tmp_path, monkeypatch):
-    """Started again it does what is missing; the job under way goes on from what it left."""
+    """Started again, it runs the missing jobs. The interrupted job continues from its files."""
     (tmp_path / 'driver_of_a_test.py').write_text(DRIVER)
     out = tmp_path / 'out'
     with subprocess.Popen([sys.executable, tmp_path / 'driver_of_a_test.py', out, address]) as driver:

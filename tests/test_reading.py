@@ -1,4 +1,4 @@
-"""Text from users and files: what is read, what is refused in one line, and how a message shows it."""
+"""Text from users and files: what is read, what raises a one-line error, and how a message shows it."""
 
 import os
 
@@ -56,7 +56,7 @@ def test_control_characters_are_escaped(text, shown):
 
 
 DEEP = '[' * 100_000
-NESTED = '{"a":' * 400 + '1' + '}' * 400  # which json reads, and repr and copies do not
+NESTED = '{"a":' * 400 + '1' + '}' * 400  # json reads it, but repr and copies fail
 READERS = {
     'genotype': Genotype.read,
     'architecture': Architecture.read,

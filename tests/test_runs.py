@@ -1,4 +1,4 @@
-"""What every long run has, by itself; the runs' own tests ask the rest."""
+"""The common parts of long runs alone. The tests of training and searches cover the rest."""
 
 import os
 

@@ -52,7 +52,7 @@ def test_demo_as_a_user_runs_it(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_campaign(tmp_path, capsys, monkeypatch):
-    """Two seeds, random labels, from scratch; run again it does nothing twice. Every image is checked once."""
+    """Two seeds, random labels, from scratch. Run again, it repeats nothing. It checks every image once."""
     checked, real = [], runs.inspect_images
     monkeypatch.setattr(runs, 'inspect_images', lambda samples: checked.append(samples.split) or real(samples))
     data, out = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog')), tmp_path / 'run'

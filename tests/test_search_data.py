@@ -1,4 +1,4 @@
-"""The data of a search: how a training set is split, and what of it is augmented."""
+"""The data of a search: how a training set is split, and which part is augmented."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def config(**changes):
 
 
 def all_images(part, epoch):
-    """The images of one epoch, by their sums, which no shuffle changes."""
+    """The sums of the images of one epoch, sorted, so that order does not matter."""
     return torch.cat([images for images, _ in part.epoch(epoch, 4, 0, len(part) // 4)]).flatten(1).sum(1).sort()[0]
 
 
@@ -106,7 +106,7 @@ def test_wrong_data():
 
 @pytest.mark.slow
 def test_samples_given_to_a_search_are_checked_once(tmp_path):
-    """Broken images are named, or left out, before any work, also where another check was switched off."""
+    """Broken images are named, or left out, before any work, even if another check is switched off."""
     root = make_images(tmp_path / 'images', train=6, val=1, classes=('cat', 'dog'))
     truncate(root / 'train/dog/3.png')
     samples = open_split(root)

@@ -1,4 +1,4 @@
-"""What a found block is worth: trainings from scratch compared, searches compared, and what wins by construction."""
+"""Is a found block better? Comparisons of trainings from scratch and of searches, and what wins by construction."""
 
 import itertools
 import json
@@ -49,7 +49,7 @@ def budget(images, tmp_path):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """In place of ``train`` one that takes no time: accuracies by genotype and seed, a number or an error."""
+    """Replaces ``train`` by a table of accuracies, or errors, by genotype and seed."""
     accuracies = {}
 
     def train(config, data):
@@ -71,7 +71,7 @@ def trained(monkeypatch):
 
 
 def test_evaluation(budget, tmp_path, monkeypatch):
-    """On grey images, which the check of all four trainings reads once."""
+    """On grey images, which are checked once for all four trainings."""
     budget = replace(budget, model_args={**budget.model_args, 'in_chans': 1})
     checked, real = [], data.decode_image
     monkeypatch.setattr(data, 'decode_image', lambda *args, **how: checked.append(how) or real(*args, **how))
@@ -129,7 +129,7 @@ def test_last_epoch_counts_and_more_may_be_added(budget, trained):
 
 @pytest.mark.parametrize('check', [True, False])
 def test_other_images_are_refused(budget, trained, tmp_path, check):
-    """Though names and counts are the same, and, where the images are checked, sizes, too."""
+    """Names and counts are the same, and sizes too if the images are checked."""
     root = make_images(tmp_path / 'own', train=7, val=3, classes=('cat', 'dog'))
     budget = replace(budget, data=str(root), check=check)
     evaluate(FOUND, budget, baselines=['none'], seeds=[0], say=[].append)
@@ -230,7 +230,7 @@ def test_random_genotypes_of_a_small_space():
     assert set(random_genotypes(space, 4)) == everything
     found = 'avg,conv3,mlp,avg,avg,conv3x3'
     assert set(random_genotypes(space, 3, without=[found])) == everything - {found}
-    # A found block from elsewhere takes no place.
+    # A found block from another space takes no place.
     assert set(random_genotypes(space, 4, without=[OTHER])) == everything
     assert len(set(random_genotypes(space, 16, sets=2))) == 16
     for count, options in ((4, {'without': [found]}), (5, {}), (17, {'sets': 2})):
@@ -263,7 +263,7 @@ def test_statistics_by_hand():
     # With two degrees of freedom the distribution function is closed, too: t = 264 / 2 with differences 89, 87, 88.
     t = 88 / (1 / math.sqrt(3))
     assert cbam['p'] == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-6)
-    # Holm over the three baselines that were asked about, one of which could not be tested.
+    # Holm over the three baselines, one of which could not be tested.
     assert cbam['p_adjusted'] == pytest.approx(3 * cbam['p'])
     assert (se['p_adjusted'], none['p_adjusted']) == (pytest.approx(2 * se['p']), None)
     assert result['rank'] is None
@@ -353,7 +353,7 @@ def claims(rng, runs, seeds, baselines, ahead=0.0, steps=None, spreads=1.0, shar
 
 @pytest.mark.parametrize('seeds', [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5))])
 def test_claims_where_nothing_is_to_be_found(seeds):
-    """At most one evaluation in twenty, whatever the steps of the accuracies and the spreads of the blocks."""
+    """At most one evaluation in twenty claims something, for any steps of the accuracies and spreads of the blocks."""
     rng, runs = np.random.default_rng(seeds), 20_000
     slack = 3 * math.sqrt(0.05 * 0.95 / runs)
     cases = [
@@ -362,7 +362,7 @@ def test_claims_where_nothing_is_to_be_found(seeds):
     ]  # fmt: skip
     rates = [claims(rng, runs, **{'seeds': seeds, 'baselines': 5, **case})[0] for case in cases]
     assert max(rates) < 0.05 + slack
-    # Where nothing makes it careful, it is as bold as it says.
+    # Without a reason for caution, the rate is the nominal one.
     assert rates[1] > 0.05 - slack
     assert rates[0] > 0.03
 
@@ -371,7 +371,7 @@ def test_claims_where_there_is_something_to_be_found():
     rng = np.random.default_rng(0)
     power = {seeds: claims(rng, 4000, seeds, 5, ahead=3.0)[1] for seeds in (2, 3, 5, 8)}
     assert power[2] < 0.1 < power[3] < 0.3 < 0.7 < power[5] < 0.9 < power[8]
-    # A part that a seed gives to all blocks does no harm, for they are compared seed by seed.
+    # A part that a seed adds to all blocks does no harm, because they are compared seed by seed.
     assert claims(rng, 4000, 5, 5, ahead=3.0, shared=5.0)[1] > 0.7
 
 
@@ -382,7 +382,7 @@ def test_verdicts_of_evaluations_where_nothing_is_to_be_found():
         found, *others = np.round(5 * rng.standard_normal((6, 3)), 1) + 90
         rows = [row('found', *found, kind='found'), *(row(f'b{i}', *values) for i, values in enumerate(others))]
         wrong += any('beyond' in verdict for verdict in compare(rows)['verdicts'])
-    assert wrong <= 13  # more than so many of 120 at a rate of 5 % are a case in 300
+    assert wrong <= 13  # at a rate of 5 %, one case in 300 has more than 13 of 120
 
 
 def test_without_scipy(budget, monkeypatch):
@@ -412,7 +412,7 @@ def test_rank_among_random_blocks(randoms, place, p, says):
     verdict = result['verdicts'][-1]
     assert verdict.startswith(f'found has place {place} among {len(randoms) + 1} with {len(randoms)} ')
     assert re.search(says, verdict)
-    # Blocks with other seeds are not of that draw.
+    # Blocks with other seeds do not count.
     more = compare([row('found', 90, kind='found'), *rows, row('random x', 99, 99, kind='random')])
     assert more['rank'] == result['rank']
     assert more['verdicts'][-1] == f'{verdict} 1 random block is left out, with other seeds.'
@@ -423,7 +423,7 @@ def test_rank_among_random_blocks(randoms, place, p, says):
 
 
 def moved(gradients, lr, start):
-    """The logits (runs, operations) after the search's Adam has taken all gradients (T, runs, operations)."""
+    """The logits (runs, operations) after steps of the search's Adam with all gradients (T, runs, operations)."""
     logits = torch.nn.Parameter(start.clone())
     adam = torch.optim.Adam([logits], lr, betas=(0.5, 0.999), weight_decay=1e-3)
     for gradient in gradients:
@@ -434,7 +434,7 @@ def moved(gradients, lr, start):
 
 @pytest.mark.parametrize('updates', [0, 1, 5, 40, 400])
 def test_gradients_of_noise_decide_nothing(updates):
-    """In at most one search in twenty, on an edge of two operations, where a lead is widest, or of seven."""
+    """At most one search in twenty decides an edge of two operations, where leads are widest, or of seven."""
     generator = torch.Generator().manual_seed(updates)
     runs, lr = 1000, 3e-3
     for size in (2, 7):
@@ -443,11 +443,11 @@ def test_gradients_of_noise_decide_nothing(updates):
         space = SearchSpace.of({**fixed, **choices})
         bound = noise_leads(space, 1, updates, lr)['channel_excite']
         gradients = torch.randn(updates, runs, size, generator=generator)
-        gradients -= gradients.mean(-1, keepdim=True)  # as those through a softmax
+        gradients -= gradients.mean(-1, keepdim=True)  # as gradients through a softmax do
         start = LOGITS_STD * torch.randn(runs, size, generator=generator)
         first, second = moved(gradients, lr, start).topk(2).values.T
         assert (first - second > bound).double().mean() < 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
-        # An operation whose gradient points one way in three steps of four is found within a few hundred.
+        # An operation whose gradient has one sign in three steps of four is found within a few hundred steps.
         if updates >= 400:
             gradients[..., 0] = -1.0 * torch.sign(torch.rand(updates, runs, generator=generator) - 0.25)
             logits = moved(gradients, lr, start)
@@ -522,7 +522,7 @@ ALONE = [0.0, 0.0, 0.0, 0.0]  # the edges of one operation
 
 
 def found(seed, squeeze, *excites):
-    """A result with these logits on edges 0 and 1, one list of excites a set."""
+    """A result with these logits on edges 0 and 1, with one list of excites for each set."""
     return {'space': TWO.to_dict(), 'seed': seed, 'logits': [[*squeeze, *excite, *ALONE] for excite in excites]}
 
 
@@ -539,9 +539,9 @@ def test_agreement_by_hand():
     assert squeeze['probability'] == pytest.approx({'avg': 5 / 12, 'avg_max': 7 / 12})
     assert squeeze['margin'] == pytest.approx(0.5)
     assert squeeze['entropy'] == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2))
-    assert squeeze['chance'] == 1  # two of three always agree on one of two
+    assert squeeze['chance'] == 1  # of three searches, two always agree on one of two operations
     assert squeeze['rank_correlation'] == pytest.approx((1 - 1 - 1) / 3)
-    # One vote each: the mean probability decides, which the steepest search rules.
+    # With one vote each, the mean probability decides, so the steepest search does.
     assert (excite['winner'], excite['agree']) == ('affine', 1)
     assert excite['rank_correlation'] == pytest.approx((-1 + 0.5 - 0.5) / 3)
     alone = edges['gate_excite']
@@ -573,7 +573,7 @@ def test_random_labels():
 @pytest.mark.parametrize(
     ('squeezes', 'excites', 'null', 'verdict'),
     [
-        # Five of five agree by lot with 2 / 2^5 = 0.0625 on two operations, with 1 / 81 on three: Holm doubles that.
+        # By chance, five of five agree with 2 / 2^5 = 0.0625 on two operations, with 1 / 81 on three. Holm doubles it.
         (
             [1] * 5,
             [2] * 5,

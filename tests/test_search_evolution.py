@@ -1,4 +1,4 @@
-"""Evolution: better than random, each network scored once, limits never crossed, death and order change nothing."""
+"""Evolution: better than random, scores each network once, keeps the limits; kills and order change nothing."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from sase_blocks.search.evolution import Candidate, Problem, _Search, best, evol
 
 GENES = {f'gene{i}': ['a', 'b', 'c'] for i in range(12)}
 ONE = np.random.default_rng(5).normal(size=(12, 3))
-PAIR = np.random.default_rng(6).normal(size=(12, 3, 3))  # of a gene and the next one, in a ring
+PAIR = np.random.default_rng(6).normal(size=(12, 3, 3))  # of a gene and the next, in a ring
 OPTIMUM = 11.168990175940333  # of all 3^12 at a cost of at most 14
 LIMIT = 14
 
@@ -34,7 +34,7 @@ def letters(rng):
 
 
 def toy(scored=None, score=value, genes=GENES, **changes):
-    """A network is a word of letters; it costs 0, 1 or 2 for each. ``scored`` gets what is asked for."""
+    """A network is a word; each letter costs 0, 1 or 2. ``scored`` collects the words that are scored."""
 
     def noted(text):
         if scored is not None:
@@ -108,7 +108,7 @@ def test_seeds_come_first_and_lines_are_said(tmp_path, algorithm):
     top = max(scored, key=value)
     assert lines[-1] == f'10 of 10 evaluated, best score {value(top):.6g} at cost {sum(digits(top))}'
     assert [line.split()[0] for line in lines] == [str(n) for n in range(1, 11)]
-    # Again: nothing to do. With more evaluations it goes on, and the seeds are not scored again.
+    # Again: nothing to do. With more evaluations it continues, and does not score the seeds again.
     first = run(toy(scored), path, 10, seeds=seeds, algorithm=algorithm)
     more = run(toy(scored), path, 12, seeds=seeds, algorithm=algorithm)
     assert more[:10] == first
@@ -116,7 +116,7 @@ def test_seeds_come_first_and_lines_are_said(tmp_path, algorithm):
 
 
 def test_genes_of_no_effect_cost_no_evaluations(tmp_path):
-    """Only the first letters count, as many as the first gene says: 2 + 4 + 8 networks in 3 * 2^11 genomes."""
+    """The first gene is the number of letters that count: 2 + 4 + 8 networks in 3 * 2^11 genomes."""
     genes = {name: ['a', 'b', 'c'] if name == 'gene0' else ['a', 'b'] for name in GENES}
 
     def decode(genome):
@@ -161,7 +161,7 @@ def test_limits_that_nothing_meets(tmp_path, algorithm):
         ValueError, match=r'nothing was found: of 70 networks drawn 70 were over the limits and 0 known'
     ):
         run(toy(scored, fits=lambda text: False), tmp_path / 'search', tries=70, algorithm=algorithm)
-    # With a seed that fits, alone: that one is found.
+    # If only a seed fits, it is found.
     only = toy(scored, fits=lambda text: text == PURE[0])
     path = tmp_path / 'one'
     result = run(only, path, tries=70, algorithm=algorithm, seeds=[genome(PURE[0])], say=lines.append)
@@ -234,7 +234,7 @@ class Killed(BaseException):
 
 
 def test_dying_anywhere_changes_nothing(tmp_path, monkeypatch):
-    """Death before or within each line that is written: the one who comes next ends with the same file."""
+    """After a kill before or within any line, the next call ends with the same file."""
     seeds = [genome(text) for text in PURE[:2]]
     append, calls = evolution.append_row, itertools.count()
     last = None
@@ -262,7 +262,7 @@ def test_dying_anywhere_changes_nothing(tmp_path, monkeypatch):
         with pytest.raises(Killed):
             attempt(path)
         last = None
-        # One score may be lost: of a death between the scoring and its line.
+        # A kill between a score and its line loses one score.
         before = sum('"score"' in line for line in unbroken.read_text().splitlines()[1 : point + 1])
         assert len(attempt(path)) == 8 - before, point
         assert sorted(path.read_text().splitlines()) == sorted(unbroken.read_text().splitlines()), point
@@ -270,7 +270,7 @@ def test_dying_anywhere_changes_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('algorithm', ['nsga2', 'random'])
 def test_the_order_in_which_networks_are_scored_changes_nothing(tmp_path, algorithm):
-    """As with many workers; and it may be cut into several commands."""
+    """As with many workers. A search may also be split into several calls."""
     rng = np.random.default_rng(0)
 
     def shuffled(function, arguments):

@@ -38,7 +38,7 @@ def filled(name: str, shape: list[int]) -> torch.Tensor:
 
 
 def converted(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The authors' search keys (``..._ops.EDGE._ops.NUMBER.REST``) as ours."""
+    """Maps the authors' search keys (``..._ops.EDGE._ops.NUMBER.REST``) to ours."""
     out = {}
     for key, value in state.items():
         key = key.removeprefix('model.').replace('.shortcut.', '.downsample.').replace('.attention.', '.se.')

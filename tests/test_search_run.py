@@ -1,4 +1,4 @@
-"""The SASE search: resumed and uninterrupted runs end with the same bits, two processes with one's numbers."""
+"""The SASE search: a resumed run ends with the bits of an uninterrupted one, two processes with the numbers of one."""
 
 import json
 import math
@@ -62,7 +62,7 @@ SMALL = {
     'workers': 0,
     'cpu': True,
     'tensorboard': False,
-    'save_minutes': 1e-9,  # at every look
+    'save_minutes': 1e-9,  # at every read of the losses
 }
 STEPS = 6  # an epoch: 48 images for the weights
 
@@ -141,7 +141,7 @@ def test_what_a_search_leaves(config, look_often, capsys):
 )
 def test_settings(config, changes):
     result = search(replace(config, **{'epochs': 1, 'hessian_every': 0, **changes}), pictures())
-    assert not torch.are_deterministic_algorithms_enabled()  # it ends with its run
+    assert not torch.are_deterministic_algorithms_enabled()  # the setting ends with its run
     sets = 3 if 'per_stage' in changes else 1
     assert len(result['genotypes']) == sets
     for text in result['genotypes']:
@@ -163,9 +163,9 @@ def test_the_memory_format_changes_nothing(config):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning')  # of dynamo's own
+@pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning')  # from dynamo
 def test_compiled(config):
-    """The same search within rounding; the looks that compiled code cannot take are taken eagerly."""
+    """The same search within rounding. What compiled code cannot measure runs eagerly."""
     changes = {'epochs': 1, 'hessian_every': 1}
     eager = search(replace(config, **changes), pictures())
     compiled = search(replace(config, **changes, compile=True, out=config.out + '2'), pictures())
@@ -177,7 +177,7 @@ def test_compiled(config):
 
 @pytest.mark.slow
 def test_another_network(config):
-    """Any network that insertion knows, at its own size, with images from files."""
+    """Any network that insertion supports, at its own size."""
     changes = {'model': 'test_resnet', 'model_args': {}, 'img_size': 32, 'epochs': 1, 'hessian_every': 0}
     assert Genotype.parse(search(replace(config, **changes), pictures_of(32))['genotype'])
 
@@ -195,7 +195,7 @@ def pictures_of(size):
     ],
 )
 def test_images_from_files(config, tmp_path, size, channels, look_often):
-    """Under names that are not UTF-8. The same names and counts with other images are other data."""
+    """File names are not UTF-8. The same names and counts with other images are other data."""
     data = disguise(make_images(tmp_path / 'images', train=6, val=1, classes=('cat', 'dog')))
     changes = {'data': str(data), 'img_size': size, 'batch_size': 2, 'hessian_every': 0, 'epochs': 1}
     config = replace(config, model_args={**config.model_args, 'in_chans': channels}, **changes)
@@ -246,12 +246,12 @@ def _searching(config, delay):
 
 @pytest.mark.slow
 def test_killed_at_any_moment(config, processes):
-    """SIGKILL a dozen times, then to the end: the bits, the log and the files of a run that nothing disturbed."""
+    """After a dozen SIGKILLs, a run ends with the bits, the log and the files of an undisturbed one."""
     config = replace(config, resume=True, epochs=3)
     rng = random.Random(0)
     kills = 0
     while kills < 12:
-        # Of a moment in or around the loop; a run that was through by then is begun again.
+        # At a moment in or around the loop. A run that is through by then starts again.
         process = processes.Process(target=_searching, args=(config, rng.uniform(0.05, 2.0)))
         process.start()
         process.join()
@@ -283,7 +283,7 @@ def test_killed_at_any_moment(config, processes):
 
 @pytest.mark.slow
 def test_a_second_process_waits_and_finds_it_done(config, processes, twice_at_once):
-    """The same command twice at once: one searches, the other one waits, and neither disturbs the other."""
+    """The same command twice at once: one searches, the other waits, and neither disturbs the other."""
     config = replace(config, resume=True)
     twice_at_once(processes, _searching, config, None)
     rows = [json.loads(line) for line in (Path(config.out) / 'metrics.jsonl').read_text().splitlines()]
@@ -410,7 +410,7 @@ def test_a_folder_of_another_run(config, look_often):
 
 
 def check_damaged(last, resume, weights):
-    """Whatever is missing in a checkpoint, or has another form: one line with what to do. The file is left alone."""
+    """A checkpoint that lacks a part, or has a part of another form, gives one line with advice. The file stays."""
 
     def other_shapes(state):
         return {name: value.new_zeros(2, 3) if value.dim() else value for name, value in state.items()}
@@ -610,14 +610,14 @@ def test_two_processes_have_the_gradients_of_one(processes, to_a_good_end, tmp_p
     for rank in (0, 1):
         two = torch.load(tmp_path / f'two-{rank}.pt')
         for name, value in one.items():
-            tolerance = 1e-6 if name == '2-fd' else 1e-9  # whose step divides by a small number
+            tolerance = 1e-6 if name == '2-fd' else 1e-9  # its step divides by a small number
             torch.testing.assert_close(two[name], value, rtol=tolerance, atol=tolerance)
     assert torch.equal(torch.load(tmp_path / 'two-0.pt')['2'], torch.load(tmp_path / 'two-1.pt')['2'])
 
 
 @pytest.mark.slow
 def test_two_processes_search_as_one(config, tmp_path):
-    """The command under torchrun: one result, logits near those of one process, which the sums round differently."""
+    """The command under torchrun gives one result, with the logits of one process within rounding."""
     data = make_images(tmp_path / 'images', train=8, val=1, classes=('cat', 'dog'))
     common = [*f'--data {data} --space'.split(), SPACE]
     common += ['--img-size', '12', '--batch-size', '4', '--epochs', '1', '--hessian-every', '0']

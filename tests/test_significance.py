@@ -1,4 +1,4 @@
-"""What chance alone would do, counted: the tests behind the verdicts of the searches."""
+"""The tests behind the verdicts of the searches, against counts of what chance alone gives."""
 
 import math
 import sys
@@ -16,7 +16,7 @@ from sase_blocks.search.significance import holm, load_stats, not_worse, paired_
         ([0.2], [0.2]),
         ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),
         ([0.5, 0.6, 0.9], [1, 1, 1]),
-        ([0.01, math.nan, 0.03], [0.03, math.nan, 0.06]),  # what could not be tested was still asked
+        ([0.01, math.nan, 0.03], [0.03, math.nan, 0.06]),  # an untestable comparison still counts
         ([math.nan], [math.nan]),
         ([[0.01, 0.04], [0.9, 0.001]], [[0.02, 0.04], [0.9, 0.002]]),
     ],
@@ -31,7 +31,7 @@ def test_no_spread_proves_nothing(differences):
 
 
 def test_from_where_a_difference_is_shown():
-    """A mean difference of so many standard deviations has just the p value that Holm asks of the smallest one."""
+    """A mean difference of so many standard deviations has exactly the p value that Holm requires of the smallest."""
     for seeds, comparisons in ((2, 1), (3, 5), (8, 5)):
         spread = np.arange(seeds) - (seeds - 1) / 2
         spread /= spread.std(ddof=1)
@@ -43,12 +43,12 @@ def test_from_where_a_difference_is_shown():
     ('networks', 'images', 'right'), [(2, 60, 0.5), (8, 12, 0.5), (40, 287, 0.85), (100, 1000, 0.3)]
 )
 def test_equal_networks_are_told_apart_by_chance_alone(networks, images, right):
-    """In at most one search in twenty, though the best of them is compared."""
+    """At most one search in twenty, although the best network is picked."""
     rng, runs = np.random.default_rng(networks), 200
     counts = rng.binomial(images, right, (runs, networks))
     wrong = sum(not all(not_worse(100 * row / images, images)) for row in counts)
     assert wrong / runs < 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
-    # One that is much better is found.
+    # A much better network is found.
     counts[:, 0] = rng.binomial(images, 0.99, runs)
     better = 8 * math.sqrt(2 * right * (1 - right) / images) < 0.99 - right
     assert not better or sum(sum(not_worse(100 * row / images, images)) == 1 for row in counts) > 0.9 * runs

@@ -1,4 +1,4 @@
-"""TrioNet's block and networks: counts, notation, sizes, training; the operators alone are in test_selfattention.py."""
+"""TrioNet's block and networks: counts, notation, sizes, training. Tests of the operators: test_selfattention.py."""
 
 import copy
 import itertools
@@ -238,7 +238,7 @@ def test_block_shapes(operator, args, size, out):
 
 @pytest.mark.parametrize('operator', OPERATORS)
 def test_all_operators_hand_on_the_same_kind_of_signal(operator):
-    """Before the activation in front of the shared 1x1: mean near 0, variance near that of a batch norm, or of two."""
+    """Before the activation of the shared 1x1: mean near 0, variance near that of one or two batch norms."""
     block = TrioBlock(256, operator, size=14).train()
     seen = []
     block.norm2.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
@@ -324,9 +324,9 @@ def test_replacing_by_name_in_any_network():
 
 OTHERS = [  # network, operator, where, how many, the first
     ('resnet26d', 'axial', None, 8, 'layer1.0.conv2'),  # average pools in its shortcuts, three convolutions in its stem
-    ('resnetblur18', 'local', None, 13, 'layer1.0.conv1'),  # blurs and pools behind the convolution
+    ('resnetblur18', 'local', None, 13, 'layer1.0.conv1'),  # blurs and pools after the convolution
     ('skresnet18', 'axial', None, 8, 'layer1.0.conv2.conv'),
-    ('res2net50_26w_4s', 'local', None, 48, 'layer1.0.convs.0'),  # several a block, of a part of its channels each
+    ('res2net50_26w_4s', 'local', None, 48, 'layer1.0.convs.0'),  # several per block, each for part of its channels
     ('hrnet_w18_small', 'local', None, 41, 'layer1.0.conv2'),
     ('resnetv2_50', 'axial', 'stages.3.*.conv2', 3, 'stages.3.blocks.0.conv2'),  # norms before the convolution
     ('gcresnet33ts', 'local', 'stages.2.*.conv2_kxk.conv', 3, 'stages.2.0.conv2_kxk.conv'),
@@ -340,7 +340,7 @@ OTHERS = [  # network, operator, where, how many, the first
     [pytest.param(*o, id=o[0], marks=() if o[0] == 'dla34' else pytest.mark.slow) for o in OTHERS],
 )
 def test_replacing_in_other_networks(name, operator, where, count, first):
-    """It runs at the size the tables were made for and at another, and every new parameter gets a gradient."""
+    """It runs at the size of its tables and at another, and every new parameter gets a gradient."""
     model = timm.create_model(name, num_classes=2)
     names = replace_convolutions(model, operator, where, kernel_size=None, heads=1, input_size=64)
     assert (len(names), names[0]) == (count, first)

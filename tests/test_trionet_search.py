@@ -1,4 +1,4 @@
-"""The TrioNet search from the supernet to the file of a found network: training, scores, limits, faults, resuming."""
+"""The TrioNet search from the supernet to the file of a found network: training, scores, limits, errors, resuming."""
 
 import copy
 import json
@@ -93,7 +93,7 @@ def supernet():
 
 
 def test_a_step_adds_up_the_gradients_of_its_networks(supernet):
-    """Against the extracted networks, each with its own loss, whose gradients are put back where the parts were cut."""
+    """Against the extracted networks with their own losses, whose gradients go back to where the parts were cut."""
     supernet.double()
     networks = networks_of(supernet.space, hierarchical, 0, 0, 2)
     assert [str(n) for n in networks] == [str(n) for n in networks_of(supernet.space, hierarchical, 0, 0, 2)]
@@ -140,7 +140,7 @@ def test_the_ends_of_a_step_have_drawn_operators():
 
 
 def test_statistics_are_measured_anew(supernet):
-    """All batch norms, 1-d ones too: the mean over the batches of what each norm met, found by a loop of its own."""
+    """All batch norms, also 1-d ones, get the mean over the batches of their inputs, by the test's own loop."""
     network = nn.Sequential(supernet.activate(architecture_of(supernet.space)).extract(), nn.BatchNorm1d(3)).train()
     batches = [torch.randn(8, 1, 12, 12, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     for module in network.modules():
@@ -275,7 +275,7 @@ def test_what_a_search_leaves(config, look_often, capsys):
 def test_settings(config, changes, monkeypatch):
     monkeypatch.setattr(cost, 'Latency', lambda device: lambda network: 2e4 * macs(network, 3, 1) / 60_000)
     result = search(replace(config, **{'epochs': 1, **changes}), pictures())
-    assert not torch.are_deterministic_algorithms_enabled()  # it ends with its run
+    assert not torch.are_deterministic_algorithms_enabled()  # the setting ends with its run
     assert result['evaluations'] == changes.get('evaluations', 8)
     assert result['test_accuracy'] is None
     Architecture.parse(result['architecture'])
@@ -285,7 +285,7 @@ def test_settings(config, changes, monkeypatch):
 
 @pytest.mark.slow
 def test_images_from_files_and_finetuning(config, tmp_path, look_often, capsys):
-    """Under names that are not UTF-8. A broken test image is found before any work."""
+    """File names are not UTF-8. A broken test image is found before any work."""
     data = disguise(make_images(tmp_path / 'images', train=8, val=3, classes=('cat', 'dog')))
     (image,) = (data / 'val').rglob('*\n*')
     truncate(image)
@@ -410,7 +410,7 @@ def test_a_network_without_finite_outputs_fails_alone(config, monkeypatch, capsy
 
     def poisoned(self, architecture):
         calls.append(str(architecture))
-        if len(calls) == 2 * config.epochs + 2:  # two looks an epoch, then the second candidate
+        if len(calls) == 2 * config.epochs + 2:  # two scores per epoch, then the second candidate
             raise FloatingPointError('the outputs for 3 of 24 images are not finite')
         return real(self, architecture)
 
@@ -439,7 +439,7 @@ def _searching(config, delay):
 
 @pytest.mark.slow
 def test_killed_at_any_moment(config, processes):
-    """SIGKILL again and again, in supernet and search, then to the end: the bits and scores of an undisturbed run."""
+    """After SIGKILLs in supernet and search, a run ends with the bits and scores of an undisturbed one."""
     config = replace(config, resume=True, epochs=3)
     rng = random.Random(0)
     kills = 0
@@ -447,7 +447,7 @@ def test_killed_at_any_moment(config, processes):
         process = processes.Process(target=_searching, args=(config, rng.uniform(0.1, 2.5)))
         process.start()
         process.join()
-        if process.exitcode == 0 and kills < 2:  # a fast machine: once more
+        if process.exitcode == 0 and kills < 2:  # on a fast machine: start again
             shutil.rmtree(config.out)
             continue
         if process.exitcode == 0:
@@ -487,7 +487,7 @@ def test_a_second_command_waits_and_finds_it_done(config, processes, twice_at_on
 
 @pytest.mark.slow
 def test_two_processes_search_as_one(config, tmp_path):
-    """The command under torchrun: both hold the same weights, and share the scoring."""
+    """The command under torchrun: both processes have the same weights and share the scoring."""
     data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
     command = [
         sys.executable,
@@ -522,13 +522,13 @@ def test_two_processes_search_as_one(config, tmp_path):
 
 
 def _stepping(rank, world, store, out):
-    """Weights after two steps on a joint batch in float64, as this process holds them."""
+    """This process's weights after two steps on a joint batch in float64."""
     from accelerate import Accelerator
 
     torch.set_num_threads(1)
     if world > 1:
         os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(world), 'LOCAL_RANK': str(rank), 'MASTER_ADDR': 'localhost'}
-        os.environ['MASTER_PORT'] = '29500'  # not used: the group is there
+        os.environ['MASTER_PORT'] = '29500'  # not used, because the group exists
         torch.distributed.init_process_group('gloo', f'file://{store}', rank=rank, world_size=world)
     config = TrioConfig(
         data='', out=str(out), space=str(out.parent / 'space.json'), batch_size=12, fraction=0.75, drop_rate=0.0,
@@ -537,7 +537,7 @@ def _stepping(rank, world, store, out):
     accelerator = Accelerator(cpu=True)
     data = split_data(pictures(), config)
     one = training.SupernetTraining(config, accelerator, data, 1, None)
-    one.supernet.double().eval()  # in training a batch norm sees its own process's images alone
+    one.supernet.double().eval()  # in training a batch norm sees only the images of its process
     batches = list(data.training.epoch(0, 12, 0, 2, rank, world))
     for images, labels in batches:
         one.train_step(images.double(), labels)
@@ -669,7 +669,7 @@ def test_pure_networks_fit_and_are_pure(config):
 
 
 def test_concentration_is_that_of_the_draws(config):
-    """The chance of an operator drawn for two blocks of one network: (1 + a) / (1 + 3 a) for Dirichlet(a, a, a)."""
+    """The chance that two blocks of a network have one operator: (1 + a) / (1 + 3 a) for Dirichlet(a, a, a)."""
     for a in (0.2, 1.0, 5.0):
         law, rng = replace(config, concentration=a).law, np.random.default_rng(0)
         same = np.mean([(law(rng, 3) ** 2).sum() for _ in range(4000)])
@@ -677,7 +677,7 @@ def test_concentration_is_that_of_the_draws(config):
 
 
 def test_ends_by_time_are_not_those_by_products():
-    """Where attention is dear in time and cheap in products, the dearest network is of attentions."""
+    """If attention is slow although it has few MACs, the most expensive network has attentions."""
     space = TrioSpace.from_dict(SPACE)
 
     def seconds(network):
@@ -689,7 +689,7 @@ def test_ends_by_time_are_not_those_by_products():
 
 @pytest.mark.slow
 def test_hierarchical_draws_train_pure_networks_more_often():
-    """What Hierarchical Sampling is for: of 16 blocks, pure networks are 3 of 153 compositions, and else never met."""
+    """Of 16 blocks, pure networks are 3 of 153 compositions. Uniform draws never give one."""
     space = TrioSpace((8,), 4, 1, 1, ((8,), (8,)), ((8,), (8,)), (0.5,), (3,), (3,), (1, 2))
     count = {}
     for name, law in (('hierarchical', hierarchical), ('uniform', uniform)):

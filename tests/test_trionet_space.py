@@ -1,4 +1,4 @@
-"""The space of a TrioNet search: its points and size, the laws of what is drawn from it, and what networks cost."""
+"""The space of a TrioNet search: its points and size, the sampling laws, and the cost of networks."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from sase_blocks.search.trionet.meta_device import meta_device
 from sase_blocks.search.trionet.space import LAWS, SPACES, TrioSpace, draw, hierarchical, uniform
 from sase_blocks.selfattention import AxialSelfAttention, LocalSelfAttention
 
-# Two expansions of 8 channels are one width, 4. Where the stem's 16 channels stay 16, there is no shortcut to pay for.
+# Two expansions of 8 channels are one width, 4. If the stem's 16 channels stay 16, the shortcut has no layers.
 COINCIDING = TrioSpace(
     (7, 16),
     16,
@@ -51,7 +51,7 @@ def points(name):
 
 
 def pure(space, operator='conv', at=0):
-    """The genome with the first or the last value everywhere and one operator where it may be."""
+    """The genome with the first or last value of each gene, and one operator wherever the space allows it."""
     genome = {}
     for gene, values in space.genes.items():
         genome[gene] = ([v for v in values if v.startswith(operator)] or list(values))[at]
@@ -78,7 +78,7 @@ def test_spaces_that_ship():
         for operator in ('conv', 'local', 'axial'):
             for at in (0, -1):
                 space.check(space.architecture(pure(space, operator, at)))
-    # ResNet-50's widths and depths at the largest, its bottlenecks at a quarter.
+    # The largest has ResNet-50's widths and depths, and bottlenecks of a quarter.
     largest = SPACES['imagenet'].architecture(pure(SPACES['imagenet'], 'conv', -1))
     assert [(s.width, len(s.blocks), s.blocks[0].width) for s in largest.stages] == [
         (256, 3, 64), (512, 4, 128), (1024, 6, 256), (2048, 3, 512)
@@ -180,7 +180,7 @@ def test_genes_of_blocks_left_out_do_not_matter():
         others = space.genes['stage 1 block 2']
         assert len({space.architecture({**shallow, 'stage 1 block 2': value}) for value in others}) == 1
         assert len({space.architecture({**deep, 'stage 1 block 2': value}) for value in others}) > 1
-    # The same width under two names, too.
+    # So does the same width under two names.
     a, b = ({**pure(space), 'stage 1 block 1': value} for value in ('conv1/0.25', 'conv1/0.5'))
     assert space.architecture(a) == space.architecture(b)
 
@@ -262,7 +262,7 @@ def chi_squared(observed, chances, draws):
 @pytest.mark.parametrize('count', mostly_slow((4, 6), 4))
 @pytest.mark.parametrize('name', LAWS)
 def test_compositions(name, count):
-    """Each law follows its own distribution of compositions, and the same test tells them apart."""
+    """Each law has its own distribution of compositions, and the same test separates them."""
     space, rng = blocks_only(count), np.random.default_rng(count)
     draws = 2500 if name == 'hierarchical' else 1000  # concentrations of 0.7 and 1.5 fail
     observed = Counter()
@@ -282,7 +282,7 @@ def test_compositions(name, count):
 
 @pytest.mark.parametrize('concentration', [0.1, 1.0, 10.0])
 def test_concentration(concentration):
-    """How often all of three blocks are of one kind."""
+    """How often three blocks have one operator."""
     space, rng, draws = blocks_only(3), np.random.default_rng(5), 800
     law = functools.partial(hierarchical, concentration=concentration)
     observed = Counter(len(set(space.architecture(draw(space, rng, law)).operators)) == 1 for _ in range(draws))
@@ -358,7 +358,7 @@ def test_wrong_extents():
 
 
 class Silent(nn.Module):
-    """In place of an attention: no products, the shape alone. Notes the map that it sees."""
+    """Replaces an attention: only its output shape, no MACs. Stores the size of its input."""
 
     def __init__(self, stride):
         super().__init__()
@@ -461,7 +461,7 @@ def test_wrong_counts(text):
 
 
 def test_latency_is_a_sum_over_parts(monkeypatch):
-    """Each part is measured once, as what stands in the network and on the map that comes to it."""
+    """Each part is measured once, with its layers and input size in the network."""
     measured = []
 
     def weigh(networks, images, rounds):

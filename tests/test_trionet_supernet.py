@@ -1,4 +1,4 @@
-"""The supernet of TrioNet: which weights a network shares, that it computes what it computes alone, and gradients."""
+"""The supernet of TrioNet: which weights a network shares, equality with the extracted network, and gradients."""
 
 import copy
 import functools
@@ -46,7 +46,7 @@ def pure(text, operator):
 
 
 def supernet(sharing='heads', seed=0, **kwargs):
-    """With norms that are neither ones nor zeros, or no gradient would reach the blocks."""
+    """A supernet with random norm weights, because gradients would not pass zeros."""
     torch.manual_seed(seed)
     net = SuperNet(SPACE, 5, sharing=sharing, **kwargs)
     for module in net.modules():
@@ -57,7 +57,7 @@ def supernet(sharing='heads', seed=0, **kwargs):
 
 
 def drawn(count, seed=0):
-    """Random points that hold every operator, at both image sizes."""
+    """Random points that have every operator, at both image sizes."""
     rng = np.random.default_rng(seed)
     found = [SPACE.architecture(draw(SPACE, rng)) for _ in range(count)]
     assert {op for point in found for op in point.operators} == set(OPERATORS)
@@ -170,10 +170,10 @@ def attend_window(q, k, v, table):
 
 
 class Packed:
-    """How a projection is stored: which row of ours is at each place, and which places a narrower one uses.
+    """How a projection is stored: our row for each place, and the places of a narrower one.
 
-    ``'plain'``: head after head in each of q, k and v; the first places. ``'heads'``: ours; of every head, the last
-    channels of each role are dropped.
+    ``'plain'``: head after head in each of q, k and v; a narrower one has the first places. ``'heads'``: our order; a
+    narrower one drops the last channels of each role in each head.
     """
 
     def __init__(self, sharing):
@@ -214,7 +214,7 @@ def reference_axis(full, y, n, packed, table_length, axis):
     rows = packed.rows(((g // 2,), (g // 2,), (g,)), ((few // 2,), (few // 2,), (few,)))
     y = norm(F.conv2d(y, full.project.weight[rows][:, :n]), full.norm, rows)
     q, k, v = packed.split(y, (few // 2, few // 2, few))
-    # One table for all heads: with plain slicing its first rows, otherwise the first ones of each role.
+    # One table for all heads. Plain slicing takes its first rows, otherwise the first rows of each role.
     table = full.relative[: 2 * few]
     if packed.sharing == 'heads':
         table = torch.cat([full.relative[: few // 2], full.relative[g // 2 :][: few // 2], full.relative[g:][:few]])
@@ -261,7 +261,7 @@ def reference_block(shared, x, operator, out, n, size, side, sharing):
 @pytest.mark.parametrize(('operator', 'size'), [('conv', 3), ('conv', 5), ('local', 3), ('local', 5), ('axial', None)])
 @pytest.mark.parametrize('sharing', SHARINGS)
 def test_blocks_are_those_of_a_packed_implementation(sharing, operator, size, out, n, side):
-    """Also with more than one channel less a head, and with channels that come from a narrower stage."""
+    """Also with several channels less per head, and after a narrower stage."""
     space = TrioSpace((16,), 16, 1, HEADS, ((1,),), ((16, 24),), (0.5, 1.0), (3, 5), (3, 5), (1,))
     net = SuperNet(space, 3).double()
     for module in net.modules():
@@ -271,7 +271,7 @@ def test_blocks_are_those_of_a_packed_implementation(sharing, operator, size, ou
     (shared,) = net.stages[0]
     block = TrioBlock(8, operator, out, n, 1, size, HEADS, side, dtype=torch.float64).eval()
     x = torch.randn(2, 8, side, side - 2, dtype=torch.float64)
-    if operator == 'axial':  # the width's table is laid out for the height
+    if operator == 'axial':  # the table for the width has the layout of the height
         x = torch.randn(2, 8, side, side, dtype=torch.float64)
     with torch.no_grad():
         found = functional_call(block, dict(shared.tensors(block, sharing)), (x,))
@@ -283,7 +283,7 @@ def test_blocks_are_those_of_a_packed_implementation(sharing, operator, size, ou
 
 
 def numbered(net):
-    """A copy whose weights are their places in it, all different, and the gradients of ``net`` in this order."""
+    """A copy whose weights are their own numbers, all different, and the gradients of ``net`` in this order."""
     tagged, count = copy.deepcopy(net).double(), 0
     for parameter in tagged.parameters():
         parameter.data = torch.arange(count, count + parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
@@ -305,7 +305,7 @@ def test_every_weight_of_a_network_is_another_one_of_the_supernet(sharing):
 
 @pytest.mark.parametrize('sharing', SHARINGS)
 def test_prefixes_and_centres(sharing):
-    """Of the parts that both rules treat alike."""
+    """The parts that both rules treat alike."""
     net = supernet(sharing)
     point = Architecture.parse('image 10; stem 8; heads 2; 8: conv3/4 + conv5/8; 16: local3/8 + axial/16')
     found = net.activate(point).extract()
@@ -331,7 +331,7 @@ def test_prefixes_and_centres(sharing):
         (d_.norm3.bias, d.norm3.bias[:16]),
     ):
         assert torch.equal(part, whole)
-    # A table of 15 columns is for 8 positions; the narrower map has 5.
+    # A table of 15 columns has 8 positions. The narrower map has 5.
     assert d.operators['axial'].width.relative.shape[1] == 15
     for axis in ('height', 'width'):
         whole, part = d.operators['axial'].get_submodule(axis).relative, d_.middle.get_submodule(axis).relative
@@ -357,14 +357,14 @@ def test_gradients_are_those_of_the_extracted_network(sharing):
         places = torch.cat([p.detach().flatten() for p in tagged.activate(point).extract().parameters()]).long()
         expected = torch.zeros_like(found)
         expected[places] = torch.cat([p.grad.flatten() for p in network.parameters()])
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)  # zeros where it has no weights
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)  # zeros if it has no weights
         assert expected.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize('operator', OPERATORS)
 @pytest.mark.parametrize('sharing', SHARINGS)
 def test_who_gets_gradients(sharing, operator):
-    """Shared parts from each operator alone, private ones from theirs alone, what is left out none at all."""
+    """Shared parts get gradients from every operator, private ones only from their own, unused ones from none."""
     net = supernet(sharing).train()
     net.activate(pure(NARROW, operator))(images()).square().sum().backward()
     for i, stage in enumerate(net.stages):
@@ -403,7 +403,7 @@ def test_three_operators_add_up_in_the_shared_parts():
 
 
 def forms(net):
-    """The kinds of input in which both must agree: another size, one image, another memory format."""
+    """Inputs for which both must agree: another size, one image, another memory format."""
     dtype = net.conv1.weight.dtype
     yield images(dtype=dtype)
     yield images(21, 1, dtype)
@@ -448,7 +448,7 @@ def test_outputs_are_the_same_bits(sharing, weights):
             assert not network.training
             for x in forms(net):
                 assert torch.equal(part(x), network(x))
-        # The statistics came along, and are others than at the start.
+        # It keeps the statistics, which differ from the initial ones.
         for name, buffer in part.network.named_buffers():
             assert torch.equal(network.get_buffer(name), buffer)
         assert part.network.bn1.num_batches_tracked == 2
@@ -564,7 +564,7 @@ def test_copies_are_independent():
 
 
 def test_it_starts_as_networks_do():
-    """But for the zeros of the last norms; the attentions keep their own initialisation."""
+    """Except for the zeros of the last norms. Attentions keep their own initialisation."""
     net = SuperNet(TrioSpace((8,), 64, 1, 4, ((1,),), ((256,),), (0.25,), windows=(3,), attention_stages=(1,)), 3)
     alone = {op: TrioNet(net.space.architecture(genome(net.space, op)), 3, zero_init_last=False) for op in OPERATORS}
     for operator, network in alone.items():
@@ -629,7 +629,7 @@ def test_modules_on_the_meta_device_have_no_memory_and_draw_nothing():
     assert all(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
     alone = TrioNet(pure(LARGEST, 'axial'), 5)
     assert {n: t.shape for n, t in network.state_dict().items()} == {n: t.shape for n, t in alone.state_dict().items()}
-    assert torch.zeros(3).normal_().any()  # outside it draws again
+    assert torch.zeros(3).normal_().any()  # outside, it draws again
 
 
 def test_activating_draws_nothing():

@@ -42,7 +42,7 @@ def names(axis):
 
 def boxes(figure, texts):
     renderer = FigureCanvasAgg(figure).get_renderer()
-    # Without what points from a name to its curve.
+    # Without the arrow from a name to its curve.
     return [matplotlib.text.Text.get_window_extent(text, renderer) for text in texts]
 
 

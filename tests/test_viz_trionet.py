@@ -1,4 +1,4 @@
-"""Pictures of a TrioNet search: what is in them, and wrong input."""
+"""Pictures of a TrioNet search: their content, and wrong input."""
 
 import re
 

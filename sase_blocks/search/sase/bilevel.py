@@ -27,7 +27,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class VirtualStep(NamedTuple):
-    """The step of SGD that the second order looks through."""
+    """The SGD step that the second order differentiates through."""
 
     lr: float
     momentum: float = 0.0
@@ -36,7 +36,7 @@ class VirtualStep(NamedTuple):
 
 
 class LogitsGradient(NamedTuple):
-    """The gradient for the logits, and the held-out batch's loss and outputs at the weights they were taken at."""
+    """The gradient for the logits, and the held-out batch's loss and outputs at the same weights."""
 
     gradient: Tensor
     loss: Tensor
@@ -61,7 +61,7 @@ def logits_gradient(
         loss: of (outputs, labels).
         order: '1', '2' or '2-fd'.
         held_out: images and labels that train the logits.
-        training, step: images and labels of the virtual step, and the step; for the second orders.
+        training, step: for the second orders, images and labels of the virtual step, and the step.
         mean: the mean of a flat tensor over all processes.
         autocast: makes the context of the forward passes. Products of gradients are outside of it, in fp32.
 

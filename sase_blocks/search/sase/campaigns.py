@@ -1,6 +1,6 @@
 """Several searches and their verdicts: over seeds, on random labels, and from scratch against other blocks.
 
-One command does it all, and the same command again does what is missing (``jobs.py``).
+One command does it all. The same command again runs only what is missing (``jobs.py``).
 """
 
 from __future__ import annotations

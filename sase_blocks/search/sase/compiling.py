@@ -13,10 +13,10 @@ from .network import SearchNetwork
 def compile_mixed_blocks(network: SearchNetwork, **kwargs: Any) -> list[str]:
     """Compile every mixed block of ``network`` in place; outputs and first-order gradients stay equal.
 
-    One graph for each shape, mode (train, eval), memory layout and for what learns (the weights, the logits, and the
-    logits where nothing learns before the block, see ``SearchNetwork.learning``); blocks of one shape share it. Double
-    backward does not pass through compiled code (torch raises a RuntimeError in the backward pass): only ``order='1'``
-    and ``'2-fd'`` can use it. For double backward and for observers, use ``torch.compiler.set_stance('force_eager')``.
+    Blocks of one shape share a graph. There is one for each shape, mode (train, eval), memory layout, and for each
+    kind of learning: the weights, the logits, or the logits with nothing that learns before the block. Compiled code
+    has no double backward (torch raises a RuntimeError in the backward pass), so only ``order='1'`` and ``'2-fd'`` can
+    use it. For double backward and for observers, use ``torch.compiler.set_stance('force_eager')``.
 
     Args:
         network: with ``form='shared'`` or ``'plain'``; the formulas of 'shared' compile to faster code.

@@ -1,4 +1,4 @@
-"""The settings of a SASE search; the defaults are the paper's (arXiv 2411.08333) and those of the authors' code."""
+"""The settings of a SASE search. The defaults are from the paper (arXiv 2411.08333) and the authors' code."""
 
 from __future__ import annotations
 

@@ -20,7 +20,6 @@ from typing import Any
 import timm
 import torch
 
-from sase_blocks import models  # noqa: F401  # registers our models with timm
 from sase_blocks.blocks import Genotype
 from sase_blocks.data import Samples, derive_seed, image_config, name_data
 from sase_blocks.jobs import Ray, check_jobs, job_folder, run_jobs
@@ -29,15 +28,7 @@ from sase_blocks.profiling import count_macs, milliseconds_per_image
 from sase_blocks.reading import quoted, shorten, table
 from sase_blocks.runs import check_writable, environment, fixed_settings, is_main, open_accelerator, write_json
 from sase_blocks.search.significance import LEVEL, holm, load_stats, paired_test, shown_from
-from sase_blocks.train import (
-    ADVICE,
-    TrainConfig,
-    build_model,
-    check_model_name,
-    checked_samples,
-    model_args_of,
-    train,
-)
+from sase_blocks.train import ADVICE, TrainConfig, build_model, check_model_name, checked_samples, model_args_of, train
 
 from .space import SearchSpace
 
@@ -83,8 +74,8 @@ def evaluate(
         ray, say: see ``run_jobs``.
 
     Returns:
-        The content of ``evaluation.json`` in ``budget.out``, with None for what is unknown, such as a spread over one
-        seed. 'candidates' is a list of dicts:
+        The content of ``evaluation.json`` in ``budget.out``. Unknown values, such as a spread over one seed, are None.
+        'candidates' is a list of dicts:
 
         - 'name', 'kind' ('found', 'baseline', 'random'), 'genotype', 'accuracies' by seed (percent, after the last
           epoch), 'mean', 'spread' (sample standard deviation), 'min', 'max'.
@@ -92,9 +83,9 @@ def evaluate(
           interval, [low, high]), for baselines 'p' and 'p_adjusted', see ``compare``.
         - 'parameters', 'macs', 'ms_per_image', 'time_ratio' (to the network without attention, measured in turns).
 
-        'verdicts' are sentences, and 'test' is how they came about. 'rank' is the rank of the found block among the
+        'verdicts' are sentences, and 'test' describes their test. 'rank' is the rank of the found block among the
         random ones: 'place', 'of', and 'p', the probability that a random block has that place or a better one.
-        'errors' are those of failed jobs. The rest are settings.
+        'errors' come from failed jobs. The rest are settings.
 
     Raises:
         ImportError: the extra ``train`` or ``search`` is missing.
@@ -258,7 +249,7 @@ def _train(budget: TrainConfig, job: Mapping[str, Any], samples: tuple[Samples, 
     folder = job_folder(budget.out, job['key'])
     folder.mkdir(parents=True, exist_ok=True)
     config = replace(_with_genotype(budget, job['genotype']), seed=job['seed'], out=str(folder), resume=True)
-    # Its lines would drown those of the evaluation.
+    # Its output would hide the evaluation's.
     with (folder / 'log.txt').open('a', encoding='utf-8') as log, contextlib.redirect_stdout(log):
         try:
             result = train(config, samples)
@@ -375,8 +366,8 @@ def _what_seeds_show(baselines: Sequence[Mapping[str, Any]], found: Mapping[str,
 def _rank(found: Mapping[str, Any], randoms: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any] | None, list[str]]:
     """The rank of the found block among the random ones by mean, and a sentence about it.
 
-    If the found block were itself random, every place would be equally likely, so p is that of an exact permutation
-    test. This holds only among blocks with the same seeds, so others are left out.
+    If the found block were itself random, every place would be equally likely, so p is from an exact permutation
+    test. This holds only among blocks with the same seeds, so it leaves out others.
     """
     trained = [row for row in randoms if row['accuracies'].keys() == found['accuracies'].keys()]
     if found['mean'] is None or not trained:

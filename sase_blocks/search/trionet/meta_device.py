@@ -22,6 +22,6 @@ class _WithoutDrawing(TorchFunctionMode):
 
 @contextmanager
 def meta_device() -> Iterator[torch.device]:
-    """Context that yields a device; modules built on it are not initialised."""
+    """Yields a device on which modules are built without initialisation."""
     with _WithoutDrawing():
         yield torch.device('meta')

@@ -182,7 +182,7 @@ def _search(
 
 
 def _open_images(config: TrioConfig, accelerator: Any, test: Any) -> tuple[Samples, Samples | None]:
-    """The training split, and the test split unless class folders have none; without broken images."""
+    """The training split, and the test split unless class folders have none, without broken images."""
     if test is not None:
         raise ValueError('test goes with images; the test split of config.data is found there')
     try:
