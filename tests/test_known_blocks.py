@@ -345,6 +345,21 @@ def grn(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def caa(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    w = weights(ours)
+    k = w['conv_h.weight'].shape[2]
+
+    def forward(x: Tensor) -> Tensor:
+        mean = F.conv2d(x, torch.ones(C, 1, 7, 7, dtype=x.dtype) / 49, padding=3, groups=C)
+        z = torch.einsum('bchw,oc->bohw', mean, w['conv1.weight'][:, :, 0, 0]) + w['conv1.bias'][:, None, None]
+        z = F.conv2d(z, w['conv_w.weight'], w['conv_w.bias'], padding=(0, k // 2), groups=C)
+        z = F.conv2d(z, w['conv_h.weight'], w['conv_h.bias'], padding=(k // 2, 0), groups=C)
+        z = torch.einsum('bchw,oc->bohw', z, w['conv2.weight'][:, :, 0, 0]) + w['conv2.bias'][:, None, None]
+        return x * torch.sigmoid(z)
+
+    return forward
+
+
 def gather_excite(ours: nn.Module, convs: tuple[int, ...] = (0, 3, 6)) -> Callable[[Tensor], Tensor]:
     """The learned forms of Gather-Excite, at extent 8 with three convolutions."""
     w = weights(ours)
@@ -437,6 +452,7 @@ CASES: list[tuple[str, str, Reference]] = [
     ('nam', 'formula', nam),
     ('grn', 'timm', timm_grn),
     ('grn', 'formula', grn),
+    ('caa', 'formula', caa),
 ]
 # The same with other options than the defaults. A formula reads most sizes from the weights.
 WITH_OPTIONS: list[tuple[str, Reference]] = [
@@ -469,6 +485,7 @@ WITH_OPTIONS: list[tuple[str, Reference]] = [
     ('triplet(kernel_size=3)', partial(triplet, k=3)),
     ('sk(groups=4, reduction=2, min_rd_channels=8)', timm_sk),
     ('sk(num_paths=3, groups=1)', selective_kernel),
+    ('caa(kernel_size=5)', caa),
 ]
 
 
@@ -553,6 +570,7 @@ PARAMETERS = {
     'sk': 2 * (9 * 256 * 8 + 2 * 256) + 256 * 32 + 2 * 32 + 2 * 32 * 256,
     'nam': 2 * 256,
     'grn': 2 * 256,
+    'caa': 2 * (256 * 256 + 256) + 2 * (11 * 256 + 256),
 }
 
 

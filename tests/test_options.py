@@ -212,6 +212,7 @@ CASES = [
     ('block', 'strip(kernel_size=5)', 2 * 5 * C),
     ('block', 'sk(groups=4, reduction=2, min_rd_channels=8)', 2 * (9 * C * 8 + 2 * C) + C * 16 + 2 * 16 + 2 * 16 * C),
     ('block', 'sk(num_paths=3, groups=1)', 3 * (9 * C * C + 2 * C) + C * 32 + 2 * 32 + 3 * 32 * C),
+    ('block', 'caa(kernel_size=5)', 2 * (C * C + C) + 2 * (5 * C + C)),
     ('block', GENOTYPE,
      (4 * 4 + 4 * C + 2 * 4) + 2 * C * 8 + 5 + (2 * 16 + 2 * 16 * 16) + (2 * C + 18 * 4 + 8 + 1) + 11 + 4),
 ]  # fmt: skip
@@ -295,7 +296,7 @@ WRONG_VALUES = [
     ('spatial_squeeze', 'dilated(reduction=33)', 'SpatialDilated of 32 channels'),
     ('channel_squeeze', 'second_order(reduction=33)', 'ChannelSecondOrder of 32 channels'),
     *(('block', f'{name}(kernel_size={value})', 'needs an odd kernel_size, which keeps the size of the map, got')
-      for name in ('cbam', 'triplet', 'ela', 'strip', 'eca', 'ecam', 'ceca') for value in (0, 2)),
+      for name in ('cbam', 'triplet', 'ela', 'strip', 'eca', 'ecam', 'ceca', 'caa') for value in (0, 2)),
     *(('block', f'{name}(kernel_size={value})', 'needs kernel_size to be an int of at least 1, got')
       for name in ('cbam', 'triplet', 'ela', 'strip', 'eca') for value in (-1, 3.0, True)),
     ('block', 'eca(kernel_size=67)', 'ChannelConvECA of 32 channels needs kernel_size to be at most 65, got 67'),

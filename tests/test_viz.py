@@ -69,7 +69,21 @@ def test_capture_finds_the_gates(make, expected):
 KINDS = {
     (True, False): ['se', 'ese', 'eca', 'ecam', 'ceca', 'gc', 'gca', 'srm', 'gct', 'fca', 'gsop', 'sk', 'grn'],
     (True, True): [
-        *('sase', 'bam', 'scse', 'ge', 'ge_theta', 'ge_plus', 'sge', 'ema', 'simam', 'triplet', 'shuffle', 'nam'),
+        *(
+            'sase',
+            'bam',
+            'scse',
+            'ge',
+            'ge_theta',
+            'ge_plus',
+            'sge',
+            'ema',
+            'simam',
+            'triplet',
+            'shuffle',
+            'caa',
+            'nam',
+        ),
         *('coord', 'scoord', 'ela', 'strip', 'cbam', 'lcbam'),
     ],
 }

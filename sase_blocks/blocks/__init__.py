@@ -2,6 +2,7 @@
 
 from .attention import SASE, AttentionBlock
 from .base import AttentionModule
+from .caa import ContextAnchorAttention
 from .compiling import compile_blocks
 from .compose import ChannelAttention, ParallelAttention, SequentialAttention, SpatialAttention
 from .gather_excite import GatherExcite
@@ -25,6 +26,7 @@ __all__ = [
     'AttentionBlock',
     'AttentionModule',
     'ChannelAttention',
+    'ContextAnchorAttention',
     'CoordinateAttention',
     'Edge',
     'EfficientLocalAttention',

@@ -14,6 +14,7 @@ from sase_blocks.reading import quoted, shorten
 
 from .attention import SASE, AttentionBlock
 from .base import AttentionModule
+from .caa import ContextAnchorAttention
 from .compose import ChannelAttention, ParallelAttention, SequentialAttention, SpatialAttention
 from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype, split_stages
@@ -170,6 +171,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'sk': SelectiveKernel,
     'nam': NormAttention,
     'grn': GlobalResponseNorm,
+    'caa': ContextAnchorAttention,
 }
 
 
