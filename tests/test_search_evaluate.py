@@ -70,13 +70,12 @@ def trained(monkeypatch):
 # ---- trainings from scratch ----
 
 
-def test_evaluation(budget, tmp_path, monkeypatch):
+def test_evaluation(budget, tmp_path, monkeypatch, capsys):
     """On grey images, which are checked once for all four trainings."""
     budget = replace(budget, model_args={**budget.model_args, 'in_chans': 1})
     checked, real = [], data.decode_image
     monkeypatch.setattr(data, 'decode_image', lambda *args, **how: checked.append(how) or real(*args, **how))
-    said = []
-    result = evaluate(FOUND, budget, baselines=['none', f'mine={OTHER}'], randoms=1, seeds=[3], say=said.append)
+    result = evaluate(FOUND, budget, baselines=['none', f'mine={OTHER}'], randoms=1, seeds=[3])
     out = Path(budget.out)
     assert json.loads((out / 'evaluation.json').read_text()) == result
     rows = {row['name']: row for row in result['candidates']}
@@ -103,6 +102,7 @@ def test_evaluation(budget, tmp_path, monkeypatch):
     assert rows['none']['parameters'] < rows['found']['parameters']
     assert rows['none']['macs'] < rows['found']['macs'] < 1.05 * rows['none']['macs']
     assert checked.count({'smallest': True}) == 14 + 6
+    said = [line for line in capsys.readouterr().out.splitlines() if line[1:3] == '/8']
     assert len(said) == 8
     assert said[0].startswith('1/8 found, seed 3: accuracy ')
     assert result['budget']['epochs'] == 2
@@ -112,15 +112,15 @@ def test_evaluation(budget, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_last_epoch_counts_and_more_may_be_added(budget, trained):
     trained.accuracies.update({FOUND: lambda seed: 70.0 + seed, OTHER: 60.0})
-    first = evaluate(FOUND, budget, baselines=['none'], randoms=2, seeds=[0, 1], say=[].append)
+    first = evaluate(FOUND, budget, baselines=['none'], randoms=2, seeds=[0, 1])
     assert first['candidates'][0]['accuracies'] == {'0': 70.0, '1': 71.0}
     assert [config.seed for config in trained.configs] == [0] * 4 + [1] * 4
     assert len({config.out for config in trained.configs}) == 8
     assert all(config.resume for config in trained.configs)
     trained.configs.clear()
-    again = evaluate(FOUND, budget, baselines=['none'], randoms=2, seeds=[0, 1], say=[].append)
+    again = evaluate(FOUND, budget, baselines=['none'], randoms=2, seeds=[0, 1])
     assert (again, trained.configs) == (first, [])
-    more = evaluate(FOUND, budget, baselines=['none', f'b={OTHER}'], randoms=3, seeds=[0, 1, 2], say=[].append)
+    more = evaluate(FOUND, budget, baselines=['none', f'b={OTHER}'], randoms=3, seeds=[0, 1, 2])
     assert len(trained.configs) == 6 * 3 - 8
     assert more['candidates'][2]['accuracies'] == {'0': 60.0, '1': 60.0, '2': 60.0}
     old = [row['genotype'] for row in first['candidates'] if row['kind'] == 'random']
@@ -132,20 +132,20 @@ def test_other_images_are_refused(budget, trained, tmp_path, check):
     """Names and counts are the same, and sizes too if the images are checked."""
     root = make_images(tmp_path / 'own', train=7, val=3, classes=('cat', 'dog'))
     budget = replace(budget, data=str(root), check=check)
-    evaluate(FOUND, budget, baselines=['none'], seeds=[0], say=[].append)
+    evaluate(FOUND, budget, baselines=['none'], seeds=[0])
     if check:
         swap(root / 'val' / 'dog')
     else:
         Image.new('RGB', (40, 40)).save(root / 'val' / 'dog' / '0.png')
     with pytest.raises(ValueError, match='images'):
-        evaluate(FOUND, budget, baselines=['none'], seeds=[0, 1], say=[].append)
+        evaluate(FOUND, budget, baselines=['none'], seeds=[0, 1])
     assert len(trained.configs) == 2
 
 
 @pytest.mark.slow
 def test_one_block_for_each_stage(budget, trained):
     found = f'{FOUND};{OTHER} ; {FOUND}'
-    result = evaluate(found, budget, baselines=['none'], randoms=1, seeds=[0], say=[].append)
+    result = evaluate(found, budget, baselines=['none'], randoms=1, seeds=[0])
     assert result['found'] == f'{FOUND}; {OTHER}; {FOUND}'
     parts = result['candidates'][2]['genotype'].split(';')
     assert len(parts) == 3
@@ -156,7 +156,7 @@ def test_one_block_for_each_stage(budget, trained):
 def test_a_candidate_that_fails(budget, trained):
     trained.accuracies[OTHER] = lambda seed: FloatingPointError('the loss is nan') if seed else 60.0
     trained.accuracies['none'] = ValueError('no')
-    result = evaluate(FOUND, budget, baselines=['none', f'b={OTHER}'], seeds=[0, 1], say=[].append)
+    result = evaluate(FOUND, budget, baselines=['none', f'b={OTHER}'], seeds=[0, 1])
     none, mine = result['candidates'][1:]
     assert (none['accuracies'], none['mean'], none['difference']) == ({}, None, None)
     assert (mine['accuracies'], mine['mean'], mine['spread']) == ({'0': 60.0}, 60.0, None)
@@ -170,7 +170,7 @@ def test_a_candidate_that_fails(budget, trained):
     assert re.search(r'^none +- +- +0 +- +- +- +[\d,]+ +[\d.]+ M +1\.00$', text, re.MULTILINE)
     trained.accuracies.update(dict.fromkeys([FOUND, OTHER], ValueError('no')))
     with pytest.raises(RuntimeError, match='all 1 trainings failed; the first one, found, seed 0: ValueError: no'):
-        evaluate(FOUND, replace(budget, out=f'{budget.out}2'), baselines=[], seeds=[0], say=[].append)
+        evaluate(FOUND, replace(budget, out=f'{budget.out}2'), baselines=[], seeds=[0])
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_wrong_evaluation_is_refused_before_any_work(budget, found, changes, opt
 
 
 def test_another_budget_is_not_mixed_in(budget, trained):
-    evaluate(FOUND, budget, baselines=[], seeds=[0], say=[].append)
+    evaluate(FOUND, budget, baselines=[], seeds=[0])
     with pytest.raises(ValueError, match=r'other settings: lr was 0\.1 and is 0\.2'):
         evaluate(FOUND, replace(budget, lr=0.2), baselines=[], seeds=[0])
     with pytest.raises(ValueError, match=f'another job: found, seed 0 was .*{FOUND}.* and is .*{re.escape(OTHER)}'):

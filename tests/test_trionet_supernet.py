@@ -534,15 +534,6 @@ def test_modes_and_dropout():
     assert part.extract().drop_rate == 0
 
 
-@pytest.mark.parametrize('training', [False, True])
-def test_the_supernet_itself_takes_an_architecture(training):
-    net = supernet().train(training)
-    point = pure(NARROW, 'local')
-    assert torch.equal(net(images(), point), net.activate(point)(images()))
-    other = supernet(seed=1).train(training)
-    assert not torch.equal(net(images(), point), other(images(), point))
-
-
 def test_copies_are_independent():
     net = supernet().eval()
     point, x = pure(NARROW, 'axial'), images()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -53,7 +53,6 @@ def evaluate(
     random_seed: int = 0,
     data: tuple[Samples, Samples] | None = None,
     ray: Ray | None = None,
-    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Train the found block, the baselines and random genotypes from scratch, and compare them.
 
@@ -71,7 +70,7 @@ def evaluate(
         seeds: of the trainings, the same for all candidates.
         random_seed: of the random genotypes. More of them begin with the same ones.
         data: the splits from ``open_evaluation``. Default: opened here.
-        ray, say: see ``run_jobs``.
+        ray: see ``run_jobs``.
 
     Returns:
         The content of ``evaluation.json`` in ``budget.out``. Unknown values, such as a spread over one seed, are None.
@@ -115,9 +114,7 @@ def evaluate(
         return f'{result["parameters"]:,} parameters, {result["time_ratio"]:.2f} times the time of no attention'
 
     settings = _settings(budget, samples)
-    results, errors = run_jobs(
-        jobs, work, budget.out, settings=settings, describe=describe, ray=ray, say=say, cpu=budget.cpu
-    )
+    results, errors = run_jobs(jobs, work, budget.out, settings=settings, describe=describe, ray=ray, cpu=budget.cpu)
     rows = []
     for one in candidates:
         keys = {str(seed): f'{one["name"]}, seed {seed}' for seed in seeds}

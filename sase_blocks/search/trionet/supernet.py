@@ -149,9 +149,6 @@ class SuperNet(nn.Module):
         self.space.check(architecture)
         return SubNetwork(self, architecture, dropout)
 
-    def forward(self, x: Tensor, architecture: Architecture) -> Tensor:
-        return self.activate(architecture).train(self.training)(x)
-
 
 class SubNetwork(nn.Module):
     """One network of a supernet: its structure and its norms' statistics, without weights of its own.

@@ -56,7 +56,7 @@ def saved_supernet(config: TrioConfig) -> dict[str, Any] | None:
     return saved
 
 
-def load_supernet(path: str | Path, *, average: bool = True) -> SuperNet:
+def load_supernet(path: str | Path) -> SuperNet:
     """A supernet in eval mode on the CPU, from supernet.pt or a run's folder; the average of its weights if it has one.
 
     Raises:
@@ -69,7 +69,7 @@ def load_supernet(path: str | Path, *, average: bool = True) -> SuperNet:
     settings = (saved['config'][name] for name in ('sharing', 'drop_rate'))
     classes, space = len(saved['data']['classes']), TrioSpace.from_dict(saved['space'])
     supernet = SuperNet(space, classes, saved['in_chans'], *settings)
-    supernet.load_state_dict(saved['average'] if average and saved['average'] else saved['supernet'])
+    supernet.load_state_dict(saved['average'] or saved['supernet'])
     return supernet.eval()
 
 
