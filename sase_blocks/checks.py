@@ -74,9 +74,7 @@ def check_optional_size(feat_size: Any, owner: str, needed: bool = False) -> tup
     return None if feat_size is None else check_feat_size(feat_size, owner)
 
 
-# torch.fx.wrap keeps the function whole in a symbolic trace, because it depends on a real tensor's dtype and rank,
-# which a traced proxy does not know.
-@torch.fx.wrap
+@torch.fx.wrap  # stays whole in a symbolic trace, whose proxies have no dtype and rank
 def check_features(x: Tensor, channels: int) -> None:
     """Raise unless ``x`` is a floating (B, channels, H, W); ``channels`` 0 accepts any number."""
     if x.dim() != 4:

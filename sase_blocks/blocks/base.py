@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from sase_blocks.checks import check_channels, check_features
+from sase_blocks.checks import check_features, check_int
 from sase_blocks.ops import GroupNorm
 from sase_blocks.ops.primitive import children_without_decay
 
@@ -65,7 +65,7 @@ class AttentionModule(nn.Module, ABC):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channels = check_channels(channels, type(self).__name__)
+        self.channels = check_int(channels, 'channels', type(self).__name__)
 
     def current_channels(self) -> int:
         """The channels in the parameters, fewer after pruning. 0: any number, or the parts check it."""

@@ -73,12 +73,14 @@ class ChannelGate(AttentionModule):
         return self.excite.current_channels()
 
     def gate(self, x: Tensor) -> Tensor:
-        values = [self.excite(squeeze(x)) for squeeze in self.squeeze]
-        return self.act(torch.stack(values).sum(0) if len(values) > 1 else values[0])
+        return self.act(self.values(x) if len(self.squeeze) > 1 else self.excite(self.squeeze[0](x)))
+
+    def values(self, x: Tensor) -> Tensor:
+        """The sum over several squeezes."""
+        return torch.stack([self.excite(squeeze(x)) for squeeze in self.squeeze]).sum(0)
 
     def attend(self, x: Tensor) -> Tensor:
-        gate = self.gate(x).to(x.dtype)
-        return x + gate if self.add else x * gate
+        return x + self.gate(x).to(x.dtype) if self.add else x * self.gate(x).to(x.dtype)
 
     def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
         return _fade_value(self.gate(x), alpha) if self.add else fade(self.gate(x), alpha)
@@ -164,8 +166,11 @@ class SpatialGate(AttentionModule):
         self.act = act
 
     def gate(self, x: Tensor) -> Tensor:
-        values = [squeeze(x) for squeeze in self.squeeze]
-        return self.act(self.excite(torch.cat(values, 1) if len(values) > 1 else values[0]))
+        return self.act(self.excite(self.maps(x) if len(self.squeeze) > 1 else self.squeeze[0](x)))
+
+    def maps(self, x: Tensor) -> Tensor:
+        """The maps of several squeezes, stacked."""
+        return torch.cat([squeeze(x) for squeeze in self.squeeze], 1)
 
 
 class SpatialAttention(SpatialGate):

@@ -1,7 +1,9 @@
-"""The command line, ``sase-blocks`` or ``python -m sase_blocks``: list, info, draw, attend, demo, train, search, run.
+"""The command line, ``sase-blocks`` or ``python -m sase_blocks``.
 
-An error exits with code 2 and prints one line to stderr; an interruption exits with 130. ``--traceback`` shows where an
-error came from. An error that looks like a bug of this package says so.
+The commands: list, info, copy, draw, attend, demo, train, search, run.
+
+An error exits with code 2 and prints one line to stderr; an interruption exits with 130. ``copy --check`` has codes of
+its own. ``--traceback`` shows where an error came from. An error that looks like a bug of this package says so.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ EXAMPLES = {
 examples:
   sase-blocks list                          blocks, primitives and models
   sase-blocks info resnet50_sase            its size, and its genotype as a drawing
+  sase-blocks copy sase -o sase.py          a block as one file that needs only torch
   sase-blocks draw sase -o sase.png         a block as a picture
   sase-blocks attend --checkpoint runs/train/best.pt cat.jpg -o maps
   sase-blocks demo                          train four networks on real images, in a few minutes
@@ -60,6 +63,16 @@ examples:
   sase-blocks info avg,conv3,affine,p_norm,avg,conv7x7
 
 MACs count convolutions and matrix products. Squeezes are neither, but cost time too.
+""",
+    'copy': """
+examples:
+  sase-blocks copy sase -o sase.py
+  sase-blocks copy 'cbam(reduction=8)' eca -o attention.py        two blocks, and what they share once
+  sase-blocks copy Mine=avg,conv3,affine,p_norm,avg,conv7x7 -o mine.py       a genotype, as the class Mine
+  sase-blocks copy LocalSelfAttention AxialSelfAttention TrioBlock -o selfattention.py
+  sase-blocks copy --check sase.py          exit code 0: unchanged, 3: out of date, 4: changed by hand
+
+A copy has the state-dict keys, initial values and results of the library's block. MIT licence: keep its header.
 """,
     'draw': """
 examples:
@@ -123,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_.code if isinstance(exit_.code, int) else 2
     run, show = args.pop('run'), args.pop('traceback')
     try:
-        run(**args)
+        return run(**args) or 0
     except KeyboardInterrupt:
         hint = '; --resume continues after the last checkpoint' if 'resume' in args else ''
         print(f'\n{PROG}: interrupted{hint}', file=sys.stderr)
@@ -139,7 +152,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         who = PROG if rank == '0' else f'{PROG} (rank {rank})'
         print(printable(f'{who}: error: {_explain(error, args)}'), file=sys.stderr)
         return 2
-    return 0
 
 
 # Errors that a wrong argument, file, machine or network can cause. torch raises RuntimeError for everything.
@@ -206,6 +218,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--img-size', type=int, help="height and width in px (default: the model's; 56 for a block)")
     sub.add_argument('--channels', type=int, help='channels of the input of a block (default: 256)')
     add_model_options(sub)
+
+    sub = command('copy', _copy, 'copy blocks into one Python file that needs only torch')
+    sub.add_argument('blocks', nargs='*', metavar='NAME', help='a block, a genotype as text, or CLASS=NAME')
+    sub.add_argument('-o', '--out', metavar='FILE', help='the .py file')
+    sub.add_argument('--overwrite', action='store_true', help='replace the file if it exists')
+    sub.add_argument('--check', metavar='FILE', help='compare a copied file with the installed version, with a diff')
 
     sub = command('draw', _draw, "draw a block as a graph of its operations, or a network of TrioNet's blocks")
     sub.add_argument(
@@ -281,6 +299,12 @@ def _info(**options: Any) -> None:
     from .info import show_info
 
     show_info(**options)
+
+
+def _copy(**options: Any) -> int:
+    from .copy import run_copy
+
+    return run_copy(**options)
 
 
 def _draw(name: str, out: str, sets: bool) -> None:

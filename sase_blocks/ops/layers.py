@@ -38,21 +38,8 @@ class Conv2d(_ConvNd):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            _pair(kernel_size),
-            _pair(stride),
-            _pair(padding),
-            _pair(dilation),
-            False,
-            _pair(0),
-            groups,
-            bias,
-            'zeros',
-            device,
-            dtype,
-        )
+        sizes = _pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation)
+        super().__init__(in_channels, out_channels, *sizes, False, _pair(0), groups, bias, 'zeros', device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)

@@ -55,16 +55,8 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # a plain mean over all batches, as torch.optim.swa_utils.update_bn needs
                 momentum = 1.0 / float(self.num_batches_tracked)
-        return batch_norm(
-            input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.training,
-            momentum,
-            self.eps,
-        )
+        mean, var = self.running_mean, self.running_var
+        return batch_norm(input, mean, var, self.weight, self.bias, self.training, momentum, self.eps)
 
 
 register_notrace_module(BatchNorm2d)  # timm's FX tools keep it whole like torch's, so train() and eval() still work
