@@ -138,7 +138,7 @@ def _read(text: str) -> tuple[str, str]:
         raise ValueError(f'{quoted(name)} cannot be the name of a class')
     if text in LAYERS:
         return name or text, text
-    if parse_name(text)[0] in LAYERS:
+    if len(split_names(text)) == 1 and parse_name(text)[0] in LAYERS:
         raise ValueError(
             f'{parse_name(text)[0]} is copied with its own defaults; leave out the options in {quoted(text)}'
         )
@@ -732,7 +732,10 @@ class Copy:
 
     def text(self, exported: Sequence[str], papers: Sequence[str], names: Sequence[str], file: str) -> str:
         """The whole file."""
-        code = '\n\n\n'.join([f'__all__ = {[*exported]!r}', *self.pieces.values()])
+        listed = f'__all__ = {[*exported]!r}'
+        if len(listed) > WIDTH:
+            listed = '\n'.join(['__all__ = [', *(f'    {name!r},' for name in exported), ']'])
+        code = '\n\n\n'.join([listed, *self.pieces.values()])
         needs = max([(2, 1), *(version for text, version in FIRST_TORCH.items() if text in code)])
         command = shlex.join([PROG, 'copy', *names, '-o', file])
         sources = f'Papers: {", ".join(papers)}. ' if papers else ''

@@ -185,6 +185,21 @@ def test_no_import_makes_a_circle():
     graphlib.TopologicalSorter(graph_of(files)).prepare()
 
 
+def test_what_stays_whole_in_a_trace_is_decorated_where_it_is_defined():
+    """A statement ``torch.fx.wrap('f')`` works only in its module, and is not part of a copied block."""
+    named, decorated = set(), set()
+    for path in PACKAGE.rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Expr) and ast.unparse(node).startswith("torch.fx.wrap('"):
+                named.add(node.value.args[0].value)
+            elif isinstance(node, ast.For) and 'torch.fx.wrap(' in ast.unparse(node.body):
+                named |= {constant.value for constant in node.iter.elts}
+            elif isinstance(node, ast.FunctionDef) and 'torch.fx.wrap' in map(ast.unparse, node.decorator_list):
+                decorated.add(node.name)
+    assert len(named) > 5
+    assert named <= decorated, f'decorate with @torch.fx.wrap where defined: {named - decorated}'
+
+
 def test_the_map_names_every_room():
     text = (PACKAGE.parent / 'CONTRIBUTING.md').read_text(encoding='utf-8')
     missing = [name for name in ROOMS if not name.startswith('__') and f'`{name}' not in text]

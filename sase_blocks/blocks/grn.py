@@ -9,16 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sase_blocks.checks import check_features
 from sase_blocks.numerics import narrow, safe_sqrt, widen
 
 from .base import AttentionModule, fade
 from .graph import CHANNEL, MAP, Edge, Graph
 
-for _function in ('check_features', 'fade', 'response', 'shift'):
-    torch.fx.wrap(_function)  # must be wrapped in each module that calls it
+torch.fx.wrap('fade')  # must be wrapped in each module that calls it
 
 
+@torch.fx.wrap
 def response(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """1 + weight * n, n = g / (mean of g over C + eps) for the L2 norms g of the channels. -> (B, C, 1, 1)."""
     g = safe_sqrt(widen(x).square().sum((2, 3), keepdim=True))
@@ -26,6 +25,7 @@ def response(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return narrow(1 + widen(weight).reshape(1, -1, 1, 1) * n, x)
 
 
+@torch.fx.wrap
 def shift(bias: Tensor, alpha: Tensor | None) -> Tensor:
     """The bias (C,) as (1, C, 1, 1), times alpha."""
     bias = bias.reshape(1, -1, 1, 1)
@@ -66,8 +66,10 @@ class GlobalResponseNorm(AttentionModule):
     def gate(self, x: Tensor) -> Tensor:
         return response(x, self.weight, self.eps)
 
-    def forward(self, x: Tensor, alpha: Tensor | None = None) -> Tensor:
-        check_features(x, self.current_channels())
+    def attend(self, x: Tensor) -> Tensor:
+        return x * self.gate(x) + self.bias.reshape(1, -1, 1, 1).to(x.dtype)
+
+    def faded(self, x: Tensor, alpha: Tensor | None) -> Tensor:
         return x * fade(self.gate(x), alpha) + shift(self.bias, alpha).to(x.dtype)
 
     def graph(self) -> Graph:
