@@ -66,10 +66,10 @@ WRAPPINGS = {
 }
 
 
-@pytest.mark.parametrize('wrap', WRAPPINGS.values(), ids=WRAPPINGS)
+@pytest.mark.parametrize('wrap', mostly_slow(WRAPPINGS, 'bare', 'state_dict of module.'))
 def test_wrappings_of_an_imagenet_file(wrap, paper50):
     expected = timm.create_model('resnet50_sase', num_classes=10).state_dict()
-    converted = convert_paper_state_dict(wrap(paper50))
+    converted = convert_paper_state_dict(WRAPPINGS[wrap](paper50))
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in expected.items()}
 
 

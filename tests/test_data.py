@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import mostly_slow
 from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
@@ -469,7 +470,7 @@ def batches_of(kind, root, workers=0, seed=0, **more):
     return Batches(TransformedSamples(train, transform, seed), workers=workers, **more)
 
 
-@pytest.mark.parametrize('kind', ['small', 'large', 'bytes'])
+@pytest.mark.parametrize('kind', mostly_slow(['small', 'large', 'bytes'], 'small', 'bytes'))
 def test_a_batch_depends_on_seed_epoch_and_step_alone(tmp_path, kind):
     root = make_images(tmp_path, size=20)
     first = batches_of(kind, root)

@@ -195,7 +195,7 @@ def test_the_file_and_its_report(tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'shape', 'checks', 'outputs'),
     [
-        ({'dynamic': 'batch', 'input_size': 16}, ('batch', 3, 16, 16), 2, 1),
+        pytest.param({'dynamic': 'batch', 'input_size': 16}, ('batch', 3, 16, 16), 2, 1, marks=pytest.mark.slow),
         pytest.param({'dynamic': False, 'input_size': (3, 16, 12)}, (1, 3, 16, 12), 1, 1, marks=pytest.mark.slow),
         pytest.param(
             *({'check': False, 'opset_version': 18, 'input_size': [16, 16]}, ('batch', 3, 'height', 'width'), 0, 2),

@@ -26,7 +26,9 @@ DOCTESTS = [
 ]
 
 
-@pytest.mark.parametrize('page', RUN)
+@pytest.mark.parametrize(
+    'page', [pytest.param(p, marks=pytest.mark.slow if p in ('models.md', 'pictures.md') else ()) for p in RUN]
+)
 def test_python_of_a_page_runs_from_top_to_bottom(page):
     snippets = re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)
     namespace: dict = {}

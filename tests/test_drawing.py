@@ -197,7 +197,7 @@ def test_what_cannot_be_drawn(block, error, text):
         draw_block(block)
 
 
-@pytest.mark.parametrize('suffix', ['.png', '.svg', '.pdf', '.PNG'])
+@pytest.mark.parametrize('suffix', mostly_slow(['.png', '.svg', '.pdf', '.PNG'], '.svg'))
 def test_saved_twice_is_the_same_file(tmp_path, suffix):
     files = [save_figure(draw_block('se'), tmp_path / f'{i}{suffix}') for i in range(2)]
     first, second = (file.read_bytes() for file in files)

@@ -206,7 +206,7 @@ def test_a_block_refuses_other_inputs():
             block(x)
 
 
-@pytest.mark.parametrize('part', [0, 1, *(pytest.param(part, marks=pytest.mark.slow) for part in range(2, 8))])
+@pytest.mark.parametrize('part', [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 8))])
 def test_a_sample_of_the_space_runs_in_fp32_and_bf16(part):
     """Built, run and back-propagated at two sizes, the other one than it was built for among them."""
     for g in SAMPLE[part::8]:

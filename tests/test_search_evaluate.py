@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import mostly_slow
 from PIL import Image
 from test_data import make_images, swap
 
@@ -127,7 +128,7 @@ def test_last_epoch_counts_and_more_may_be_added(budget, trained):
     assert [row['genotype'] for row in more['candidates'] if row['kind'] == 'random'][:2] == old
 
 
-@pytest.mark.parametrize('check', [True, False])
+@pytest.mark.parametrize('check', mostly_slow([True, False], True))
 def test_other_images_are_refused(budget, trained, tmp_path, check):
     """Names and counts are the same, and sizes too if the images are checked."""
     root = make_images(tmp_path / 'own', train=7, val=3, classes=('cat', 'dog'))

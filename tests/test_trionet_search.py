@@ -334,6 +334,7 @@ def test_the_demo_at_a_smaller_size(tmp_path, capsys):
     assert 'written: ' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command(config, tmp_path, capsys):
     data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
     options = f"""

@@ -343,7 +343,7 @@ def test_prefixes_and_centres(sharing):
 # ---- gradients ----
 
 
-@pytest.mark.parametrize('sharing', SHARINGS)
+@pytest.mark.parametrize('sharing', mostly_slow(SHARINGS, 'heads'))
 def test_gradients_are_those_of_the_extracted_network(sharing):
     net = supernet(sharing).double().train()
     tagged = numbered(net)
@@ -422,7 +422,7 @@ def forms(net):
             ('heads', 'channels_last'),
             ('plain', 'autocast'),
         ],
-        *(('heads', 'fp32'), ('plain', 'bf16'), ('heads', 'channels_last')),
+        *(('plain', 'fp32'), ('heads', 'channels_last')),
     ),
 )
 def test_outputs_are_the_same_bits(sharing, weights):

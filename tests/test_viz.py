@@ -122,7 +122,10 @@ def test_gates_of_every_block(kind, name):
             marks=pytest.mark.slow,
         ),
         (lambda: timm.create_model('resnet10t'), 'cbam', 'identity', 'layer4.0.se.block.1', 'layer4.0.se'),
-        (lambda: timm.create_model('resnet10t'), 'se', 'paper', 'layer4.0.se', 'layer4.0.se'),
+        pytest.param(
+            *(lambda: timm.create_model('resnet10t'), 'se', 'paper', 'layer4.0.se', 'layer4.0.se'),
+            marks=pytest.mark.slow,
+        ),
         (torchvision.models.resnet18, 'coord', 'identity', 'layer4.1.bn2.inserted_attention.block', 'layer4.1.bn2'),
         pytest.param(torchvision.models.mobilenet_v3_small, 'simam', 'paper', None, None, marks=pytest.mark.slow),
     ],
@@ -212,14 +215,18 @@ def test_maps_refused(model, arguments, text):
     ('model', 'batch', 'arguments', 'blocks'),
     [
         (network(SASE(8), SASE(8)), images(3), {}, ['3']),  # the last at a resolution
-        (network(SASE(8), SASE(8)), images(1), {'blocks': ['1', '3'], 'titles': ['a']}, ['1', '3']),
+        pytest.param(
+            *(network(SASE(8), SASE(8)), images(1), {'blocks': ['1', '3'], 'titles': ['a']}, ['1', '3']),
+            marks=pytest.mark.slow,
+        ),
         (network(SpatialAttention(8)), images(2, height=6, width=12), {}, ['1']),
         (SASE(1), images(2, channels=1), {}, ['']),
-        (
+        pytest.param(
             timm.create_model('resnet20_cifar', genotype='sase', in_chans=4),
             images(2, channels=4, height=32, width=32),
             {},
             ['layer1.2.se', 'layer2.2.se', 'layer3.2.se'],
+            marks=pytest.mark.slow,
         ),
     ],
 )
