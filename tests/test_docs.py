@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 # Pages without Python of their own, and the one whose Python needs other libraries.
 NO_PYTHON = {'reference.md', 'scaling.md', 'training.md'}
-MARKS = dict.fromkeys(('README.md', 'export.md', 'insertion.md', 'network_search.md', 'search.md'), pytest.mark.slow)
+SLOW = ('README.md', 'export.md', 'insertion.md', 'models.md', 'network_search.md', 'pictures.md', 'search.md')
+MARKS = dict.fromkeys(SLOW, pytest.mark.slow)
 MARKS['ecosystem.md'] = pytest.mark.ecosystem
 RUN = [pytest.param(page, marks=MARKS.get(page.name, ()), id=page.name) for page in PAGES]
 DOCTESTS = [
@@ -26,9 +27,7 @@ DOCTESTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    'page', [pytest.param(p, marks=pytest.mark.slow if p in ('models.md', 'pictures.md') else ()) for p in RUN]
-)
+@pytest.mark.parametrize('page', RUN)
 def test_python_of_a_page_runs_from_top_to_bottom(page):
     snippets = re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)
     namespace: dict = {}
