@@ -15,7 +15,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import mostly_slow
-from timm.layers import GlobalResponseNorm, create_attn
+from timm.layers import create_attn
+from timm.layers.grn import GlobalResponseNorm
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.cspnet import model_cfgs
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitConvCfg
