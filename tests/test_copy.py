@@ -15,8 +15,9 @@ from test_contract import SMALLEST
 from test_options import CASES, GENOTYPE
 
 import sase_blocks
-from sase_blocks import cli, copying, create_block, list_blocks
+from sase_blocks import cli, create_block, list_blocks
 from sase_blocks.copying import COPYRIGHT, LAYERS, check_copy, copy_blocks
+from sase_blocks.copying import file as copied_file
 from sase_blocks.ops import EXTENDED_SETS
 from sase_blocks.ops.options import parse_name
 from sase_blocks.selfattention.local_routes import TORCH_ROUTES
@@ -236,7 +237,7 @@ def test_files(capsys, tmp_path, monkeypatch):
     diff = run(4, 'eca.py: changed by hand', '--check', 'eca.py')
     assert '\n-        return x * self.gate' in diff
     assert '\n+        return x + self.gate' in diff
-    monkeypatch.setattr(copying, '__version__', '99.0')  # another version, so both
+    monkeypatch.setattr(copied_file, '__version__', '99.0')  # another version, so both
     run(4, 'eca.py: changed by hand', '--check', 'eca.py')
     file.write_text(text)
     diff = run(3, 'eca.py: out of date; to update it', '--check', 'eca.py')

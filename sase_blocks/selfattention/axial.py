@@ -1,4 +1,4 @@
-"""Axial self-attention layers: the position-sensitive form of Axial-DeepLab (Wang et al. 2020).
+"""Axial self-attention layers: the position-sensitive form of Axial-DeepLab (arXiv 2003.07853).
 
 Differences from the authors' code: an axis may have any length, not only that of its table; the batch norm of the
 logits is computed as factors (``axial_routes.py``); channel order is ``c * heads + head``; the pool rounds up.

@@ -1,7 +1,7 @@
-"""Local self-attention layer: Stand-Alone Self-Attention (Ramachandran et al. 2019), with two position encodings.
+"""Local self-attention layer: Stand-Alone Self-Attention (arXiv 1906.05909), with two position encodings.
 
 The paper gives the formula and the projections. Not in the paper: the initialisation, and ``'position_sensitive'``,
-which applies the relative terms of Axial-DeepLab (Wang et al. 2020) to a window.
+which applies the relative terms of Axial-DeepLab (arXiv 2003.07853) to a window.
 """
 
 import math
