@@ -284,6 +284,39 @@ def triplet(ours: nn.Module, k: int = 7) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor, dilation: int = 1) -> Tensor:
+    """One tap of the kernel at a time."""
+    rows, columns = weight.shape[2:]
+    top, left = dilation * (rows // 2), dilation * (columns // 2)
+    padded = F.pad(x, (left, left, top, top))
+    z = bias[:, None, None].expand_as(x)
+    for i, j in itertools.product(range(rows), range(columns)):
+        shifted = padded[:, :, i * dilation :, j * dilation :][:, :, : x.shape[2], : x.shape[3]]
+        z = z + weight[:, 0, i, j][:, None, None] * shifted
+    return z
+
+
+def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.einsum('oc,bchw->bohw', weight[:, :, 0, 0], x) + bias[:, None, None]
+
+
+def depthwise_stack(ours: nn.Module, *layers: tuple[str, int]) -> Callable[[Tensor], Tensor]:
+    """x times a stack of depthwise convolutions, each with its dilation, and a 1x1 convolution."""
+    w = weights(ours)
+
+    def forward(x: Tensor) -> Tensor:
+        a = x
+        for name, dilation in layers:
+            a = depthwise(a, w[f'{name}.weight'], w[f'{name}.bias'], dilation)
+        return x * conv1x1(a, w['conv1.weight'], w['conv1.bias'])
+
+    return forward
+
+
+def lka(ours: nn.Module, d: int = 3) -> Callable[[Tensor], Tensor]:
+    return depthwise_stack(ours, ('conv0', 1), ('conv_spatial', d))
+
+
 def timm_sk(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     """timm's module of two paths on all channels, with our weights. Its two selections are one layer."""
     own = weights(ours)
@@ -435,6 +468,7 @@ CASES: list[tuple[str, str, Reference]] = [
     ('scoord', 'timm', timm_module('scoord', scoord_names)),
     ('ela', 'timm', ela_reference(16)),
     ('strip', 'timm', timm_module('strip', same('conv_h.weight', 'conv_w.weight'))),
+    ('lka', 'formula', lka),
     ('bam', 'formula', bam),
     ('scse', 'formula', scse),
     ('srm', 'formula', srm),
@@ -475,6 +509,7 @@ WITH_OPTIONS: list[tuple[str, Reference]] = [
     ('scoord(reduction=2)', timm_module('scoord', scoord_names, rd_channels=16)),
     ('ela(kernel_size=5, groups=4)', ela_reference(4, kernel_size=5)),
     ('strip(kernel_size=5)', timm_module('strip', same('conv_h.weight', 'conv_w.weight'), kernel_size=5)),
+    ('lka(kernel_size=9, dilation=2)', partial(lka, d=2)),
     ('bam(reduction=8, dilation=2)', partial(bam, d=2)),
     ('scse(reduction=4)', scse),
     ('fca(frequencies=4, reduction=2)', partial(fca, frequencies=4)),
@@ -568,6 +603,7 @@ PARAMETERS = {
     'scoord': 3 * 256 * 40 + 40 + 2 * 256,
     'ela': 2 * 7 * 256 + 4 * 256,
     'strip': 2 * 3 * 256,
+    'lka': (25 + 49 + 2) * 256 + 256 * 256 + 256,
     'sk': 2 * (9 * 256 * 8 + 2 * 256) + 256 * 32 + 2 * 32 + 2 * 32 * 256,
     'nam': 2 * 256,
     'grn': 2 * 256,

@@ -210,6 +210,7 @@ CASES = [
     ('block', 'scoord(reduction=2)', 3 * C * 16 + 16 + 2 * C),
     ('block', 'ela(kernel_size=5, groups=4)', 2 * 5 * C + 4 * C),
     ('block', 'strip(kernel_size=5)', 2 * 5 * C),
+    ('block', 'lka(kernel_size=9, dilation=2)', (9 + 25 + 2) * C + C * C + C),
     ('block', 'sk(groups=4, reduction=2, min_rd_channels=8)', 2 * (9 * C * 8 + 2 * C) + C * 16 + 2 * 16 + 2 * 16 * C),
     ('block', 'sk(num_paths=3, groups=1)', 3 * (9 * C * C + 2 * C) + C * 32 + 2 * 32 + 3 * 32 * C),
     ('block', 'caa(kernel_size=5)', 2 * (C * C + C) + 2 * (5 * C + C)),
@@ -319,6 +320,10 @@ WRONG_VALUES = [
     ('spatial_squeeze', 'second_order(grid=1)', 'SpatialSecondOrder needs grid to be an int of at least 2, got 1'),
     *(('block', f'simam(e_lambda={value})', 'SimAM needs e_lambda to be a finite number above 0, got')
       for value in (0, -1e-4, True, None)),
+    ('block', 'lka(kernel_size=7, dilation=2)',
+     r'LargeKernelAttention needs an odd ceil\(kernel_size / dilation\), .* got 4 from kernel_size=7, dilation=2'),
+    ('block', 'lka(kernel_size=0)', 'LargeKernelAttention needs kernel_size to be an int of at least 1, got 0'),
+    ('block', 'lka(dilation=0)', 'LargeKernelAttention needs dilation to be an int of at least 1, got 0'),
     ('block', 'ge(extent=3)', 'GatherExcite needs extent to be a power of 2 from 2 on, got 3'),
 ]  # fmt: skip
 

@@ -85,6 +85,7 @@ KINDS = {
             'nam',
         ),
         *('coord', 'scoord', 'ela', 'strip', 'cbam', 'lcbam'),
+        *('lka',),
     ],
 }
 

@@ -10,6 +10,7 @@ from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Edge, Graph
 from .grn import GlobalResponseNorm
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
+from .large_kernel import LargeKernelAttention
 from .nam import NormAttention
 from .named import BLOCKS, block_graph, block_name, create_block, list_blocks, resolve_block
 from .pruning import keep_channels
@@ -35,6 +36,7 @@ __all__ = [
     'Genotype',
     'GlobalResponseNorm',
     'Graph',
+    'LargeKernelAttention',
     'NormAttention',
     'ParallelAttention',
     'SelectiveKernel',

@@ -21,6 +21,7 @@ from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Graph, chain
 from .grn import GlobalResponseNorm
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
+from .large_kernel import LargeKernelAttention
 from .nam import NormAttention
 from .selective_kernel import SelectiveKernel
 from .shuffle import ShuffleAttention
@@ -168,6 +169,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'scoord': SimpleCoordinateAttention,
     'ela': EfficientLocalAttention,
     'strip': StripAttention,
+    'lka': LargeKernelAttention,
     'sk': SelectiveKernel,
     'nam': NormAttention,
     'grn': GlobalResponseNorm,
