@@ -20,6 +20,7 @@ import torch
 
 import sase_blocks
 from sase_blocks.blocks import BLOCKS, block_graph
+from sase_blocks.copying import copy_blocks
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,6 +32,7 @@ PAGES = {
     'benchmarks/README.md': 'benchmarks.md',
     **{f'examples/{path.name}': f'examples/{path.stem}.md' for path in sorted((ROOT / 'examples').glob('*.py'))},
 }
+COPIED = ('sase', 'cbam')  # the blocks whose copied files are pages
 CHANNELS = (64, 256, 1024)
 SIZE = 56  # height and width of the map for MACs and time
 BATCH = 8
@@ -59,7 +61,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages from outside docs/ and the drawings of the blocks."""
+    """Add the pages from outside docs/, copied blocks, and the drawings of the blocks."""
     from mkdocs.structure.files import File
 
     for source, page in PAGES.items():
@@ -67,6 +69,9 @@ def on_files(files: Any, config: Any) -> Any:
         content = example_page(source, text) if source.endswith('.py') else text
         files.append(File.generated(config, page, content=content))
     files.append(File.generated(config, 'gallery.md', content=gallery(times())))
+    for name in COPIED:
+        content = example_page(f'{name}.py', copy_blocks([name], f'{name}.py'))
+        files.append(File.generated(config, f'copied_{name}.md', content=content))
     for name in BLOCKS:
         files.append(File.generated(config, f'images/blocks/{name}.svg', content=drawing(name)))
     return files

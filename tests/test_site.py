@@ -85,6 +85,7 @@ def test_every_page_and_every_public_name_has_its_place(hooks):
     nav = (ROOT / 'mkdocs.yml').read_text().split('\nnav:')[1]
     pages = {path.name for path in (ROOT / 'docs').glob('*.md')}
     pages |= {page for page in hooks.PAGES.values() if not page.startswith('examples/')} | {'gallery.md'}
+    pages |= {f'copied_{name}.md' for name in hooks.COPIED}
     assert set(re.findall(r'(\S+\.md)$', nav, re.MULTILINE)) == pages
     directives = hooks.public_names().split('\n\n')
     assert [line.rsplit('.', 1)[1] for line in directives] == sase_blocks.__all__
