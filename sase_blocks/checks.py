@@ -22,6 +22,13 @@ def check_positive(value: Any, name: str, owner: str) -> float:
     return value
 
 
+def check_share(value: Any, name: str, owner: str) -> float:
+    """The argument ``name`` of ``owner``, or a ValueError unless it is a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f'{owner} needs {name} to be a number from 0 to 1, got {value!r}')
+    return value
+
+
 def check_channels(channels: Any, owner: str) -> int:
     """The channel count as an int, or a ValueError that names ``owner``."""
     return check_int(channels, 'channels', owner)

@@ -394,6 +394,36 @@ def caa(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def mlca(ours: nn.Module, s: int = 5, share: float = 0.5) -> Callable[[Tensor], Tensor]:
+    w = weights(ours)
+
+    def bounds(i: int, n: int, m: int) -> slice:
+        return slice(i * n // m, -(-(i + 1) * n // m))
+
+    def resized(x: Tensor, height: int, width: int) -> Tensor:
+        """Adaptive average pooling, one window at a time."""
+        h, v = x.shape[2:]
+        rows = [[x[:, :, bounds(i, h, height), bounds(j, v, width)].mean((2, 3)) for j in range(width)]
+                for i in range(height)]  # fmt: skip
+        return torch.stack([torch.stack(row, 2) for row in rows], 2)
+
+    def along(z: Tensor, kernel: Tensor) -> Tensor:
+        """Every entry with its neighbours, (B, N) -> (B, N)."""
+        k = kernel.numel()
+        padded = F.pad(z, (k // 2, k // 2))
+        return sum(kernel.flatten()[i] * padded[:, i : i + z.shape[1]] for i in range(k))
+
+    def forward(x: Tensor) -> Tensor:
+        cells = resized(x, s, s)
+        whole = torch.sigmoid(along(cells.mean((2, 3)), w['conv_global.weight']))
+        row = torch.cat([cells[:, :, i, j] for i in range(s) for j in range(s)], 1)
+        parts = torch.sigmoid(along(row, w['conv_local.weight'])).split(C, 1)
+        a = torch.stack([(1 - share) * whole + share * part for part in parts], 2).unflatten(2, (s, s))
+        return x * resized(a, *x.shape[2:])
+
+    return forward
+
+
 def gather_excite(ours: nn.Module, convs: tuple[int, ...] = (0, 3, 6)) -> Callable[[Tensor], Tensor]:
     """The learned forms of Gather-Excite, at extent 8 with three convolutions."""
     w = weights(ours)
@@ -488,6 +518,7 @@ CASES: list[tuple[str, str, Reference]] = [
     ('grn', 'timm', timm_grn),
     ('grn', 'formula', grn),
     ('caa', 'formula', caa),
+    ('mlca', 'formula', mlca),
 ]
 # The same with other options than the defaults. A formula reads most sizes from the weights.
 WITH_OPTIONS: list[tuple[str, Reference]] = [
@@ -522,6 +553,9 @@ WITH_OPTIONS: list[tuple[str, Reference]] = [
     ('sk(groups=4, reduction=2, min_rd_channels=8)', timm_sk),
     ('sk(num_paths=3, groups=1)', selective_kernel),
     ('caa(kernel_size=5)', caa),
+    ('mlca(local_size=3, local_weight=0.25)', partial(mlca, s=3, share=0.25)),
+    ('mlca(kernel_size=7)', mlca),
+    ('mlca(gamma=1, beta=4)', mlca),
 ]
 
 
@@ -608,6 +642,7 @@ PARAMETERS = {
     'nam': 2 * 256,
     'grn': 2 * 256,
     'caa': 2 * (256 * 256 + 256) + 2 * (11 * 256 + 256),
+    'mlca': 2 * 5,
 }
 
 
@@ -627,7 +662,7 @@ def test_graph_and_docstring(name):
     for edge in graph.edges:
         assert edge.set_name is None or parse_name(edge.label)[0] in EXTENDED_SETS[edge.set_name]
     first = BLOCKS[name].__doc__.strip().split('\n')[0]
-    assert 'arXiv' in first or 'no paper' in BLOCKS[name].__doc__ or name in ('simam', 'sase', 'strip'), first
+    assert 'arXiv' in first or 'no paper' in BLOCKS[name].__doc__ or name in ('simam', 'sase', 'strip', 'mlca'), first
 
 
 @pytest.mark.parametrize('extent', [0, 1, 3, 6, True, '8'])

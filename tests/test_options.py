@@ -214,6 +214,9 @@ CASES = [
     ('block', 'sk(groups=4, reduction=2, min_rd_channels=8)', 2 * (9 * C * 8 + 2 * C) + C * 16 + 2 * 16 + 2 * 16 * C),
     ('block', 'sk(num_paths=3, groups=1)', 3 * (9 * C * C + 2 * C) + C * 32 + 2 * 32 + 3 * 32 * C),
     ('block', 'caa(kernel_size=5)', 2 * (C * C + C) + 2 * (5 * C + C)),
+    ('block', 'mlca(local_size=3, local_weight=0.25)', 2 * 3),
+    ('block', 'mlca(kernel_size=7)', 2 * 7),
+    ('block', 'mlca(gamma=1, beta=0)', 2 * 5),
     ('block', GENOTYPE,
      (4 * 4 + 4 * C + 2 * 4) + 2 * C * 8 + 5 + (2 * 16 + 2 * 16 * 16) + (2 * C + 18 * 4 + 8 + 1) + 11 + 4),
 ]  # fmt: skip
@@ -314,6 +317,10 @@ WRONG_VALUES = [
     ('block', 'sk(reduction=33)', 'SelectiveKernel of 32 channels'),
     ('block', 'shuffle(groups=32)', r'needs 2 \* groups to divide its 32 channels, got groups=32'),
     ('block', 'shuffle(groups=0)', 'ShuffleAttention needs groups to be an int of at least 1, got 0'),
+    ('block', 'mlca(local_size=0)', 'MixedLocalChannelAttention needs local_size to be an int of at least 1, got 0'),
+    *(('block', f'mlca(local_weight={value})', 'needs local_weight to be a number from 0 to 1, got')
+      for value in (-0.1, 1.5, True, None)),
+    ('block', 'mlca(kernel_size=67)', 'MixedLocalChannelAttention .* needs kernel_size to be at most 65, got 67'),
     ('block', 'bam(dilation=0)', 'SpatialDilated needs dilation to be an int of at least 1, got 0'),
     ('block', 'fca(frequencies=17)', 'ChannelDCT needs frequencies to be an int from 1 to 16, got 17'),
     ('block', 'gsop(rd_channels=129)', 'ChannelGSoP needs rd_channels to be an int from 1 to 128, got 129'),

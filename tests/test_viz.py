@@ -69,23 +69,10 @@ def test_capture_finds_the_gates(make, expected):
 KINDS = {
     (True, False): ['se', 'ese', 'eca', 'ecam', 'ceca', 'gc', 'gca', 'srm', 'gct', 'fca', 'gsop', 'sk', 'grn'],
     (True, True): [
-        *(
-            'sase',
-            'bam',
-            'scse',
-            'ge',
-            'ge_theta',
-            'ge_plus',
-            'sge',
-            'ema',
-            'simam',
-            'triplet',
-            'shuffle',
-            'caa',
-            'nam',
-        ),
+        *('sase', 'bam', 'scse', 'ge', 'ge_theta', 'ge_plus', 'sge', 'ema', 'simam', 'triplet'),
         *('coord', 'scoord', 'ela', 'strip', 'cbam', 'lcbam'),
         *('lka',),
+        *('shuffle', 'nam', 'caa', 'mlca'),
     ],
 }
 

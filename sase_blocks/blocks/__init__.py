@@ -11,6 +11,7 @@ from .graph import Edge, Graph
 from .grn import GlobalResponseNorm
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
 from .large_kernel import LargeKernelAttention
+from .mlca import MixedLocalChannelAttention
 from .nam import NormAttention
 from .named import BLOCKS, block_graph, block_name, create_block, list_blocks, resolve_block
 from .pruning import keep_channels
@@ -37,6 +38,7 @@ __all__ = [
     'GlobalResponseNorm',
     'Graph',
     'LargeKernelAttention',
+    'MixedLocalChannelAttention',
     'NormAttention',
     'ParallelAttention',
     'SelectiveKernel',

@@ -22,6 +22,7 @@ from .graph import Graph, chain
 from .grn import GlobalResponseNorm
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
 from .large_kernel import LargeKernelAttention
+from .mlca import MixedLocalChannelAttention
 from .nam import NormAttention
 from .selective_kernel import SelectiveKernel
 from .shuffle import ShuffleAttention
@@ -174,6 +175,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'nam': NormAttention,
     'grn': GlobalResponseNorm,
     'caa': ContextAnchorAttention,
+    'mlca': MixedLocalChannelAttention,
 }
 
 
