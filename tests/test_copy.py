@@ -110,7 +110,9 @@ def test_ruff_accepts_every_copy(tmp_path):
         pytest.skip('needs ruff')
     names = [*list_blocks(), *LAYERS, *genotypes()]
     for i, name in enumerate(names):
-        (tmp_path / f'copy{i}.py').write_text(copy_blocks([name], f'copy{i}.py'))
+        code = copy_blocks([name], f'copy{i}.py')
+        assert not re.search(r'\b(alpha|Graph|ABC|per_channel|paper_key|keep_channels|primitive_name)\b', code), name
+        (tmp_path / f'copy{i}.py').write_text(code)
     several = [name for name in names if name != 'ge_plus']
     (tmp_path / 'all.py').write_text(copy_blocks([f'Class{i}={name}' for i, name in enumerate(several)], 'all.py'))
     config = ['--config', str(ROOT / 'pyproject.toml')]
@@ -151,6 +153,8 @@ def test_several_blocks_share_what_they_have_in_common():
     assert namespace['SE'](32).excite.fc1.weight.shape == (2, 32)
     assert namespace['Four'](32).excite.fc1.weight.shape == (8, 32)
     assert namespace['Four'](32, reduction=2).excite.fc1.weight.shape == (16, 32)
+    found = copy_blocks(['Mine=avg_max, 2conv_1x1, affine, p-norm, GAP, conv3x3'], 'mine.py')  # becomes canonical
+    assert found.splitlines()[1] == '#     sase-blocks copy Mine=avg_max,mlp,affine,p_norm,avg,conv3x3 -o mine.py'
     many = [f'Class{i}=se(reduction={i + 1})' for i in range(9)]
     assert check_copy(copy_blocks(many, 'many.py')) == ('unchanged', '')
 
@@ -193,6 +197,7 @@ WRONG = [
         ['ChannelMLP=eca', 'se'],
         'ChannelMLP is also the name of sase_blocks.ops.channel_excite.ChannelMLP, which is copied',
     ),
+    (['CBAMChannel=eca', 'cbam'], 'CBAMChannel is also the name of a part of another block; choose another'),
     (['nn=se'], 'nn is also the name of torch.nn, which is copied'),
     ([], 'pass the blocks to copy and -o FILE'),
 ]

@@ -165,8 +165,9 @@ class AttentionBlock(SixEdges):
 class SASE(AttentionBlock):
     """The block that SASE's search found (arXiv 2411.08333): ``avg_max,mlp,affine,p_norm,avg,conv3x3_x2``.
 
-    In the paper it is in every bottleneck of ResNet-50/101, after the third batch norm and before the shortcut is
-    added. It fits timm's ``attn_layer=``. Shape: (B, C, H, W) -> (B, C, H, W).
+    y = x * (1 + (c + a) / 2) for a channel attention c and a spatial attention a. In the paper, it is in every
+    bottleneck of ResNet-50/101, after the third batch norm and before the shortcut is added. It fits timm's
+    ``attn_layer=``. Shape: (B, C, H, W) -> (B, C, H, W).
 
     Args:
         channels: C, at least 1.

@@ -105,7 +105,9 @@ class Copy:
         """Add a piece of code after what it reads; ``modules`` say what its names mean."""
         for read in reads(text):
             self.need(modules, read)
-        self.pieces[name] = re.sub(rf'\b({"|".join(INSTEAD)})\b', lambda match: INSTEAD[match[0]], text)
+        text = re.sub(rf'\b({"|".join(INSTEAD)})\b', lambda match: INSTEAD[match[0]], text)
+        if self.pieces.setdefault(name, text) != text:
+            raise ValueError(f'{name} is also the name of a part of another block; choose another')
 
     def need(self, modules: Iterable[str], name: str) -> None:
         """Add what a name means in the first of the modules that knows it."""
@@ -145,7 +147,9 @@ class Copy:
         named, values = parse_name(block)
         doc = inspect.cleandoc(BLOCKS[named].__doc__ or '')
         if isinstance(module, (*CORES, nn.Sequential)):
-            self.compose(name, module, doc, options_of_block(named, values))
+            options = options_of_block(named, values)
+            missing = {option.name for option in options} - set(self.compose(name, module, doc, options))
+            assert not missing, f'{named}: no primitive has an option of the name {missing}'
             return doc
         cls = flat_of(module)
         if not isinstance(BLOCKS[named], type):  # the function's first line, and the arguments of the class
@@ -198,7 +202,8 @@ class Copy:
             made = self.compose(f'{name}{kind}', block, f'The {kind.lower()} attention of {name}.', options)
             arguments = [n if n in ('channels', 'feat_size') else f'{n}={n}' for n in made]
             parts.append(call(f'{name}{kind}', arguments))
-        params = [Parameter('channels', 'int'), *options, *DEVICE_AND_DTYPE]
+        taken = {argument for part in parts for argument in re.findall(r'(\w+)=', part)}
+        params = [Parameter('channels', 'int'), *(o for o in options if o.name in taken), *DEVICE_AND_DTYPE]
         own = ast.parse('def __init__(self) -> None: ...').body[0]
         assert isinstance(own, ast.FunctionDef)
         init = define(own, '__init__', [break_call(call('super().__init__', parts))], params)

@@ -1,12 +1,7 @@
 """Attention of each position to the k x k positions around it: one formula, four ways to compute it.
 
-The formula of Stand-Alone Self-Attention (Ramachandran et al. 2019), per head, for the query at (i, j) and the keys at
-(a, b) of its window, with r the concatenation of a row and a column table:
-
-    logit = q_ij . (k_ab + r_q(a - i, b - j)) [+ k_ab . r_k(a - i, b - j)]
-    y_ij = sum_ab softmax(logit) (v_ab [+ r_v(a - i, b - j)])
-
-The terms in brackets make it position-sensitive, as in Axial-DeepLab (Wang et al. 2020). There is no 1 / sqrt(d).
+``torch_attention`` states the formula of Stand-Alone Self-Attention (Ramachandran et al. 2019). The terms in brackets
+make it position-sensitive, as in Axial-DeepLab (Wang et al. 2020). There is no 1 / sqrt(d).
 No route makes k * k copies of k and v, or sums the two tables into k x k vectors.
 
 | route | what it does | takes part in |
@@ -132,7 +127,14 @@ def check_local(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, border: str) 
 def torch_attention(
     q: Tensor, k: Tensor, v: Tensor, relative: Tensor, border: str = 'zero', route: str | None = None
 ) -> Tensor:
-    """``local_attention`` by one of ``TORCH_ROUTES``; None chooses."""
+    """The formula without Triton. Per head, for the query at (i, j) and the keys at (a, b) of its k x k window:
+
+        logit = q_ij . (k_ab + r_q(a - i, b - j)) [+ k_ab . r_k(a - i, b - j)]
+        y_ij = sum_ab softmax(logit) (v_ab [+ r_v(a - i, b - j)])
+
+    The relative positions r are the concatenation of a row and a column table. q, k, v and the result are (B, heads, d,
+    H, W), the tables (1 or 3, 2, d / 2, k). border and route: ``'zero'`` or ``'mask'``, and one of ``TORCH_ROUTES``.
+    """
     forced = 'auto' if route is None else route
     check_local(q, k, v, relative, border)
     if forced != 'auto' and forced != 'shifts' and forced != 'blocks' and forced != 'recompute':
