@@ -167,8 +167,7 @@ def list_candidates(
 ) -> list[dict[str, str]]:
     """The name, kind and genotype of each candidate of ``evaluate``, the found block first.
 
-    Raises:
-        ValueError: a wrong argument, or a block that the budget's model cannot be built with.
+    Raises ValueError for a wrong argument or a block that the budget's model cannot be built with.
     """
     if randoms < 0:
         raise ValueError(f'randoms must be at least 0, got {randoms}')

@@ -61,11 +61,7 @@ def describe_result(
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """The result in a file, or in the folder of a run.
-
-    Raises:
-        ValueError: no such file, or not a search's result.
-    """
+    """The result in a file, or in the folder of a run. Raises ValueError if there is none."""
     path = Path(path)
     path = path / RESULT if path.is_dir() else path
     try:

@@ -79,8 +79,7 @@ class SearchSpace:
     def parse(cls, text: str) -> SearchSpace:
         """From 'paper', 'extended', ``'EDGE=NAME,NAME; EDGE=...'``, a JSON object of lists, or the path of such a file.
 
-        Raises:
-            ValueError: none of these.
+        Raises ValueError for anything else.
         """
         text = text.strip()
         if (sets := {'paper': SETS, 'extended': EXTENDED_SETS}.get(text)) is not None:

@@ -84,11 +84,7 @@ def _verdict(tied: int, others: int, images: int) -> str:
 
 
 def draw_result(result: Mapping[str, Any], out: Path) -> None:
-    """Write ``front.png`` and ``architecture.png`` to ``out``.
-
-    Raises:
-        ImportError: matplotlib is missing (extra ``viz``).
-    """
+    """Write ``front.png`` and ``architecture.png`` to ``out``. Raises ImportError without matplotlib."""
     from sase_blocks.viz import draw_architecture, plot_front, save_figure
 
     title = 'nothing was decided' if result['tied'] == result['evaluations'] - 1 else None

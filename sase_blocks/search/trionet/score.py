@@ -40,11 +40,7 @@ def accuracy(
     batches: Iterable[tuple[Tensor, Tensor]],
     autocast: AbstractContextManager[Any] | None = None,
 ) -> float:
-    """Top-1 accuracy in percent, in eval mode.
-
-    Raises:
-        ValueError: no images. FloatingPointError: outputs that are not finite.
-    """
+    """Top-1 accuracy in percent, in eval mode. Raises ValueError without images, FloatingPointError for NaN or inf."""
     network.eval()
     right, bad, count = torch.tensor(0), torch.tensor(0), 0
     with autocast or nullcontext():

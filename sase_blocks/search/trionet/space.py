@@ -147,11 +147,7 @@ class TrioSpace:
         return found
 
     def architecture(self, genome: Genome) -> Architecture:
-        """The point of a genome.
-
-        Raises:
-            ValueError: a gene is missing or has an invalid value.
-        """
+        """The point of a genome. Raises ValueError for a missing gene or an invalid value."""
         for name, values in self.genes.items():
             if genome.get(name) not in values:
                 raise ValueError(f'gene {name!r} must be one of {", ".join(values)}, got {genome.get(name)!r}')
@@ -222,11 +218,7 @@ class TrioSpace:
 
     @classmethod
     def parse(cls, text: str) -> TrioSpace:
-        """A built-in space by name, or a space from a JSON file.
-
-        Raises:
-            ValueError: neither, or an inconsistent space; the message names the field.
-        """
+        """A built-in space by name, or a space from a JSON file. Raises ValueError as the class, or for neither."""
         if text in SPACES:
             return SPACES[text]
         if not text.endswith('.json'):

@@ -59,8 +59,7 @@ def saved_supernet(config: TrioConfig) -> dict[str, Any] | None:
 def load_supernet(path: str | Path) -> SuperNet:
     """A supernet in eval mode on the CPU, from supernet.pt or a run's folder; the average of its weights if it has one.
 
-    Raises:
-        ValueError, OSError: no such file, or not a supernet.
+    Raises ValueError or OSError for anything else.
     """
     path = Path(path) / 'supernet.pt' if Path(path).is_dir() else path
     saved = read_checkpoint(path)
