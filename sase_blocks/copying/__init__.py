@@ -22,8 +22,6 @@ from .file import COPYRIGHT, LAYERS, PROG, Copy, digest
 
 __all__ = ['COPYRIGHT', 'LAYERS', 'check_copy', 'copy_blocks']
 
-PAPER = r'arXiv \d{4}\.\d{4,5}|[A-Z]\w+ et al\., [A-Z]+ \d{4}'
-
 
 def copy_blocks(names: Sequence[str], file: str = 'FILE') -> str:
     """The text of a Python file with the blocks, which needs only torch.
@@ -47,9 +45,8 @@ def copy_blocks(names: Sequence[str], file: str = 'FILE') -> str:
         wanted[name] = block
         copy.origins[name] = (LAYERS[block].__module__ if name == block else '', name)
     canonical = [text if name == _class_name(text) else f'{name}={text}' for name, text in wanted.items()]
-    docs = [copy.export(name, block) for name, block in wanted.items()]
-    papers = list(dict.fromkeys(paper for doc in docs for paper in re.findall(PAPER, doc)))
-    return copy.text(list(wanted), papers, canonical, file)
+    papers = [paper for name, block in wanted.items() for paper in copy.export(name, block)]
+    return copy.text(list(wanted), list(dict.fromkeys(papers)), canonical, file)
 
 
 def check_copy(text: str) -> tuple[str, str]:
@@ -112,7 +109,7 @@ def _read(text: str) -> tuple[str, str]:
 def _class_name(text: str) -> str:
     """The name of a block's class: its own, the block's name in capitals, or for a genotype ``Attention``."""
     name = parse_name(text)[0] if len(split_names(text)) == 1 else ''
-    build = BLOCKS.get(name)
+    build = {**BLOCKS, **LAYERS}.get(name)
     if isinstance(build, type):
         return build.__name__
     first, *rest = name.split('_')

@@ -43,6 +43,9 @@ INSTEAD = {'local_attention': 'torch_attention', 'LOCAL_ROUTES': 'TORCH_ROUTES'}
 LEFT_OUT = ('extra_repr', 'multiply_adds', 'no_weight_decay')
 # The first version of torch with what a copy uses, where that is later than 2.1.
 FIRST_TORCH = {'torch.is_autocast_enabled(': (2, 4), 'bool(torch.compiler.is_exporting())': (2, 7)}
+# A paper, as docstrings name it.
+PAPER = r'arXiv \d{4}\.\d{4,5}|doi 10\.[^\s,;)]+|[A-Z]\w+ et al\., [A-Z]+ \d{4}'
+
 
 # What builds a composition from ready-made primitives.
 CORES: dict[type[nn.Module], Any] = {
@@ -132,32 +135,32 @@ class Copy:
         else:
             self.add(there, plain(src, node), [module])
 
-    def export(self, name: str, block: str) -> str:
-        """Add a block as a class of this name. Returns its docstring."""
+    def export(self, name: str, block: str) -> list[str]:
+        """Add a block as a class of this name. Returns its papers."""
         if block in LAYERS:
             src = source(LAYERS[block].__module__)
             text = plain(src, src.defs[block])
             self.add(name, re.sub(rf'^class {block}\b', f'class {name}', text, flags=re.MULTILINE), [src.module])
-            return inspect.getdoc(sys.modules[src.module]) or ''
+            return papers_of('', src.module)
         module = resolve_block(block)(64, feat_size=8, device='meta')
         if len(split_names(block)) > 1:
             doc = f'The block of SASE (arXiv 2411.08333), y = x * (1 + (c + a) / 2), with the genotype\n\n{block}.'
             self.compose(name, module, doc, [])
-            return doc
+            return papers_of(doc)
         named, values = parse_name(block)
         doc = inspect.cleandoc(BLOCKS[named].__doc__ or '')
         if isinstance(module, (*CORES, nn.Sequential)):
             options = options_of_block(named, values)
             missing = {option.name for option in options} - set(self.compose(name, module, doc, options))
             assert not missing, f'{named}: no primitive has an option of the name {missing}'
-            return doc
+            return papers_of(doc)
         cls = flat_of(module)
         if not isinstance(BLOCKS[named], type):  # the function's first line, and the arguments of the class
             doc = '\n\n'.join([doc, *cls.doc.split('\n\n')[1:]])
         defaults = {**constants_of(named), **values}
         written = write_flat(cls, name, doc=doc, defaults=defaults, channels=channels_of(cls, module))
         self.add(name, written.text, written.modules)
-        return doc
+        return papers_of(doc, type(module).__module__)
 
     def compose(self, name: str, module: nn.Module, doc: str, options: Sequence[Parameter]) -> list[str]:
         """Add a composition like ``module``. Returns the parameters that it is built with."""
@@ -250,6 +253,11 @@ class Copy:
             lines += [f'from {module} import {", ".join(found)}' for module, found in members.items()]
             sections += ['\n'.join(lines)] if lines else []
         return '\n\n'.join(sections)
+
+
+def papers_of(doc: str, module: str = __name__) -> list[str]:
+    """The papers that a docstring names, or else that of its module."""
+    return re.findall(PAPER, doc) or re.findall(PAPER, inspect.getdoc(sys.modules[module]) or '')
 
 
 def plain(src: Source, node: ast.stmt) -> str:

@@ -16,12 +16,9 @@ from torch.nn.modules.utils import _pair
 
 
 class Conv2d(_ConvNd):
-    """Initialises and computes like ``nn.Conv2d`` with zero padding. (B, C_in, H, W) -> (B, C, H', W').
+    """Has the arguments, the initialisation and the results of ``nn.Conv2d`` with zero padding.
 
-    Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in ``nn.Conv2d``, where an
-            int may replace a pair.
-        device, dtype: of the parameters.
+    Shape: (B, in_channels, H, W) -> (B, out_channels, H', W').
     """
 
     def __init__(
