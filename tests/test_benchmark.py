@@ -149,7 +149,7 @@ def test_an_inserted_block_makes_the_passes_of_the_block_alone(bench, dtype):
     for name in BLOCKS:
         alone, inserted = (passes(bench, m.to(dtype), x) for m in (create_block(name, 64), as_inserted(name)))
         more = [b - a for a, b in zip(alone, inserted, strict=True)]
-        if name in ('coord', 'ela'):  # the gradient of alpha reads that of the product once
+        if name in ('coord', 'ela', 'scsa'):  # the gradient of alpha reads that of the product once
             assert all(0 <= n < most for n, most in zip(more, (0.3, 2, 0.3), strict=True)), (name, more)
         elif name in WHOLE_GATE:
             assert all(0 <= n < most for n, most in zip(more, (2.3, 8.3, 1.3), strict=True)), (name, more)

@@ -424,6 +424,30 @@ def mlca(ours: nn.Module, s: int = 5, share: float = 0.5) -> Callable[[Tensor], 
     return forward
 
 
+def scsa(ours: nn.Module, heads: int = 1, window: int = 7) -> Callable[[Tensor], Tensor]:
+    w = weights(ours)
+    n = C // 4
+
+    def strip(s: Tensor, norm: str) -> Tensor:
+        parts = []
+        for i, part in enumerate(s.split(n, 1)):
+            kernel = w[f'convs.{i}.weight']
+            parts.append(F.conv1d(part, kernel, w[f'convs.{i}.bias'], padding=kernel.shape[2] // 2, groups=n))
+        normed = F.group_norm(torch.cat(parts, 1), 4, w[f'{norm}.weight'], w[f'{norm}.bias'])
+        return torch.sigmoid(normed)
+
+    def forward(x: Tensor) -> Tensor:
+        z = x * strip(x.mean(3), 'norm_h')[:, :, :, None] * strip(x.mean(2), 'norm_w')[:, :, None, :]
+        t = F.avg_pool2d(z, (min(window, x.shape[2]), min(window, x.shape[3])))
+        t = F.group_norm(t, 1, w['norm_weight'], w['norm_bias']).flatten(2)
+        q, k, v = ((t * w[name][:, None]).unflatten(1, (heads, -1)) for name in ('query', 'key', 'value'))
+        scores = torch.einsum('bhin,bhjn->bhij', q, k) / (C // heads) ** 0.5
+        out = torch.einsum('bhij,bhjn->bhin', torch.softmax(scores, -1), v).flatten(1, 2)
+        return z * torch.sigmoid(out.mean(2))[:, :, None, None]
+
+    return forward
+
+
 def gather_excite(ours: nn.Module, convs: tuple[int, ...] = (0, 3, 6)) -> Callable[[Tensor], Tensor]:
     """The learned forms of Gather-Excite, at extent 8 with three convolutions."""
     w = weights(ours)
@@ -519,6 +543,7 @@ CASES: list[tuple[str, str, Reference]] = [
     ('grn', 'formula', grn),
     ('caa', 'formula', caa),
     ('mlca', 'formula', mlca),
+    ('scsa', 'formula', scsa),
 ]
 # The same with other options than the defaults. A formula reads most sizes from the weights.
 WITH_OPTIONS: list[tuple[str, Reference]] = [
@@ -556,6 +581,8 @@ WITH_OPTIONS: list[tuple[str, Reference]] = [
     ('mlca(local_size=3, local_weight=0.25)', partial(mlca, s=3, share=0.25)),
     ('mlca(kernel_size=7)', mlca),
     ('mlca(gamma=1, beta=4)', mlca),
+    ('scsa(num_heads=4, window_size=3)', partial(scsa, heads=4, window=3)),
+    ('scsa(kernel_sizes=(1, 3, 3, 5))', scsa),
 ]
 
 
@@ -643,6 +670,7 @@ PARAMETERS = {
     'grn': 2 * 256,
     'caa': 2 * (256 * 256 + 256) + 2 * (11 * 256 + 256),
     'mlca': 2 * 5,
+    'scsa': 64 * (3 + 5 + 7 + 9 + 4) + 2 * 2 * 256 + 2 * 256 + 3 * 256,
 }
 
 

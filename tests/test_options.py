@@ -217,6 +217,8 @@ CASES = [
     ('block', 'mlca(local_size=3, local_weight=0.25)', 2 * 3),
     ('block', 'mlca(kernel_size=7)', 2 * 7),
     ('block', 'mlca(gamma=1, beta=0)', 2 * 5),
+    ('block', 'scsa(num_heads=4, window_size=2)', 8 * (3 + 5 + 7 + 9 + 4) + 9 * C),
+    ('block', 'scsa(kernel_sizes=(1, 3, 3, 5))', 8 * (1 + 3 + 3 + 5 + 4) + 9 * C),
     ('block', GENOTYPE,
      (4 * 4 + 4 * C + 2 * 4) + 2 * C * 8 + 5 + (2 * 16 + 2 * 16 * 16) + (2 * C + 18 * 4 + 8 + 1) + 11 + 4),
 ]  # fmt: skip
@@ -321,6 +323,12 @@ WRONG_VALUES = [
     *(('block', f'mlca(local_weight={value})', 'needs local_weight to be a number from 0 to 1, got')
       for value in (-0.1, 1.5, True, None)),
     ('block', 'mlca(kernel_size=67)', 'MixedLocalChannelAttention .* needs kernel_size to be at most 65, got 67'),
+    ('block', 'scsa(num_heads=3)', 'SynergisticAttention needs num_heads to divide its 32 channels, got 3'),
+    ('block', 'scsa(num_heads=0)', 'SynergisticAttention needs num_heads to be an int of at least 1, got 0'),
+    ('block', 'scsa(window_size=-1)', 'SynergisticAttention needs window_size to be an int of at least 1, got -1'),
+    *(('block', f'scsa(kernel_sizes={value})', f'needs kernel_sizes to be four odd ints, got {re.escape(value)}')
+      for value in ('7', '(3, 5)')),
+    ('block', 'scsa(kernel_sizes=(3, 5, 7, 8))', 'SynergisticAttention needs an odd kernel_size, .* got 8'),
     ('block', 'bam(dilation=0)', 'SpatialDilated needs dilation to be an int of at least 1, got 0'),
     ('block', 'fca(frequencies=17)', 'ChannelDCT needs frequencies to be an int from 1 to 16, got 17'),
     ('block', 'gsop(rd_channels=129)', 'ChannelGSoP needs rd_channels to be an int from 1 to 128, got 129'),

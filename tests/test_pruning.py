@@ -15,7 +15,7 @@ SIZE = (8, 8)
 # Their parameters are not for channels, or for groups of them, so they take other numbers of channels, too.
 ANY_NUMBER = {'eca', 'ecam', 'ceca', 'ge', 'simam', 'triplet', 'sge', 'ema', 'shuffle', 'mlca'}
 # What these compute of a channel depends on where it stands among the others.
-ORDERED = {'eca', 'ecam', 'ceca', 'fca', 'sge', 'ema', 'ela', 'triplet', 'shuffle', 'sk', 'mlca'}
+ORDERED = {'eca', 'ecam', 'ceca', 'fca', 'sge', 'ema', 'ela', 'triplet', 'shuffle', 'sk', 'mlca', 'scsa'}
 
 
 def built(name: str, channels: int = 64) -> nn.Module:

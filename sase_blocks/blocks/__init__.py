@@ -15,6 +15,7 @@ from .mlca import MixedLocalChannelAttention
 from .nam import NormAttention
 from .named import BLOCKS, block_graph, block_name, create_block, list_blocks, resolve_block
 from .pruning import keep_channels
+from .scsa import SynergisticAttention
 from .selective_kernel import SelectiveKernel
 from .shuffle import ShuffleAttention
 from .simam import SimAM
@@ -49,6 +50,7 @@ __all__ = [
     'SpatialAttention',
     'SpatialGroupEnhance',
     'StripAttention',
+    'SynergisticAttention',
     'TripletAttention',
     'block_graph',
     'block_name',

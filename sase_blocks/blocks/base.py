@@ -75,6 +75,9 @@ class AttentionModule(nn.Module, ABC):
         """For ``keep_channels``: the number that must divide the channels, because they are in groups."""
         return max([norm.num_groups for norm in self.children() if isinstance(norm, GroupNorm)], default=1)
 
+    def keep_rest(self, keep: Tensor) -> None:
+        """For ``keep_channels``: keep these indices in what ``per_channel`` cannot describe."""
+
     def reset_parameters(self) -> None:
         """Reinitialise the parameters."""
         for child in self.children():

@@ -24,6 +24,7 @@ from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
 from .large_kernel import LargeKernelAttention
 from .mlca import MixedLocalChannelAttention
 from .nam import NormAttention
+from .scsa import SynergisticAttention
 from .selective_kernel import SelectiveKernel
 from .shuffle import ShuffleAttention
 from .simam import SimAM
@@ -176,6 +177,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'grn': GlobalResponseNorm,
     'caa': ContextAnchorAttention,
     'mlca': MixedLocalChannelAttention,
+    'scsa': SynergisticAttention,
 }
 
 

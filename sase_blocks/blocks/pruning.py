@@ -47,6 +47,8 @@ def keep_channels(block: nn.Module, keep: Sequence[int]) -> None:
                 f'channels, got {len(index)}; prune to such a multiple (round_to={multiple} in torch-pruning)'
             )
     for part in parts:
+        if isinstance(part, AttentionModule):
+            part.keep_rest(torch.tensor(index))
         for path, axis in part.per_channel.items():
             for owner, name, tensor in _tensors(part, path):
                 if tensor.dim() > max(axis, 0):  # a bias has no entry per input

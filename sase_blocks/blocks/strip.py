@@ -39,7 +39,7 @@ def _graph(label: str, formula: str) -> Graph:
     return Graph(nodes, edges, formula)
 
 
-class _RowsTimesColumns(AttentionModule):
+class RowsTimesColumns(AttentionModule):
     """Base of the blocks whose gate is a product of one gate per row and one per column."""
 
     @abstractmethod
@@ -55,7 +55,7 @@ class _RowsTimesColumns(AttentionModule):
         return fade_product(rows, columns, alpha)
 
 
-class CoordinateAttention(_RowsTimesColumns):
+class CoordinateAttention(RowsTimesColumns):
     """Coordinate attention (arXiv 2103.02907, eq. 4 to 9): y = x * sigmoid(F_h(f_h)) * sigmoid(F_w(f_w)).
 
     f = hardswish(norm(F_1([h; w]))) has max(8, C // reduction) channels and is split again. There are no biases.
@@ -134,7 +134,7 @@ class SimpleCoordinateAttention(AttentionModule):
         return _graph('shared fc, silu; fc', 'y = x * sigmoid(a_h + a_w)')
 
 
-class EfficientLocalAttention(_RowsTimesColumns):
+class EfficientLocalAttention(RowsTimesColumns):
     """Efficient local attention (arXiv 2403.01123, section 3, variant ELA-B): y = x * gate_h * gate_w.
 
     gate = sigmoid(GroupNorm(depthwise convolution)). timm's ``ela`` has a SiLU before the sigmoid and one group.
