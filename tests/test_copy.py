@@ -112,6 +112,7 @@ def test_ruff_accepts_every_copy(tmp_path):
     for i, name in enumerate(names):
         code = copy_blocks([name], f'copy{i}.py')
         assert not re.search(r'\b(alpha|Graph|ABC|per_channel|paper_key|keep_channels|primitive_name)\b', code), name
+        assert 'all blocks accept' not in code.replace('device, dtype: ignored; all blocks accept', ''), name
         assert '\n# Papers: ' in code or 'in no paper' in code.lower(), name
         (tmp_path / f'copy{i}.py').write_text(code)
     several = [name for name in names if name != 'ge_plus']

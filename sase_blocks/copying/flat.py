@@ -183,7 +183,7 @@ def write_flat(
         params = [p for p in parameters(own) if p.name != 'feat_size' or 'feat_size' in loaded]
         changed = defaults or {}
         params = [replace(p, default=repr(changed[p.name])) if p.name in changed else p for p in params]
-    dropped = {p.name for p in parameters(own)} - {p.name for p in params}
+    dropped = {'feat_size', *(p.name for p in parameters(own))} - {p.name for p in params}
     parts = [docstring(cls.doc if doc is None else doc, dropped)]
     parts += ['\n'.join(constants)] if constants else []
     if init == ['super().__init__()']:
