@@ -16,6 +16,8 @@ from sase_blocks.ops.primitive import adaptive_avg_pool
 from .base import AttentionModule
 from .graph import CHANNEL, MAP, Edge, Graph
 
+torch.fx.wrap('adaptive_avg_pool')  # must be wrapped in each module that calls it
+
 
 class MixedLocalChannelAttention(AttentionModule):
     """Mixed local channel attention, MLCA (Wan et al., Engineering Applications of AI 2023, section 3.1).

@@ -141,6 +141,7 @@ def pooling_matrix(n_in: int, n_out: int, like: Tensor) -> Tensor:
     return weight / weight.sum(1, keepdim=True)
 
 
+@torch.fx.wrap
 def adaptive_avg_pool(x: Tensor, height: int, width: int) -> Tensor:
     """(B, C, H, W) -> (B, C, height, width), like ``F.adaptive_avg_pool2d``."""
     rows, columns = pooling_matrix(x.shape[2], height, x), pooling_matrix(x.shape[3], width, x)
