@@ -317,6 +317,10 @@ def lka(ours: nn.Module, d: int = 3) -> Callable[[Tensor], Tensor]:
     return depthwise_stack(ours, ('conv0', 1), ('conv_spatial', d))
 
 
+def lska(ours: nn.Module, d: int = 3) -> Callable[[Tensor], Tensor]:
+    return depthwise_stack(ours, ('conv0h', 1), ('conv0v', 1), ('conv_spatial_h', d), ('conv_spatial_v', d))
+
+
 def timm_sk(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     """timm's module of two paths on all channels, with our weights. Its two selections are one layer."""
     own = weights(ours)
@@ -523,6 +527,7 @@ CASES: list[tuple[str, str, Reference]] = [
     ('ela', 'timm', ela_reference(16)),
     ('strip', 'timm', timm_module('strip', same('conv_h.weight', 'conv_w.weight'))),
     ('lka', 'formula', lka),
+    ('lska', 'formula', lska),
     ('bam', 'formula', bam),
     ('scse', 'formula', scse),
     ('srm', 'formula', srm),
@@ -566,6 +571,7 @@ WITH_OPTIONS: list[tuple[str, Reference]] = [
     ('ela(kernel_size=5, groups=4)', ela_reference(4, kernel_size=5)),
     ('strip(kernel_size=5)', timm_module('strip', same('conv_h.weight', 'conv_w.weight'), kernel_size=5)),
     ('lka(kernel_size=9, dilation=2)', partial(lka, d=2)),
+    ('lska(kernel_size=11, dilation=2)', partial(lska, d=2)),
     ('bam(reduction=8, dilation=2)', partial(bam, d=2)),
     ('scse(reduction=4)', scse),
     ('fca(frequencies=4, reduction=2)', partial(fca, frequencies=4)),
@@ -665,6 +671,7 @@ PARAMETERS = {
     'ela': 2 * 7 * 256 + 4 * 256,
     'strip': 2 * 3 * 256,
     'lka': (25 + 49 + 2) * 256 + 256 * 256 + 256,
+    'lska': (2 * 5 + 2 * 7 + 4) * 256 + 256 * 256 + 256,
     'sk': 2 * (9 * 256 * 8 + 2 * 256) + 256 * 32 + 2 * 32 + 2 * 32 * 256,
     'nam': 2 * 256,
     'grn': 2 * 256,

@@ -71,8 +71,8 @@ KINDS = {
     (True, True): [
         *('sase', 'bam', 'scse', 'ge', 'ge_theta', 'ge_plus', 'sge', 'ema', 'simam', 'triplet'),
         *('coord', 'scoord', 'ela', 'strip', 'cbam', 'lcbam'),
-        *('lka',),
         *('shuffle', 'scsa', 'nam', 'caa', 'mlca'),
+        *('lka', 'lska'),
     ],
 }
 

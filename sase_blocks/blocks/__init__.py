@@ -10,7 +10,7 @@ from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Edge, Graph
 from .grn import GlobalResponseNorm
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
-from .large_kernel import LargeKernelAttention
+from .large_kernel import LargeKernelAttention, LargeSeparableKernelAttention
 from .mlca import MixedLocalChannelAttention
 from .nam import NormAttention
 from .named import BLOCKS, block_graph, block_name, create_block, list_blocks, resolve_block
@@ -39,6 +39,7 @@ __all__ = [
     'GlobalResponseNorm',
     'Graph',
     'LargeKernelAttention',
+    'LargeSeparableKernelAttention',
     'MixedLocalChannelAttention',
     'NormAttention',
     'ParallelAttention',

@@ -1,7 +1,7 @@
-"""Blocks whose gate is a stack of large depthwise convolutions: LKA (VAN, arXiv 2202.09741).
+"""Blocks whose gate is a stack of large depthwise convolutions: LKA (VAN, arXiv 2202.09741), LSKA (arXiv 2309.01439).
 
-The gate has no sigmoid. VAN puts its module between two 1x1 convolutions in a residual branch, here it is alone.
-Difference from the authors' code: torch's initialisation of the layers.
+The gates have no sigmoid. The papers' networks put them between two 1x1 convolutions in a residual branch, here they
+are alone. Difference from the authors' code: torch's initialisation of the layers.
 """
 
 from typing import Any, ClassVar
@@ -20,6 +20,16 @@ def _depthwise(channels: int, size: tuple[int, int], dilation: int = 1, **kwargs
     """A depthwise convolution of an odd size that keeps the map's size."""
     padding = (dilation * (size[0] // 2), dilation * (size[1] // 2))
     return Conv2d(channels, channels, size, padding=padding, dilation=dilation, groups=channels, **kwargs)
+
+
+def _dilated_size(name: str, formula: str, size: int, kernel_size: int, dilation: int) -> int:
+    """The size of the dilated convolution, or a ValueError if it is even."""
+    if size % 2 == 0:
+        raise ValueError(
+            f'{name} needs an odd {formula}, which keeps the size of the map, got {size} from '
+            f'kernel_size={kernel_size}, dilation={dilation}'
+        )
+    return size
 
 
 class LargeKernelAttention(AttentionModule):
@@ -53,12 +63,8 @@ class LargeKernelAttention(AttentionModule):
     ) -> None:
         super().__init__(channels)
         name, kwargs = type(self).__name__, {'device': device, 'dtype': dtype}
-        size = -(-check_int(kernel_size, 'kernel_size', name) // check_int(dilation, 'dilation', name))
-        if size % 2 == 0:
-            raise ValueError(
-                f'{name} needs an odd ceil(kernel_size / dilation), which keeps the size of the map, got {size} from '
-                f'kernel_size={kernel_size}, dilation={dilation}'
-            )
+        kernel_size, dilation = check_int(kernel_size, 'kernel_size', name), check_int(dilation, 'dilation', name)
+        size = _dilated_size(name, 'ceil(kernel_size / dilation)', -(-kernel_size // dilation), kernel_size, dilation)
         small = 2 * dilation - 1
         self.conv0 = _depthwise(channels, (small, small), **kwargs)
         self.conv_spatial = _depthwise(channels, (size, size), dilation, **kwargs)
@@ -81,3 +87,68 @@ class LargeKernelAttention(AttentionModule):
             Edge('x', 'y'),
         )
         return Graph(nodes, edges, 'y = x * conv1x1(dilated(depthwise(x)))')
+
+
+class LargeSeparableKernelAttention(AttentionModule):
+    """Large separable kernel attention, LSKA (arXiv 2309.01439, section 3): y = x * conv1x1(dilated(depthwise(x))).
+
+    LKA with each depthwise convolution as a row and a column: 1 x n and n x 1 with n = 2d - 1, then with n = K // d and
+    dilation d. All have biases. The authors' kernels are K = 7 and 11 with d = 2, and 23, 35, 41 and 53 with d = 3.
+
+    Args:
+        channels: C, at least 1.
+        kernel_size: K, as the paper counts it: 23 reaches as far as 21 in ``LargeKernelAttention``. K // d must be odd.
+        dilation: d.
+        feat_size: ignored; all blocks accept it.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: bad channels or options; in ``forward`` another rank or number of channels.
+    """
+
+    per_channel: ClassVar[dict[str, int]] = {
+        'conv0h': 0,
+        'conv0v': 0,
+        'conv_spatial_h': 0,
+        'conv_spatial_v': 0,
+        'conv1': BOTH,
+    }
+
+    def __init__(
+        self,
+        channels: int,
+        feat_size: Any = None,
+        *,
+        kernel_size: int = 23,
+        dilation: int = 3,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(channels)
+        name, kwargs = type(self).__name__, {'device': device, 'dtype': dtype}
+        kernel_size, dilation = check_int(kernel_size, 'kernel_size', name), check_int(dilation, 'dilation', name)
+        size = _dilated_size(name, 'kernel_size // dilation', kernel_size // dilation, kernel_size, dilation)
+        small = 2 * dilation - 1
+        self.conv0h = _depthwise(channels, (1, small), **kwargs)
+        self.conv0v = _depthwise(channels, (small, 1), **kwargs)
+        self.conv_spatial_h = _depthwise(channels, (1, size), dilation, **kwargs)
+        self.conv_spatial_v = _depthwise(channels, (size, 1), dilation, **kwargs)
+        self.conv1 = Conv2d(channels, channels, 1, **kwargs)
+
+    def current_channels(self) -> int:
+        return self.conv1.weight.shape[0]
+
+    def gate(self, x: Tensor) -> Tensor:
+        return self.conv1(self.conv_spatial_v(self.conv_spatial_h(self.conv0v(self.conv0h(x)))))
+
+    def graph(self) -> Graph:
+        small, large = self.conv0h.kernel_size[1], self.conv_spatial_h.kernel_size[1]
+        nodes = {'x': MAP, 'u': MAP, 'v': MAP, 'a': MAP, 'y': MAP}
+        edges = (
+            Edge('x', 'u', f'depthwise conv1x{small}, conv{small}x1'),
+            Edge('u', 'v', f'depthwise conv1x{large}, conv{large}x1, dilation {self.conv_spatial_h.dilation[0]}'),
+            Edge('v', 'a', 'conv1x1'),
+            Edge('a', 'y'),
+            Edge('x', 'y'),
+        )
+        return Graph(nodes, edges, 'y = x * conv1x1(dilated(depthwise(x))), separable')
