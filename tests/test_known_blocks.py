@@ -321,6 +321,20 @@ def lska(ours: nn.Module, d: int = 3) -> Callable[[Tensor], Tensor]:
     return depthwise_stack(ours, ('conv0h', 1), ('conv0v', 1), ('conv_spatial_h', d), ('conv_spatial_v', d))
 
 
+def msca(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    w = weights(ours)
+
+    def conv(x: Tensor, name: str) -> Tensor:
+        return depthwise(x, w[f'{name}.weight'], w[f'{name}.bias'])
+
+    def forward(x: Tensor) -> Tensor:
+        scales = [conv(x, 'conv0')]
+        scales += [conv(conv(scales[0], f'conv{i}_1'), f'conv{i}_2') for i in range(3)]
+        return x * conv1x1(sum(scales), w['conv3.weight'], w['conv3.bias'])
+
+    return forward
+
+
 def timm_sk(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     """timm's module of two paths on all channels, with our weights. Its two selections are one layer."""
     own = weights(ours)
@@ -528,6 +542,7 @@ CASES: list[tuple[str, str, Reference]] = [
     ('strip', 'timm', timm_module('strip', same('conv_h.weight', 'conv_w.weight'))),
     ('lka', 'formula', lka),
     ('lska', 'formula', lska),
+    ('msca', 'formula', msca),
     ('bam', 'formula', bam),
     ('scse', 'formula', scse),
     ('srm', 'formula', srm),
@@ -672,6 +687,7 @@ PARAMETERS = {
     'strip': 2 * 3 * 256,
     'lka': (25 + 49 + 2) * 256 + 256 * 256 + 256,
     'lska': (2 * 5 + 2 * 7 + 4) * 256 + 256 * 256 + 256,
+    'msca': (25 + 2 * 7 + 2 * 11 + 2 * 21 + 7) * 256 + 256 * 256 + 256,
     'sk': 2 * (9 * 256 * 8 + 2 * 256) + 256 * 32 + 2 * 32 + 2 * 32 * 256,
     'nam': 2 * 256,
     'grn': 2 * 256,

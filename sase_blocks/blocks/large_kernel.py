@@ -1,4 +1,6 @@
-"""Blocks whose gate is a stack of large depthwise convolutions: LKA (VAN, arXiv 2202.09741), LSKA (arXiv 2309.01439).
+"""Blocks whose gate is a stack of large depthwise convolutions: LKA, LSKA, and MSCA.
+
+VAN (arXiv 2202.09741) has LKA, arXiv 2309.01439 its separable form, and SegNeXt (arXiv 2209.08575) MSCA.
 
 The gates have no sigmoid. The papers' networks put them between two 1x1 convolutions in a residual branch, here they
 are alone. Difference from the authors' code: torch's initialisation of the layers.
@@ -152,3 +154,58 @@ class LargeSeparableKernelAttention(AttentionModule):
             Edge('x', 'y'),
         )
         return Graph(nodes, edges, 'y = x * conv1x1(dilated(depthwise(x))), separable')
+
+
+class MultiScaleConvAttention(AttentionModule):
+    """Multi-scale convolutional attention, SegNeXt (arXiv 2209.08575, eq. 1 and 2): y = x * conv1x1(sum of u_i).
+
+    u_0 is a depthwise 5x5 convolution of x. u_1 to u_3 are depthwise convolutions of u_0 as rows and columns, 1 x k and
+    k x 1 with k = 7, 11 and 21. All have biases.
+
+    Args:
+        channels: C, at least 1.
+        feat_size: ignored; all blocks accept it.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: bad channels; in ``forward`` another rank or number of channels.
+    """
+
+    per_channel: ClassVar[dict[str, int]] = {
+        'conv0': 0,
+        'conv0_1': 0,
+        'conv0_2': 0,
+        'conv1_1': 0,
+        'conv1_2': 0,
+        'conv2_1': 0,
+        'conv2_2': 0,
+        'conv3': BOTH,
+    }
+
+    def __init__(self, channels: int, feat_size: Any = None, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels)
+        kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
+        self.conv0 = _depthwise(channels, (5, 5), **kwargs)
+        self.conv0_1 = _depthwise(channels, (1, 7), **kwargs)
+        self.conv0_2 = _depthwise(channels, (7, 1), **kwargs)
+        self.conv1_1 = _depthwise(channels, (1, 11), **kwargs)
+        self.conv1_2 = _depthwise(channels, (11, 1), **kwargs)
+        self.conv2_1 = _depthwise(channels, (1, 21), **kwargs)
+        self.conv2_2 = _depthwise(channels, (21, 1), **kwargs)
+        self.conv3 = Conv2d(channels, channels, 1, **kwargs)
+
+    def current_channels(self) -> int:
+        return self.conv3.weight.shape[0]
+
+    def gate(self, x: Tensor) -> Tensor:
+        u = self.conv0(x)
+        scales = self.conv0_2(self.conv0_1(u)) + self.conv1_2(self.conv1_1(u)) + self.conv2_2(self.conv2_1(u))
+        return self.conv3(u + scales)
+
+    def graph(self) -> Graph:
+        scales = {f'u{i}': size for i, size in ((1, 7), (2, 11), (3, 21))}
+        nodes = {'x': MAP, 'u0': MAP, **dict.fromkeys(scales, MAP), 'a': MAP, 'y': MAP}
+        edges = [Edge('x', 'u0', 'depthwise conv5x5'), Edge('u0', 'a', 'conv1x1 of the sum')]
+        for u, size in scales.items():
+            edges += [Edge('u0', u, f'depthwise conv1x{size}, conv{size}x1'), Edge(u, 'a')]
+        return Graph(nodes, (*edges, Edge('a', 'y'), Edge('x', 'y')), 'y = x * conv1x1(u0 + u1 + u2 + u3)')

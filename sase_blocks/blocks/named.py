@@ -21,7 +21,7 @@ from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Graph, chain
 from .grn import GlobalResponseNorm
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
-from .large_kernel import LargeKernelAttention, LargeSeparableKernelAttention
+from .large_kernel import LargeKernelAttention, LargeSeparableKernelAttention, MultiScaleConvAttention
 from .mlca import MixedLocalChannelAttention
 from .nam import NormAttention
 from .scsa import SynergisticAttention
@@ -173,6 +173,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'strip': StripAttention,
     'lka': LargeKernelAttention,
     'lska': LargeSeparableKernelAttention,
+    'msca': MultiScaleConvAttention,
     'sk': SelectiveKernel,
     'nam': NormAttention,
     'grn': GlobalResponseNorm,
