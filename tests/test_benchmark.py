@@ -134,7 +134,7 @@ def passes(bench, module, x):
 WHOLE_GATE = (
     *('bam', 'ge', 'ge_theta', 'ge_plus', 'sge', 'ema', 'simam', 'triplet', 'scoord', 'strip', 'nam', 'caa'),
     *('mlca',),
-    *('lka', 'lska', 'msca'),
+    *('lka', 'lska', 'msca', 'lsk'),
 )
 WITHOUT_GATE = ('shuffle', 'sk')
 

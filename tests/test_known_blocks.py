@@ -335,6 +335,24 @@ def msca(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def lsk(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    w = weights(ours)
+
+    def layer(function: Callable, x: Tensor, name: str, *rest: int) -> Tensor:
+        return function(x, w[f'{name}.weight'], w[f'{name}.bias'], *rest)
+
+    def forward(x: Tensor) -> Tensor:
+        u = layer(depthwise, x, 'conv0')
+        parts = [layer(conv1x1, u, 'conv1'), layer(conv1x1, layer(depthwise, u, 'conv_spatial', 3), 'conv2')]
+        values = torch.cat(parts, 1)
+        pooled = torch.stack([values.sum(1) / values.shape[1], values.max(1).values], 1)
+        s = layer(F.conv2d, pooled, 'conv_squeeze', 1, w['conv_squeeze.weight'].shape[2] // 2)
+        chosen = sum(part / (1 + torch.exp(-s[:, i, None])) for i, part in enumerate(parts))
+        return x * layer(conv1x1, chosen, 'conv')
+
+    return forward
+
+
 def timm_sk(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     """timm's module of two paths on all channels, with our weights. Its two selections are one layer."""
     own = weights(ours)
@@ -543,6 +561,7 @@ CASES: list[tuple[str, str, Reference]] = [
     ('lka', 'formula', lka),
     ('lska', 'formula', lska),
     ('msca', 'formula', msca),
+    ('lsk', 'formula', lsk),
     ('bam', 'formula', bam),
     ('scse', 'formula', scse),
     ('srm', 'formula', srm),
@@ -587,6 +606,7 @@ WITH_OPTIONS: list[tuple[str, Reference]] = [
     ('strip(kernel_size=5)', timm_module('strip', same('conv_h.weight', 'conv_w.weight'), kernel_size=5)),
     ('lka(kernel_size=9, dilation=2)', partial(lka, d=2)),
     ('lska(kernel_size=11, dilation=2)', partial(lska, d=2)),
+    ('lsk(reduction=4, kernel_size=3)', lsk),
     ('bam(reduction=8, dilation=2)', partial(bam, d=2)),
     ('scse(reduction=4)', scse),
     ('fca(frequencies=4, reduction=2)', partial(fca, frequencies=4)),
@@ -687,6 +707,7 @@ PARAMETERS = {
     'strip': 2 * 3 * 256,
     'lka': (25 + 49 + 2) * 256 + 256 * 256 + 256,
     'lska': (2 * 5 + 2 * 7 + 4) * 256 + 256 * 256 + 256,
+    'lsk': (25 + 49 + 2) * 256 + 3 * 256 * 128 + 2 * 128 + 256 + 4 * 49 + 2,
     'msca': (25 + 2 * 7 + 2 * 11 + 2 * 21 + 7) * 256 + 256 * 256 + 256,
     'sk': 2 * (9 * 256 * 8 + 2 * 256) + 256 * 32 + 2 * 32 + 2 * 32 * 256,
     'nam': 2 * 256,

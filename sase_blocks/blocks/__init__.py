@@ -10,7 +10,12 @@ from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Edge, Graph
 from .grn import GlobalResponseNorm
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
-from .large_kernel import LargeKernelAttention, LargeSeparableKernelAttention, MultiScaleConvAttention
+from .large_kernel import (
+    LargeKernelAttention,
+    LargeSelectiveKernel,
+    LargeSeparableKernelAttention,
+    MultiScaleConvAttention,
+)
 from .mlca import MixedLocalChannelAttention
 from .nam import NormAttention
 from .named import BLOCKS, block_graph, block_name, create_block, list_blocks, resolve_block
@@ -39,6 +44,7 @@ __all__ = [
     'GlobalResponseNorm',
     'Graph',
     'LargeKernelAttention',
+    'LargeSelectiveKernel',
     'LargeSeparableKernelAttention',
     'MixedLocalChannelAttention',
     'MultiScaleConvAttention',

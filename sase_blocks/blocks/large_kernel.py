@@ -1,6 +1,7 @@
-"""Blocks whose gate is a stack of large depthwise convolutions: LKA, LSKA, and MSCA.
+"""Blocks whose gate is a stack of large depthwise convolutions: LKA, LSKA, MSCA and LSK.
 
-VAN (arXiv 2202.09741) has LKA, arXiv 2309.01439 its separable form, and SegNeXt (arXiv 2209.08575) MSCA.
+VAN (arXiv 2202.09741) has LKA, arXiv 2309.01439 its separable form, SegNeXt (arXiv 2209.08575) MSCA, and LSKNet (arXiv
+2303.09030) LSK.
 
 The gates have no sigmoid. The papers' networks put them between two 1x1 convolutions in a residual branch, here they
 are alone. Difference from the authors' code: torch's initialisation of the layers.
@@ -8,14 +9,15 @@ are alone. Difference from the authors' code: torch's initialisation of the laye
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from sase_blocks.checks import check_int
+from sase_blocks.checks import check_int, check_kernel_size, check_reduction
 from sase_blocks.ops import Conv2d
 from sase_blocks.ops.primitive import BOTH
 
 from .base import AttentionModule
-from .graph import MAP, Edge, Graph
+from .graph import MAP, SPATIAL, Edge, Graph
 
 
 def _depthwise(channels: int, size: tuple[int, int], dilation: int = 1, **kwargs: Any) -> Conv2d:
@@ -209,3 +211,73 @@ class MultiScaleConvAttention(AttentionModule):
         for u, size in scales.items():
             edges += [Edge('u0', u, f'depthwise conv1x{size}, conv{size}x1'), Edge(u, 'a')]
         return Graph(nodes, (*edges, Edge('a', 'y'), Edge('x', 'y')), 'y = x * conv1x1(u0 + u1 + u2 + u3)')
+
+
+class LargeSelectiveKernel(AttentionModule):
+    """Large selective kernel, LSKNet (arXiv 2303.09030, sections 3.2 and 3.3): y = x * conv1x1(s_1 u_1 + s_2 u_2).
+
+    u_1 and u_2 are 1x1 convolutions, to C // reduction channels, of the two depthwise steps of ``LargeKernelAttention``
+    (5x5, then 7x7 with dilation 3). For each position, s_1 and s_2 are a sigmoid of a convolution of the mean and
+    maximum over the channels of both. All have biases.
+
+    Args:
+        channels: C, at least 1.
+        reduction: from 1 to C (to 16 for fewer channels).
+        kernel_size: of the convolution that selects, odd.
+        feat_size: ignored; all blocks accept it.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: bad channels or options; in ``forward`` another rank or number of channels.
+    """
+
+    per_channel: ClassVar[dict[str, int]] = {'conv0': 0, 'conv_spatial': 0, 'conv1': 1, 'conv2': 1, 'conv': 0}
+
+    def __init__(
+        self,
+        channels: int,
+        feat_size: Any = None,
+        *,
+        reduction: int = 2,
+        kernel_size: int = 7,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(channels)
+        name, kwargs = type(self).__name__, {'device': device, 'dtype': dtype}
+        hidden = max(1, channels // check_reduction(reduction, channels, name))
+        k = check_kernel_size(kernel_size, name)
+        self.conv0 = _depthwise(channels, (5, 5), **kwargs)
+        self.conv_spatial = _depthwise(channels, (7, 7), 3, **kwargs)
+        self.conv1 = Conv2d(channels, hidden, 1, **kwargs)
+        self.conv2 = Conv2d(channels, hidden, 1, **kwargs)
+        self.conv_squeeze = Conv2d(2, 2, k, padding=k // 2, **kwargs)
+        self.conv = Conv2d(hidden, channels, 1, **kwargs)
+
+    def current_channels(self) -> int:
+        return self.conv.weight.shape[0]
+
+    def gate(self, x: Tensor) -> Tensor:
+        small = self.conv0(x)
+        u1, u2 = self.conv1(small), self.conv2(self.conv_spatial(small))
+        both = torch.cat([u1, u2], 1)
+        s = torch.cat([both.mean(1, keepdim=True), both.amax(1, keepdim=True)], 1)
+        s = torch.sigmoid(self.conv_squeeze(s))
+        return self.conv(u1 * s[:, :1] + u2 * s[:, 1:])
+
+    def graph(self) -> Graph:
+        half, k = 'C/r x H x W', self.conv_squeeze.kernel_size[0]
+        nodes = {'x': MAP, 'u': MAP, 'u1': half, 'u2': half, 's1, s2': SPATIAL, 'a': MAP, 'y': MAP}
+        edges = (
+            Edge('x', 'u', 'depthwise conv5x5'),
+            Edge('u', 'u1', 'conv1x1'),
+            Edge('u', 'u2', 'depthwise conv7x7, dilation 3, conv1x1'),
+            Edge('u1', 's1, s2', f'mean and max, conv{k}x{k}, sigmoid'),
+            Edge('u2', 's1, s2'),
+            Edge('u1', 'a'),
+            Edge('u2', 'a'),
+            Edge('s1, s2', 'a', 'weighted sum, conv1x1'),
+            Edge('a', 'y'),
+            Edge('x', 'y'),
+        )
+        return Graph(nodes, edges, 'y = x * conv1x1(s1 * u1 + s2 * u2), s = sigmoid(conv(mean(u), max(u)))')

@@ -21,7 +21,12 @@ from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Graph, chain
 from .grn import GlobalResponseNorm
 from .grouped import EfficientMultiScaleAttention, SpatialGroupEnhance
-from .large_kernel import LargeKernelAttention, LargeSeparableKernelAttention, MultiScaleConvAttention
+from .large_kernel import (
+    LargeKernelAttention,
+    LargeSelectiveKernel,
+    LargeSeparableKernelAttention,
+    MultiScaleConvAttention,
+)
 from .mlca import MixedLocalChannelAttention
 from .nam import NormAttention
 from .scsa import SynergisticAttention
@@ -174,6 +179,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'lka': LargeKernelAttention,
     'lska': LargeSeparableKernelAttention,
     'msca': MultiScaleConvAttention,
+    'lsk': LargeSelectiveKernel,
     'sk': SelectiveKernel,
     'nam': NormAttention,
     'grn': GlobalResponseNorm,
