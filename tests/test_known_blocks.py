@@ -353,6 +353,26 @@ def lsk(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def polarized(ours: nn.Module, parallel: bool = True) -> Callable[[Tensor], Tensor]:
+    """With the maps of C / 2 channels that the paper writes."""
+    w = weights(ours)
+
+    def channel(x: Tensor) -> Tensor:
+        query = torch.softmax(torch.einsum('c,bcn->bn', w['channel_query.weight'], x.flatten(2)), 1)
+        value = torch.einsum('dc,bcn->bdn', w['channel_value.weight'], x.flatten(2))
+        z = torch.einsum('bdn,bn->bd', value, query) @ w['channel_out.weight'].T
+        z = (z - z.mean(1, keepdim=True)) / torch.sqrt(z.var(1, keepdim=True, correction=0) + 1e-5)
+        return x * torch.sigmoid(z * w['norm_weight'] + w['norm_bias'])[:, :, None, None]
+
+    def spatial(x: Tensor) -> Tensor:
+        query = torch.einsum('dc,bcn->bdn', w['spatial_query.weight'], x.flatten(2)).mean(2)
+        value = torch.einsum('dc,bcn->bdn', w['spatial_value.weight'], x.flatten(2))
+        a = torch.einsum('bd,bdn->bn', torch.softmax(query, 1), value).reshape(x.shape[0], 1, *x.shape[2:])
+        return x * torch.sigmoid(a)
+
+    return lambda x: channel(x) + spatial(x) if parallel else spatial(channel(x))
+
+
 def timm_sk(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     """timm's module of two paths on all channels, with our weights. Its two selections are one layer."""
     own = weights(ours)
@@ -562,6 +582,7 @@ CASES: list[tuple[str, str, Reference]] = [
     ('lska', 'formula', lska),
     ('msca', 'formula', msca),
     ('lsk', 'formula', lsk),
+    ('polarized', 'formula', polarized),
     ('bam', 'formula', bam),
     ('scse', 'formula', scse),
     ('srm', 'formula', srm),
@@ -607,6 +628,7 @@ WITH_OPTIONS: list[tuple[str, Reference]] = [
     ('lka(kernel_size=9, dilation=2)', partial(lka, d=2)),
     ('lska(kernel_size=11, dilation=2)', partial(lska, d=2)),
     ('lsk(reduction=4, kernel_size=3)', lsk),
+    ('polarized(parallel=False)', partial(polarized, parallel=False)),
     ('bam(reduction=8, dilation=2)', partial(bam, d=2)),
     ('scse(reduction=4)', scse),
     ('fca(frequencies=4, reduction=2)', partial(fca, frequencies=4)),
@@ -707,6 +729,7 @@ PARAMETERS = {
     'strip': 2 * 3 * 256,
     'lka': (25 + 49 + 2) * 256 + 256 * 256 + 256,
     'lska': (2 * 5 + 2 * 7 + 4) * 256 + 256 * 256 + 256,
+    'polarized': 256 + 4 * 256 * 128 + 2 * 256,
     'lsk': (25 + 49 + 2) * 256 + 3 * 256 * 128 + 2 * 128 + 256 + 4 * 49 + 2,
     'msca': (25 + 2 * 7 + 2 * 11 + 2 * 21 + 7) * 256 + 256 * 256 + 256,
     'sk': 2 * (9 * 256 * 8 + 2 * 256) + 256 * 32 + 2 * 32 + 2 * 32 * 256,

@@ -19,6 +19,7 @@ from .large_kernel import (
 from .mlca import MixedLocalChannelAttention
 from .nam import NormAttention
 from .named import BLOCKS, block_graph, block_name, create_block, list_blocks, resolve_block
+from .polarized import PolarizedSelfAttention
 from .pruning import keep_channels
 from .scsa import SynergisticAttention
 from .selective_kernel import SelectiveKernel
@@ -50,6 +51,7 @@ __all__ = [
     'MultiScaleConvAttention',
     'NormAttention',
     'ParallelAttention',
+    'PolarizedSelfAttention',
     'SelectiveKernel',
     'SequentialAttention',
     'ShuffleAttention',

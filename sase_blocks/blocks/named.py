@@ -29,6 +29,7 @@ from .large_kernel import (
 )
 from .mlca import MixedLocalChannelAttention
 from .nam import NormAttention
+from .polarized import PolarizedSelfAttention
 from .scsa import SynergisticAttention
 from .selective_kernel import SelectiveKernel
 from .shuffle import ShuffleAttention
@@ -180,6 +181,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'lska': LargeSeparableKernelAttention,
     'msca': MultiScaleConvAttention,
     'lsk': LargeSelectiveKernel,
+    'polarized': PolarizedSelfAttention,
     'sk': SelectiveKernel,
     'nam': NormAttention,
     'grn': GlobalResponseNorm,
