@@ -373,6 +373,23 @@ def polarized(ours: nn.Module, parallel: bool = True) -> Callable[[Tensor], Tens
     return lambda x: channel(x) + spatial(x) if parallel else spatial(channel(x))
 
 
+def double(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    """In the order of the paper: A, B and V as maps, the descriptors, the distribution, the last convolution."""
+    w = weights(ours)
+
+    def forward(x: Tensor) -> Tensor:
+        flat = x.flatten(2)
+        a = torch.einsum('mc,bcp->bmp', w['feature.weight'], flat) + w['feature.bias'][:, None]
+        b = torch.exp(torch.einsum('nc,bcp->bnp', w['gather.weight'][:, :, 0, 0], flat))
+        v = torch.exp(torch.einsum('nc,bcp->bnp', w['distribute.weight'][:, :, 0, 0], flat)
+                      + w['distribute.bias'][:, None])  # fmt: skip
+        descriptors = torch.einsum('bmp,bnp->bmn', a, b / b.sum(2, keepdim=True))
+        z = torch.einsum('bmn,bnp->bmp', descriptors, v / v.sum(1, keepdim=True))
+        return x + (torch.einsum('cm,bmp->bcp', w['out.weight'], z) + w['out.bias'][:, None]).reshape(x.shape)
+
+    return forward
+
+
 def timm_sk(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     """timm's module of two paths on all channels, with our weights. Its two selections are one layer."""
     own = weights(ours)
@@ -583,6 +600,7 @@ CASES: list[tuple[str, str, Reference]] = [
     ('msca', 'formula', msca),
     ('lsk', 'formula', lsk),
     ('polarized', 'formula', polarized),
+    ('a2', 'formula', double),
     ('bam', 'formula', bam),
     ('scse', 'formula', scse),
     ('srm', 'formula', srm),
@@ -628,6 +646,7 @@ WITH_OPTIONS: list[tuple[str, Reference]] = [
     ('lka(kernel_size=9, dilation=2)', partial(lka, d=2)),
     ('lska(kernel_size=11, dilation=2)', partial(lska, d=2)),
     ('lsk(reduction=4, kernel_size=3)', lsk),
+    ('a2(reduction=2)', double),
     ('polarized(parallel=False)', partial(polarized, parallel=False)),
     ('bam(reduction=8, dilation=2)', partial(bam, d=2)),
     ('scse(reduction=4)', scse),
@@ -729,6 +748,7 @@ PARAMETERS = {
     'strip': 2 * 3 * 256,
     'lka': (25 + 49 + 2) * 256 + 256 * 256 + 256,
     'lska': (2 * 5 + 2 * 7 + 4) * 256 + 256 * 256 + 256,
+    'a2': 4 * 256 * 64 + 2 * 64 + 256,
     'polarized': 256 + 4 * 256 * 128 + 2 * 256,
     'lsk': (25 + 49 + 2) * 256 + 3 * 256 * 128 + 2 * 128 + 256 + 4 * 49 + 2,
     'msca': (25 + 2 * 7 + 2 * 11 + 2 * 21 + 7) * 256 + 256 * 256 + 256,

@@ -5,6 +5,7 @@ from .base import AttentionModule
 from .caa import ContextAnchorAttention
 from .compiling import compile_blocks
 from .compose import ChannelAttention, ParallelAttention, SequentialAttention, SpatialAttention
+from .double import DoubleAttention
 from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Edge, Graph
@@ -37,6 +38,7 @@ __all__ = [
     'ChannelAttention',
     'ContextAnchorAttention',
     'CoordinateAttention',
+    'DoubleAttention',
     'Edge',
     'EfficientLocalAttention',
     'EfficientMultiScaleAttention',

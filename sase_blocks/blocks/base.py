@@ -43,6 +43,12 @@ def fade_product(a: Tensor, b: Tensor, alpha: Tensor | None) -> Tensor:
 
 
 @torch.fx.wrap
+def fade_value(value: Tensor, alpha: Tensor | None) -> Tensor:
+    """alpha * value, for a block that adds a value to x."""
+    return value if alpha is None else alpha.to(value.dtype) * value
+
+
+@torch.fx.wrap
 def fade_map(x: Tensor, y: Tensor, alpha: Tensor | None) -> Tensor:
     """x + alpha (y - x) for a block that is no gate, exactly x for alpha = 0 and exactly y for alpha = 1 or None."""
     return y if alpha is None else torch.lerp(x, y, alpha.to(x.dtype))

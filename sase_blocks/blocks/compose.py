@@ -24,10 +24,10 @@ from sase_blocks.ops import (
 )
 from sase_blocks.ops.options import parse_name
 
-from .base import AttentionModule, fade, fade_sum
+from .base import AttentionModule, fade, fade_sum, fade_value
 from .graph import CHANNEL, MAP, SPATIAL, Edge, Graph
 
-for _function in ('fade', 'fade_sum'):
+for _function in ('fade', 'fade_sum', 'fade_value'):
     torch.fx.wrap(_function)  # must be wrapped in each module that calls it
 
 
@@ -45,11 +45,6 @@ def _names(
 
 def _gate(logits: str, gated: bool) -> str:
     return logits if gated else f'sigmoid({logits})'
-
-
-@torch.fx.wrap
-def _fade_value(value: Tensor, alpha: Tensor | None) -> Tensor:
-    return value if alpha is None else alpha.to(value.dtype) * value
 
 
 class ChannelGate(AttentionModule):
@@ -83,7 +78,7 @@ class ChannelGate(AttentionModule):
         return x + self.gate(x).to(x.dtype) if self.add else x * self.gate(x).to(x.dtype)
 
     def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
-        return _fade_value(self.gate(x), alpha) if self.add else fade(self.gate(x), alpha)
+        return fade_value(self.gate(x), alpha) if self.add else fade(self.gate(x), alpha)
 
     def faded(self, x: Tensor, alpha: Tensor | None) -> Tensor:
         gate = self.faded_gate(x, alpha).to(x.dtype)

@@ -16,6 +16,7 @@ from .attention import SASE, AttentionBlock
 from .base import AttentionModule
 from .caa import ContextAnchorAttention
 from .compose import ChannelAttention, ParallelAttention, SequentialAttention, SpatialAttention
+from .double import DoubleAttention
 from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Graph, chain
@@ -182,6 +183,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'msca': MultiScaleConvAttention,
     'lsk': LargeSelectiveKernel,
     'polarized': PolarizedSelfAttention,
+    'a2': DoubleAttention,
     'sk': SelectiveKernel,
     'nam': NormAttention,
     'grn': GlobalResponseNorm,
