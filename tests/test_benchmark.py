@@ -136,7 +136,7 @@ WHOLE_GATE = (
     *('mlca',),
     *('lka', 'lska', 'msca', 'lsk'),
 )
-WITHOUT_GATE = ('shuffle', 'sk')
+WITHOUT_GATE = ('criss_cross', 'shuffle', 'sk')
 
 
 @pytest.mark.parametrize('dtype', mostly_slow([torch.float32, torch.bfloat16], torch.bfloat16), ids=str)

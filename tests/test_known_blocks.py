@@ -390,6 +390,29 @@ def double(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def criss_cross(ours: nn.Module, passes: int = 2) -> Callable[[Tensor], Tensor]:
+    """One position at a time, with the list of its row and column."""
+    w = weights(ours)
+
+    def forward(x: Tensor) -> Tensor:
+        _, _, height, width = x.shape
+        for _ in range(passes):
+            q = conv1x1(x, w['query_conv.weight'], w['query_conv.bias'])
+            k = conv1x1(x, w['key_conv.weight'], torch.zeros(1, dtype=x.dtype))
+            v = conv1x1(x, w['value_conv.weight'], w['value_conv.bias'])
+            z = []
+            for i, j in itertools.product(range(height), range(width)):
+                cross_k, cross_v = (
+                    torch.cat([m[:, :, i], m[:, :, :i, j], m[:, :, i + 1 :, j]], 2) for m in (k, v)
+                )  # H + W - 1 positions
+                a = torch.softmax((q[:, :, i, j, None] * cross_k).sum(1), 1)
+                z.append((a[:, None] * cross_v).sum(2))
+            x = x + w['gamma'] * torch.stack(z, 2).reshape(x.shape)
+        return x
+
+    return forward
+
+
 def timm_sk(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     """timm's module of two paths on all channels, with our weights. Its two selections are one layer."""
     own = weights(ours)
@@ -601,6 +624,7 @@ CASES: list[tuple[str, str, Reference]] = [
     ('lsk', 'formula', lsk),
     ('polarized', 'formula', polarized),
     ('a2', 'formula', double),
+    ('criss_cross', 'formula', criss_cross),
     ('bam', 'formula', bam),
     ('scse', 'formula', scse),
     ('srm', 'formula', srm),
@@ -646,6 +670,7 @@ WITH_OPTIONS: list[tuple[str, Reference]] = [
     ('lka(kernel_size=9, dilation=2)', partial(lka, d=2)),
     ('lska(kernel_size=11, dilation=2)', partial(lska, d=2)),
     ('lsk(reduction=4, kernel_size=3)', lsk),
+    ('criss_cross(reduction=2, recurrence=1)', partial(criss_cross, passes=1)),
     ('a2(reduction=2)', double),
     ('polarized(parallel=False)', partial(polarized, parallel=False)),
     ('bam(reduction=8, dilation=2)', partial(bam, d=2)),
@@ -748,6 +773,7 @@ PARAMETERS = {
     'strip': 2 * 3 * 256,
     'lka': (25 + 49 + 2) * 256 + 256 * 256 + 256,
     'lska': (2 * 5 + 2 * 7 + 4) * 256 + 256 * 256 + 256,
+    'criss_cross': 2 * 256 * 32 + 32 + 256 * 256 + 256 + 1,
     'a2': 4 * 256 * 64 + 2 * 64 + 256,
     'polarized': 256 + 4 * 256 * 128 + 2 * 256,
     'lsk': (25 + 49 + 2) * 256 + 3 * 256 * 128 + 2 * 128 + 256 + 4 * 49 + 2,

@@ -5,6 +5,7 @@ from .base import AttentionModule
 from .caa import ContextAnchorAttention
 from .compiling import compile_blocks
 from .compose import ChannelAttention, ParallelAttention, SequentialAttention, SpatialAttention
+from .criss_cross import CrissCrossAttention
 from .double import DoubleAttention
 from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype, split_stages
@@ -38,6 +39,7 @@ __all__ = [
     'ChannelAttention',
     'ContextAnchorAttention',
     'CoordinateAttention',
+    'CrissCrossAttention',
     'DoubleAttention',
     'Edge',
     'EfficientLocalAttention',

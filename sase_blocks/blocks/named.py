@@ -16,6 +16,7 @@ from .attention import SASE, AttentionBlock
 from .base import AttentionModule
 from .caa import ContextAnchorAttention
 from .compose import ChannelAttention, ParallelAttention, SequentialAttention, SpatialAttention
+from .criss_cross import CrissCrossAttention
 from .double import DoubleAttention
 from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype, split_stages
@@ -184,6 +185,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'lsk': LargeSelectiveKernel,
     'polarized': PolarizedSelfAttention,
     'a2': DoubleAttention,
+    'criss_cross': CrissCrossAttention,
     'sk': SelectiveKernel,
     'nam': NormAttention,
     'grn': GlobalResponseNorm,
