@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_exporting
 
 from sase_blocks.checks import check_int, check_kernel_size
 from sase_blocks.numerics import narrow, widen
 from sase_blocks.ops import GroupNorm
 
+from .gather_excite import is_exporting
 from .graph import CHANNEL, MAP, Edge, Graph
 from .strip import COLUMNS, ROWS, RowsTimesColumns
 
