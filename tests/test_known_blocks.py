@@ -413,6 +413,23 @@ def criss_cross(ours: nn.Module, passes: int = 2) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def dual(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    """With the whole matrices of weights."""
+    w = weights(ours)
+
+    def forward(x: Tensor) -> Tensor:
+        q = conv1x1(x, w['query_conv.weight'], w['query_conv.bias']).flatten(2)
+        k = conv1x1(x, w['key_conv.weight'], torch.zeros(1, dtype=x.dtype)).flatten(2)
+        v = conv1x1(x, w['value_conv.weight'], w['value_conv.bias']).flatten(2)
+        s = torch.softmax(torch.einsum('bdi,bdj->bij', q, k), 2)
+        energy = torch.einsum('bip,bjp->bij', x.flatten(2), x.flatten(2))
+        r = torch.softmax(energy.amax(2, keepdim=True) - energy, 2)
+        p, c = torch.einsum('bij,bcj->bci', s, v), torch.einsum('bij,bjp->bip', r, x.flatten(2))
+        return x + (w['position_gamma'] * p + w['channel_gamma'] * c).reshape(x.shape)
+
+    return forward
+
+
 def timm_sk(ours: nn.Module) -> Callable[[Tensor], Tensor]:
     """timm's module of two paths on all channels, with our weights. Its two selections are one layer."""
     own = weights(ours)
@@ -625,6 +642,7 @@ CASES: list[tuple[str, str, Reference]] = [
     ('polarized', 'formula', polarized),
     ('a2', 'formula', double),
     ('criss_cross', 'formula', criss_cross),
+    ('dual', 'formula', dual),
     ('bam', 'formula', bam),
     ('scse', 'formula', scse),
     ('srm', 'formula', srm),
@@ -670,6 +688,7 @@ WITH_OPTIONS: list[tuple[str, Reference]] = [
     ('lka(kernel_size=9, dilation=2)', partial(lka, d=2)),
     ('lska(kernel_size=11, dilation=2)', partial(lska, d=2)),
     ('lsk(reduction=4, kernel_size=3)', lsk),
+    ('dual(reduction=3)', dual),
     ('criss_cross(reduction=2, recurrence=1)', partial(criss_cross, passes=1)),
     ('a2(reduction=2)', double),
     ('polarized(parallel=False)', partial(polarized, parallel=False)),
@@ -734,6 +753,16 @@ def test_every_known_block_has_a_reference():
         assert name == 'sase' or given == set(options_of(build)), name
 
 
+def test_attention_over_positions_keeps_no_map_of_all_pairs():
+    """What is kept for the backward pass. All pairs of the positions would be 16 times as much as x."""
+    x = torch.randn(2, 16, 16, 16)
+    for name, most in (('polarized', 1), ('a2', 1), ('criss_cross', 2), ('dual', 1)):
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            create_block(name, 16)(x.clone().requires_grad_())
+        assert max(kept) <= most * x.numel(), (name, max(kept) / x.numel())
+
+
 def test_fca_of_a_large_map():
     """As the authors: the spectrum of a 14 x 14 map has frequencies twice as high."""
     block = drawn(create_block('fca', C, feat_size=14).double())
@@ -773,6 +802,7 @@ PARAMETERS = {
     'strip': 2 * 3 * 256,
     'lka': (25 + 49 + 2) * 256 + 256 * 256 + 256,
     'lska': (2 * 5 + 2 * 7 + 4) * 256 + 256 * 256 + 256,
+    'dual': 2 * 256 * 32 + 32 + 256 * 256 + 256 + 2,
     'criss_cross': 2 * 256 * 32 + 32 + 256 * 256 + 256 + 1,
     'a2': 4 * 256 * 64 + 2 * 64 + 256,
     'polarized': 256 + 4 * 256 * 128 + 2 * 256,

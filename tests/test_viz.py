@@ -67,7 +67,7 @@ def test_capture_finds_the_gates(make, expected):
 
 # What the gate of each block has: one value a channel, one a position, or both.
 KINDS = {
-    (True, False): ['se', 'ese', 'eca', 'ecam', 'ceca', 'gc', 'gca', 'srm', 'gct', 'fca', 'gsop', 'sk', 'grn'],
+    (True, False): ['se', 'ese', 'eca', 'ecam', 'ceca', 'gc', 'gca', 'srm', 'gct', 'fca', 'gsop', 'sk', 'grn', 'dual'],
     (False, True): ['a2', 'criss_cross'],
     (True, True): [
         *('sase', 'bam', 'scse', 'ge', 'ge_theta', 'ge_plus', 'sge', 'ema', 'simam', 'triplet'),
@@ -94,7 +94,7 @@ def test_gates_of_every_block(kind, name):
     for c, a in gates:
         assert c is None or (c.shape == (2, 64, 1, 1) and c.std() > 0)
         assert a is None or (a.shape == (2, 1, 12, 10) and a.std() > 0)
-    if name not in ('sase', 'cbam', 'lcbam', 'gca', 'shuffle', 'sk', 'grn', 'a2', 'criss_cross'):
+    if name not in ('sase', 'cbam', 'lcbam', 'gca', 'shuffle', 'sk', 'grn', 'a2', 'criss_cross', 'dual'):
         # y / x is the gate; what is drawn is its mean over the rest.
         with torch.no_grad():
             gate = block.eval()(x) / x

@@ -7,6 +7,7 @@ from .compiling import compile_blocks
 from .compose import ChannelAttention, ParallelAttention, SequentialAttention, SpatialAttention
 from .criss_cross import CrissCrossAttention
 from .double import DoubleAttention
+from .dual import DualAttention
 from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Edge, Graph
@@ -41,6 +42,7 @@ __all__ = [
     'CoordinateAttention',
     'CrissCrossAttention',
     'DoubleAttention',
+    'DualAttention',
     'Edge',
     'EfficientLocalAttention',
     'EfficientMultiScaleAttention',

@@ -18,6 +18,7 @@ from .caa import ContextAnchorAttention
 from .compose import ChannelAttention, ParallelAttention, SequentialAttention, SpatialAttention
 from .criss_cross import CrissCrossAttention
 from .double import DoubleAttention
+from .dual import DualAttention
 from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Graph, chain
@@ -186,6 +187,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'polarized': PolarizedSelfAttention,
     'a2': DoubleAttention,
     'criss_cross': CrissCrossAttention,
+    'dual': DualAttention,
     'sk': SelectiveKernel,
     'nam': NormAttention,
     'grn': GlobalResponseNorm,
