@@ -13,11 +13,12 @@ mean 0 and variance 1 over the batch (one number each, without affine parameters
 none a sigmoid. A found block is built without these norms.
 
 Two forms give the same: 'plain' calls each operation by itself and is the definition; 'shared' lets the operations of
-an edge share what they have in common (``shared.py``). Both work on contiguous maps: one in channels_last, as
-convolutions like it, is copied, and the result copied back.
+an edge share what they have in common (``squeezes.py``, ``excitations.py``). Both work on contiguous maps: one in
+channels_last, as convolutions like it, is copied, and the result copied back.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -29,13 +30,10 @@ from sase_blocks.checks import check_feat_size, check_features
 from sase_blocks.ops import resolve_primitive
 from sase_blocks.ops.primitive import mix
 
-from .convolutions import excited
-from .moments import gated
-from .parts import Part, alone, stacked, weighted_sum
-from .shared import SharedSqueezes
+from .excitations import excited
 from .space import EDGES, SearchSpace
-
-__all__ = ['FORMS', 'MixedBlock']
+from .squeezes import SharedSqueezes
+from .statistics import recomputed
 
 FORMS = ('plain', 'shared')
 
@@ -116,32 +114,35 @@ class MixedBlock(AttentionModule):
         """The channel attention c (B, C, 1, 1) and the spatial attention a (B, 1, H, W) for x (B, C, H, W)."""
         ops = [self.operations(edge) for edge in range(len(EDGES))]
         if self.form == 'shared':
-            squeezes = SharedSqueezes(x, ops[0], (*ops[3], *ops[4]))
+            squeezes = SharedSqueezes(x)
             q = self._mixed(0, squeezes.channel(ops[0]))
             of_c, of_d = excited(q, ops[1], ops[2], fair=self.fair)
             c, d = self._mixed(1, of_c), self._mixed(2, of_d)
             of_gated, of_plain = squeezes.spatial(ops[3], d, ops[4])
         else:
-            q = self._mixed(0, alone([op(x) for op in ops[0]]))
+            q = self._mixed(0, [op(x) for op in ops[0]])
             c, d = self._mixed(1, self._excited(q, ops[1])), self._mixed(2, self._excited(q, ops[2]))
-            of_gated, of_plain = alone([op(x, d) for op in ops[3]]), alone([op(x) for op in ops[4]])
+            of_gated, of_plain = [op(x, d) for op in ops[3]], [op(x) for op in ops[4]]
         s = torch.relu(self.norm(mix(self._mixed(3, of_gated), self._mixed(4, of_plain), self.mix_weight)))
         of_s = excited(s, ops[5], fair=self.fair)[0] if self.form == 'shared' else self._excited(s, ops[5])
         return c, self._mixed(5, of_s)
 
-    def _excited(self, q: Tensor, ops: Sequence[Any]) -> list[Part]:
+    def _excited(self, q: Tensor, ops: Sequence[Any]) -> list[Tensor]:
         """What excitations give, each computed by itself; with fair mixing, each behind a sigmoid."""
         outputs = [op(q) for op in ops]
         if self.fair:
             outputs = [y if op.gated else torch.sigmoid(y) for op, y in zip(ops, outputs, strict=True)]
-        return alone(outputs)
+        return outputs
 
-    def _mixed(self, edge: int, parts: Sequence[Part]) -> Tensor:
+    def _mixed(self, edge: int, outputs: Sequence[Tensor]) -> Tensor:
         """The weighted sum of the outputs of an edge's operations."""
         normed = EDGES[edge] in self.scales
-        if self.form == 'shared' and not normed and self.observer is None and self.probabilities is not None:
-            return weighted_sum(parts, self.probabilities[edge])
-        stack = stacked(parts)  # (operations, B, ...)
+        if torch.compiler.is_compiling() and not normed and self.probabilities is not None:
+            # Sums of products fuse with what they are of, and one product needs the stack.
+            return reduce(
+                torch.add, [w.to(y.dtype) * y for w, y in zip(self.probabilities[edge], outputs, strict=True)]
+            )
+        stack = torch.stack(tuple(outputs))  # (operations, B, ...)
         if normed:
             batch = stack.transpose(0, 1)
             stack = self.scales[EDGES[edge]](batch.flatten(2).unsqueeze(3)).reshape(batch.shape).transpose(0, 1)
@@ -162,11 +163,10 @@ class MixedBlock(AttentionModule):
         if self.form == 'plain':
             return super().forward(x)
         check_features(x, self.channels)
-        return gated(x, *self.gates(x))
+        return recomputed(_times_gate, x, *self.gates(x))
 
     def gate(self, x: Tensor) -> Tensor:
-        c, a = self.gates(x)
-        return (1 + c / 2) + a / 2
+        return _gate(*self.gates(x))
 
     def graph(self) -> Graph:
         nodes = {'x': MAP, 'q': CHANNEL, 'c': CHANNEL, 'd': CHANNEL, 'd * x': MAP, 's': SPATIAL, 'a': SPATIAL, 'y': MAP}
@@ -176,6 +176,15 @@ class MixedBlock(AttentionModule):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, '{self.space}', fair={self.fair}, form='{self.form}'"
+
+
+def _gate(c: Tensor, a: Tensor) -> Tensor:
+    """1 + (c + a) / 2 in the order that adds the small ones first. -> (B, C, H, W)."""
+    return (1 + c / 2) + a / 2
+
+
+def _times_gate(x: Tensor, c: Tensor, a: Tensor) -> Tensor:
+    return x * _gate(c, a).to(x.dtype)
 
 
 @torch.compiler.disable  # a compiler's own copies, and the formats that it chooses behind them, are slower
