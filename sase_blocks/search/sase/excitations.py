@@ -1,9 +1,9 @@
-"""The excitations of the mixed edges: those that convolve the same small tensor are one convolution. Ours.
+"""The excitations of the mixed edges. Those that convolve the same tensor run as one convolution. Not in the paper.
 
-Kernels are padded to the largest, and a 1 x k behind a k x 1 is a k x k. On rows of up to 64 values it runs as a
-product with band matrices, in which a convolution of one channel is several times faster (forward, backward, and most
-of all twice backward). The perceptron, the affine ones, whatever is not of the paper's sets, and any subclass is called
-by itself.
+Kernels are padded to the largest, and a 1 x k followed by a k x 1 becomes a k x k. On rows of up to 64 values it is a
+product with band matrices, which for one channel is several times as fast as a convolution (forward, backward, and most
+of all twice backward). The perceptron, the affine ones, all that is not in the paper's sets, and any subclass run on
+their own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sase_blocks.ops import (
     SpatialConv7,
 )
 
-BAND_WIDTH = 64  # rows up to this length are multiplied by band matrices; on longer ones their zeros cost too much
+BAND_WIDTH = 64  # longer rows use a convolution, because the zeros of their band matrices cost too much
 
 SEPARABLE: tuple[type, ...] = (SpatialConv3Separable, SpatialConv5Separable)  # 1 x k, then k x 1
 CONVOLUTIONS: tuple[type, ...] = (
@@ -50,10 +50,9 @@ CONVOLUTIONS: tuple[type, ...] = (
 
 
 def excited(q: Tensor, *edges: Sequence[Any], fair: bool) -> list[list[Tensor]]:
-    """What the excitations of one or more edges give for the same q; each output is shaped as q.
+    """The outputs of one or more edges' excitations of the same q, each in the shape of q.
 
-    q: (B, C, 1, 1) for channel excitations, (B, 1, H, W) for spatial ones. fair: a sigmoid behind those that are no
-    gates already.
+    q: (B, C, 1, 1) for channel excitations, (B, 1, H, W) for spatial ones. fair: a sigmoid after those without one.
     """
     shared = [op for ops in edges for op in ops if type(op) in CONVOLUTIONS]
     gates: Iterator[Tensor] = iter(())
@@ -68,10 +67,10 @@ def _gate(op: Any, q: Tensor, fair: bool) -> Tensor:
 
 
 def convolved(q: Tensor, ops: Sequence[Any]) -> list[Tensor]:
-    """What operations of ``CONVOLUTIONS``, all of one set, give for q before their sigmoid: (B, H, W) each.
+    """The outputs of ``CONVOLUTIONS``, all of one set, of q before their sigmoid: (B, H, W) each.
 
-    Each layer is one convolution: the first of q, each further one of the first maps of what the one before it gave,
-    for which the deepest operations come first. There is a ReLU between layers.
+    Each layer is one convolution. A further layer takes the first maps of the layer before, so the deepest operations
+    come first. A ReLU follows each layer but an operation's last.
     """
     kernels = [[conv.weight.view(-1, conv.weight.shape[-1]) for conv in op.convs] for op in ops]  # (kh, kw) each
     for i, op in enumerate(ops):
@@ -92,7 +91,7 @@ def convolved(q: Tensor, ops: Sequence[Any]) -> list[Tensor]:
 
 
 def stacked_kernels(kernels: Sequence[Tensor]) -> Tensor:
-    """Kernels (kh, kw) of odd sizes, padded around to the largest: (N, kh, kw)."""
+    """Kernels (kh, kw) of odd sizes, zero-padded on all sides to the largest: (N, kh, kw)."""
     height, width = (max(k.shape[dim] for k in kernels) for dim in range(2))
     padded = []
     for (h, w), alike in groupby(kernels, key=lambda k: k.shape):
@@ -102,7 +101,7 @@ def stacked_kernels(kernels: Sequence[Tensor]) -> Tensor:
 
 
 def correlate(z: Tensor, weight: Tensor) -> Tensor:
-    """Convolutions of single maps with same padding: G maps, N kernels for each.
+    """Convolutions with same padding of G single maps, with N kernels each.
 
     z: (G, B, H, W); weight: (G, N, kh, kw), odd sizes -> (B, H, G * N, W).
     """
@@ -111,7 +110,7 @@ def correlate(z: Tensor, weight: Tensor) -> Tensor:
     if w > BAND_WIDTH:
         out = F.conv2d(z.transpose(0, 1), weight.reshape(g * n, 1, kh, kw), padding=(kh // 2, kw // 2), groups=g)
         return out.transpose(1, 2)
-    # The kh rows around each row, times the matrices that take a row of a window to a row of the result.
+    # The kh rows around each row, times matrices that map a row of this window to a row of the result.
     padded = F.pad(z, (0, 0, kh // 2, kh // 2))
     windows = torch.stack([padded[:, :, i : i + h] for i in range(kh)], 3).view(g, b * h, kh * w)
     band = (weight.reshape(-1, kw) @ selection(kw, w, weight)).view(g, n, kh, w, w)
@@ -123,7 +122,7 @@ _selections: dict[tuple[Any, ...], Tensor] = {}
 
 
 def selection(kernel: int, length: int, like: Tensor) -> Tensor:
-    """Which tap of a kernel takes input i to output j with same padding, one-hot: (kernel, length * length)."""
+    """The tap of a kernel that maps input i to output j with same padding, one-hot: (kernel, length * length)."""
     key = (kernel, length, like.device, like.dtype)
     if not torch.compiler.is_compiling() and key in _selections:
         return _selections[key]

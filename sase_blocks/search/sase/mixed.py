@@ -7,17 +7,17 @@
     a = mixed spatial excitation(s)    y = x * (1 + (c + a) / 2)
 
 The norm has no affine parameters during the search, as in the authors' code. With ``fair=False`` this is the authors'
-mixture. What is ours is ``fair=True``: the outputs of a squeeze differ by factors of 10,000 and one of the fourteen
-excitations has no sigmoid, so that in the authors' mixture scale decides. Fair mixing brings each squeeze's output to
-mean 0 and variance 1 over the batch (one number each, without affine parameters) and gives each excitation that has
-none a sigmoid. A found block is built without these norms.
+mixture. Not in the paper: ``fair=True``. The outputs of squeezes differ by factors of 10,000 and one of the fourteen
+excitations has no sigmoid, so in the authors' mixture scale decides. Fair mixing normalises each squeeze's output to
+mean 0 and variance 1 over the batch (one number each, without affine parameters) and gives each excitation without a
+sigmoid one. A found block has no such norms.
 
-Two forms give the same: 'plain' calls each operation by itself and is the definition; 'shared' lets the operations of
-an edge share what they have in common (``squeezes.py``, ``excitations.py``). Both work on contiguous maps: one in
-channels_last, as convolutions like it, is copied, and the result copied back.
+Two forms give the same result. 'plain' calls each operation and is the definition. In 'shared' the operations share what
+they have in common (``squeezes.py``, ``excitations.py``). Both work on contiguous maps. A channels_last map, which
+convolutions prefer, is copied, and the result is copied back.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -37,7 +37,7 @@ from .statistics import recomputed
 
 FORMS = ('plain', 'shared')
 
-# Gets the edge's number, and the stack (operations, B, ...) of what its operations gave, as it is mixed.
+# Called with the edge's number and the stack (operations, B, ...) that is mixed.
 Observer = Callable[[int, Tensor], None]
 
 
@@ -47,14 +47,14 @@ class MixedBlock(AttentionModule):
     Args:
         channels: C, at least 1.
         space: the operations of each edge.
-        feat_size: (H, W) or an int; needed where the space has operations with per-position parameters.
-        fair: normalise and gate the operations before they are mixed (see above); False is the authors' mixture.
+        feat_size: (H, W) or an int; required if the space has operations with per-position parameters.
+        fair: normalise and gate the operations before mixing (see above). False is the authors' mixture.
         form: 'shared' or 'plain'.
         device, dtype: of the parameters.
 
     Attributes:
-        probabilities: six tensors, one an edge, of one weight an operation; set by ``SearchNetwork`` before each
-            forward. None stands for equal weights.
+        probabilities: one tensor per edge with one weight per operation, set by ``SearchNetwork`` before each
+            forward. None means equal weights.
 
     Raises:
         ValueError: bad channels, feat_size or form.
@@ -85,7 +85,7 @@ class MixedBlock(AttentionModule):
             self.add_module(edge, nn.ModuleDict({name.replace('.', '_'): op for name, op in operations.items()}))
         self.mix_weight = nn.Parameter(torch.full((2,), 0.5, device=device, dtype=dtype))
         self.norm = nn.BatchNorm2d(1, affine=False, device=device, dtype=dtype)
-        # One channel an operation, over everything else.
+        # Each operation is one channel of the norm.
         self.scales = nn.ModuleDict(
             {
                 edge: nn.BatchNorm2d(len(names), affine=False, device=device, dtype=dtype)
@@ -128,7 +128,7 @@ class MixedBlock(AttentionModule):
         return c, self._mixed(5, of_s)
 
     def _excited(self, q: Tensor, ops: Sequence[Any]) -> list[Tensor]:
-        """What excitations give, each computed by itself; with fair mixing, each behind a sigmoid."""
+        """The outputs of excitations, with fair mixing each after a sigmoid."""
         outputs = [op(q) for op in ops]
         if self.fair:
             outputs = [y if op.gated else torch.sigmoid(y) for op, y in zip(ops, outputs, strict=True)]
@@ -138,10 +138,9 @@ class MixedBlock(AttentionModule):
         """The weighted sum of the outputs of an edge's operations."""
         normed = EDGES[edge] in self.scales
         if torch.compiler.is_compiling() and not normed and self.probabilities is not None:
-            # Sums of products fuse with what they are of, and one product needs the stack.
-            return reduce(
-                torch.add, [w.to(y.dtype) * y for w, y in zip(self.probabilities[edge], outputs, strict=True)]
-            )
+            # A sum of products fuses with its inputs. A matrix product would need them as one stack.
+            weights = self.probabilities[edge].unbind(0)
+            return reduce(torch.add, [w.to(y.dtype) * y for w, y in zip(weights, outputs, strict=True)])
         stack = torch.stack(tuple(outputs))  # (operations, B, ...)
         if normed:
             batch = stack.transpose(0, 1)
@@ -150,8 +149,7 @@ class MixedBlock(AttentionModule):
             self.observer(edge, stack)
         if self.probabilities is None:
             return stack.mean(0)
-        weights = self.probabilities[edge].to(stack.dtype)
-        return torch.tensordot(weights, stack, 1)
+        return torch.tensordot(self.probabilities[edge].to(stack.dtype), stack, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # without the alpha of insert: it is searched
         if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
@@ -163,7 +161,7 @@ class MixedBlock(AttentionModule):
         if self.form == 'plain':
             return super().forward(x)
         check_features(x, self.channels)
-        return recomputed(_times_gate, x, *self.gates(x))
+        return recomputed(_times_gate, x, *self.gates(x))  # keeps x and the gates' small tensors
 
     def gate(self, x: Tensor) -> Tensor:
         return _gate(*self.gates(x))
@@ -179,7 +177,7 @@ class MixedBlock(AttentionModule):
 
 
 def _gate(c: Tensor, a: Tensor) -> Tensor:
-    """1 + (c + a) / 2 in the order that adds the small ones first. -> (B, C, H, W)."""
+    """1 + (c + a) / 2, where only the last sum is as large as the map. -> (B, C, H, W)."""
     return (1 + c / 2) + a / 2
 
 
@@ -187,7 +185,7 @@ def _times_gate(x: Tensor, c: Tensor, a: Tensor) -> Tensor:
     return x * _gate(c, a).to(x.dtype)
 
 
-@torch.compiler.disable  # a compiler's own copies, and the formats that it chooses behind them, are slower
+@torch.compiler.disable  # a compiler's own copies, and the formats that it then chooses, are slower
 def _laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     return _LaidOut.apply(x, memory_format)
 
@@ -195,7 +193,7 @@ def _laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
 class _LaidOut(torch.autograd.Function):
     """A map (B, C, H, W) from contiguous to channels_last or back, and its gradient the other way.
 
-    torch would hand the gradient on as it is, and a batch norm's backward pass is slow where the two formats differ.
+    torch would pass the gradient on in its own format, and a batch norm's backward is slow if the two formats differ.
     """
 
     @staticmethod
@@ -210,8 +208,3 @@ class _LaidOut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad.contiguous(memory_format=ctx.back), None
-
-
-def mixed_blocks(model: nn.Module) -> Iterable[MixedBlock]:
-    """The mixed blocks of a network, in its order."""
-    return (module for module in model.modules() if isinstance(module, MixedBlock))

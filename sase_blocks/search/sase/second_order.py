@@ -1,7 +1,7 @@
-"""The second-order squeezes of a mixed edge: what they make of their N x N covariance, keeping nothing of it. Ours.
+"""The second-order squeezes of the mixed edges, without the normed covariance. Not in the paper.
 
-A batch norm with one channel a row, a kernel a row and a sum over the row turn the covariance into N numbers. The norm
-is affine, so it can come behind the sums: of the row times the kernel, of the row and of its squares.
+A batch norm with one channel per row, a kernel per row and a sum over the row turn the N x N covariance into N numbers.
+The norm is affine, so it can follow the sums: of the row times the kernel, of the row, and of its squares.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sase_blocks.ops.primitive import contract_rows
 
 
 def second_order(op: Any, values: Tensor, gate: Tensor | None = None) -> Tensor:
-    """What a second-order squeeze gives for its averages (B, P, N), times a gate (B, P, 1): (B, outputs)."""
+    """A second-order squeeze of averages (B, P, N), times a gate (B, P, 1) if given. -> (B, outputs)."""
     norm, dtype = op.norm, op.row_weight.dtype
     ours = type(norm) is BatchNorm2d and norm.training and norm.track_running_stats and norm.momentum is not None
     if ours and values.shape[2] > 1 and not torch.compiler.is_compiling():
@@ -28,7 +28,7 @@ def second_order(op: Any, values: Tensor, gate: Tensor | None = None) -> Tensor:
         _move_statistics(norm, mean, var, values.shape[0] * values.shape[2])
         scale = weight * torch.rsqrt(var + norm.eps)
         q = (contracted * scale + (bias - scale * mean) * kernel.sum(1)).to(dtype)
-    else:  # another norm (one over several processes), eval mode, a compiler's graph
+    else:  # eval mode, a compiler's graph, another norm (SyncBatchNorm)
         with torch.autocast(values.device.type, enabled=False):
             rows = _covariance(_centred(values, gate))
         q = contract_rows(norm(rows.unsqueeze(3)).squeeze(3), op.row_weight)
@@ -37,7 +37,7 @@ def second_order(op: Any, values: Tensor, gate: Tensor | None = None) -> Tensor:
 
 def _centred(values: Tensor, gate: Tensor | None) -> Tensor:
     z = values if gate is None else values * gate
-    return z + z.sum(1, keepdim=True) * (-1 / z.shape[1])  # the gradient of a mean would be a map
+    return z + z.sum(1, keepdim=True) * (-1 / z.shape[1])  # the gradient of mean() would be as large as z
 
 
 def _covariance(z: Tensor) -> Tensor:
@@ -46,12 +46,14 @@ def _covariance(z: Tensor) -> Tensor:
 
 
 def row_sums(kernel: Tensor, values: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the covariance's rows: the sum with the kernel for each image (B, N), over all images the mean and that of
-    the squares (N).
+    """Of the covariance's rows: the product with the kernel, summed (B, N), the mean over all images, and that of the
+    squares (N).
+
+    kernel: (N, N); values: (B, P, N); gate: (B, P, 1).
     """
     z = _centred(values, gate)
     scale = 1 / (z.shape[0] * z.shape[2])
-    if 2 * z.shape[1] < z.shape[2]:  # few values: products smaller than the covariance
+    if 2 * z.shape[1] < z.shape[2]:  # these products are smaller than the covariance
         f = 1 / max(z.shape[2] - 1, 1)
         contracted = (z * F.linear(z, kernel)).sum(1) * f
         mean = (z * z.sum(2, keepdim=True)).sum((0, 1)) * (f * scale)

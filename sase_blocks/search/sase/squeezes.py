@@ -1,11 +1,11 @@
-"""The squeezes of the mixed edges, computed together from statistics that they share. Ours.
+"""The squeezes of the mixed edges, from statistics that they share. Not in the paper.
 
-- Six squeezes of each set are formulas of the moments (``statistics.py``). The gated map ``gate * x`` needs no moments
+- Six squeezes in each set are formulas of the moments (``statistics.py``). The gated map ``gate * x`` needs no moments
   over (H, W) of its own: its mean is ``gate * mean``, its variance ``gate^2 * variance``.
 - The second-order squeezes of both spatial edges share their pooling, which commutes with the gate
   (``second_order.py``).
 
-Any operation that is not of the paper's sets, and any subclass, is called by itself.
+An operation that is not in the paper's sets, and any subclass, runs on its own.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def p_norm(stats: Moments, n: int) -> Tensor:
 def fourth_power_sum(stats: Moments, n: int) -> Tensor:
     """The sum of fourth powers from the mean and the central moments."""
     mean, second, third, fourth = stats[:4]
-    # Products and sums apart: on a CPU torch.addcmul is several times as slow as both.
+    # Not torch.addcmul, which on a CPU takes several times as long as a product and a sum.
     inner = torch.add(mean * mean, second, alpha=6)
     return (fourth + mean * torch.add(mean * inner, third, alpha=4)) * n
 
@@ -64,10 +64,10 @@ def deviation(stats: Moments, n: int) -> Tensor:
     return safe_sqrt(stats.second * (n / max(n - 1, 1)))
 
 
-# What the moments give by themselves, and what is mixed with the mean, relu(w_0 mean + w_1 other). By the exact class:
-# a subclass may compute another thing.
+# Formulas of the moments alone, and those that are mixed with the mean, relu(w_0 mean + w_1 formula). By exact class,
+# because a subclass may compute something else.
 Formula = Callable[[Moments, int], Tensor]
-BY_THEMSELVES: dict[type, Formula] = {
+ALONE: dict[type, Formula] = {
     ChannelAvg: lambda stats, n: stats.mean,
     SpatialAvg: lambda stats, n: stats.mean,
     ChannelPNorm: p_norm,
@@ -81,11 +81,11 @@ BESIDE_MEAN: dict[type, Formula] = {
     ChannelAvgSkew: lambda stats, n: stats.third,
     SpatialAvgSkew: lambda stats, n: stats.third,
 }
-OF_MOMENTS = (*BY_THEMSELVES, *BESIDE_MEAN, ChannelL2Norm)
+OF_MOMENTS = (*ALONE, *BESIDE_MEAN, ChannelL2Norm)
 
 
 def beside_mean(ops: Sequence[Any], stats: Moments | None, n: int) -> dict[int, Tensor]:
-    """What the operations of ``BESIDE_MEAN`` among ``ops`` give, by their position; n: values that were squeezed."""
+    """The outputs of those of ``ops`` that are in ``BESIDE_MEAN``, by position. n: the number of squeezed values."""
     chosen = [i for i, op in enumerate(ops) if stats and type(op) in BESIDE_MEAN]
     if not stats or not chosen:
         return {}
@@ -104,7 +104,7 @@ def spatial_l2(op: SpatialL2Norm, total: Tensor, squares: Tensor, n: int) -> Ten
     weight, bias = widen(op.weight), widen(op.bias)
     if weight.shape != total.shape[2:]:
         weight, bias = resize_map(weight, total), resize_map(bias, total)
-    # The sum of (weight * normed + bias)^2 as deviations from the mean and the mean: neither cancels.
+    # The sum of (weight * normed + bias)^2, split into deviations from the mean and the mean, which do not cancel.
     avg = total * (1 / n)
     deviations = torch.relu(torch.sub(squares, avg * avg, alpha=n))
     shifted = weight * avg + bias
@@ -121,13 +121,13 @@ class SharedSqueezes:
         self._pooled: dict[int, Tensor] = {}
 
     def channel(self, ops: Sequence[Any]) -> list[Tensor]:
-        """What channel squeezes give for x: (B, C, 1, 1) each."""
+        """The outputs of channel squeezes of x, (B, C, 1, 1) each."""
         n = self.x.shape[2] * self.x.shape[3]
         stats = self.over_positions() if _sharing(ops) else None
         found = beside_mean(ops, stats, n)
         for i, op in enumerate(ops):
-            if stats and type(op) in BY_THEMSELVES:
-                found[i] = BY_THEMSELVES[type(op)](stats, n)
+            if stats and type(op) in ALONE:
+                found[i] = ALONE[type(op)](stats, n)
             elif stats and type(op) is ChannelL2Norm:
                 found[i] = channel_l2(op, stats, n)
             elif type(op) is ChannelSecondOrder and self.x.shape[1] % op.row_weight.shape[0] == 0:
@@ -140,7 +140,7 @@ class SharedSqueezes:
     def spatial(
         self, gated_ops: Sequence[Any], gate: Tensor, plain_ops: Sequence[Any]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """What the first squeezes give for ``gate * x`` and the others for x: (B, 1, H, W) each."""
+        """The outputs of the gated squeezes of ``gate * x`` and of the plain ones of x, (B, 1, H, W) each."""
         gate = gate.to(self.wide.dtype)
         edges = ((gated_ops, gate), (plain_ops, None))
         sums = iter(self.normed_sums([(op, g) for ops, g in edges for op in ops if type(op) is SpatialL2Norm]))
@@ -152,8 +152,8 @@ class SharedSqueezes:
         stats = moments(self.wide, (1,), gate) if _sharing(ops) else None
         found = beside_mean(ops, stats, n)
         for i, op in enumerate(ops):
-            if stats and type(op) in BY_THEMSELVES:
-                found[i] = BY_THEMSELVES[type(op)](stats, n)
+            if stats and type(op) in ALONE:
+                found[i] = ALONE[type(op)](stats, n)
             elif type(op) is SpatialL2Norm:
                 found[i] = spatial_l2(op, *next(sums), n)
             elif type(op) is SpatialSecondOrder:
@@ -174,13 +174,13 @@ class SharedSqueezes:
         if not norms:
             return []
         mean, var = self.over_positions()[:2]
-        # What normalises each channel of gate * x, whose variance is gate^2 var, times the gate itself.
+        # The factor that normalises a channel of gate * x, whose variance is gate^2 var, times the gate.
         rates = [
             torch.rsqrt(var + op.eps) if gate is None else gate * torch.rsqrt(gate * gate * var + op.eps)
             for op, gate in norms
         ]
-        tensors = (self.wide, mean, torch.stack(rates, 1).flatten(2))
-        sums, squares = recomputed(in_pieces, normed_sums, *tensors)
+        stack = torch.stack(rates, 1).flatten(2)
+        sums, squares = recomputed(in_pieces, normed_sums, self.wide, mean, stack)
         return list(zip(sums.split(1, 1), squares.split(1, 1), strict=True))
 
     def pooled(self, grid: int) -> Tensor:
@@ -197,7 +197,7 @@ class SharedSqueezes:
         return self._pooled[grid]
 
     def _spread(self, s: Tensor) -> Tensor:
-        """(B, 1, h, w) pooled adaptively to the H and W of x. To a multiple of h and w it repeats values."""
+        """(B, 1, h, w) pooled adaptively to the H and W of x. Multiples of h and w repeat the values."""
         (h, w), (height, width) = s.shape[2:], self.x.shape[2:]
         if height % h or width % w:
             return pool_to(s, self.x)
