@@ -12,9 +12,9 @@ excitations has no sigmoid, so in the authors' mixture scale decides. Fair mixin
 mean 0 and variance 1 over the batch (one number each, without affine parameters) and gives each excitation without a
 sigmoid one. A found block has no such norms.
 
-Two forms give the same result. 'plain' calls each operation and is the definition. In 'shared' the operations share what
-they have in common (``squeezes.py``, ``excitations.py``). Both work on contiguous maps. A channels_last map, which
-convolutions prefer, is copied, and the result is copied back.
+Two forms give the same result. 'plain' calls each operation and is the definition. In 'shared' the operations share
+common work (``squeezes.py``, ``excitations.py``). Both work on contiguous maps. A channels_last map, which convolutions
+prefer, is copied, and the result is copied back.
 """
 
 from collections.abc import Callable, Sequence
