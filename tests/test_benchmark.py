@@ -133,7 +133,7 @@ def passes(bench, module, x):
 # What has the size of x: a gate that is neither a sum nor a product, or all of y, in blocks without a gate.
 WHOLE_GATE = (
     *('bam', 'ge', 'ge_theta', 'ge_plus', 'sge', 'ema', 'simam', 'triplet', 'scoord', 'strip', 'nam', 'caa'),
-    *('mlca',),
+    *('mlca', 'gam'),
     *('lka', 'lska', 'msca', 'lsk'),
 )
 WITHOUT_GATE = ('criss_cross', 'shuffle', 'sk')

@@ -561,6 +561,23 @@ def scsa(ours: nn.Module, heads: int = 1, window: int = 7) -> Callable[[Tensor],
     return forward
 
 
+def gam(ours: nn.Module) -> Callable[[Tensor], Tensor]:
+    w = weights(ours)
+    k = w['conv1.weight'].shape[2] // 2
+
+    def forward(x: Tensor) -> Tensor:
+        tokens = x.permute(0, 2, 3, 1)
+        hidden = torch.relu(tokens @ w['fc1.weight'][:, :, 0, 0].T + w['fc1.bias'])
+        c = (hidden @ w['fc2.weight'][:, :, 0, 0].T + w['fc2.bias']).permute(0, 3, 1, 2)
+        z = x * torch.sigmoid(c)
+        s = F.conv2d(z, w['conv1.weight'], padding=k)
+        s = torch.relu(batch_norm(s, w['norm1.weight'], w['norm1.bias']))
+        s = batch_norm(F.conv2d(s, w['conv2.weight'], padding=k), w['norm2.weight'], w['norm2.bias'])
+        return z * torch.sigmoid(s)
+
+    return forward
+
+
 def gather_excite(ours: nn.Module, convs: tuple[int, ...] = (0, 3, 6)) -> Callable[[Tensor], Tensor]:
     """The learned forms of Gather-Excite, at extent 8 with three convolutions."""
     w = weights(ours)
@@ -664,6 +681,7 @@ CASES: list[tuple[str, str, Reference]] = [
     ('caa', 'formula', caa),
     ('mlca', 'formula', mlca),
     ('scsa', 'formula', scsa),
+    ('gam', 'formula', gam),
 ]
 # The same with other options than the defaults. A formula reads most sizes from the weights.
 WITH_OPTIONS: list[tuple[str, Reference]] = [
@@ -709,6 +727,7 @@ WITH_OPTIONS: list[tuple[str, Reference]] = [
     ('mlca(gamma=1, beta=4)', mlca),
     ('scsa(num_heads=4, window_size=3)', partial(scsa, heads=4, window=3)),
     ('scsa(kernel_sizes=(1, 3, 3, 5))', scsa),
+    ('gam(reduction=4, kernel_size=3)', gam),
 ]
 
 
@@ -814,6 +833,7 @@ PARAMETERS = {
     'caa': 2 * (256 * 256 + 256) + 2 * (11 * 256 + 256),
     'mlca': 2 * 5,
     'scsa': 64 * (3 + 5 + 7 + 9 + 4) + 2 * 2 * 256 + 2 * 256 + 3 * 256,
+    'gam': (2 * 256 * R + R + 256) + 2 * 49 * 256 * R + 2 * R + 2 * 256,
 }
 
 

@@ -225,6 +225,7 @@ CASES = [
     ('block', 'mlca(gamma=1, beta=0)', 2 * 5),
     ('block', 'scsa(num_heads=4, window_size=2)', 8 * (3 + 5 + 7 + 9 + 4) + 9 * C),
     ('block', 'scsa(kernel_sizes=(1, 3, 3, 5))', 8 * (1 + 3 + 3 + 5 + 4) + 9 * C),
+    ('block', 'gam(reduction=4, kernel_size=3)', (2 * C * 8 + 8 + C) + 2 * 9 * C * 8 + 2 * 8 + 2 * C),
     ('block', GENOTYPE,
      (4 * 4 + 4 * C + 2 * 4) + 2 * C * 8 + 5 + (2 * 16 + 2 * 16 * 16) + (2 * C + 18 * 4 + 8 + 1) + 11 + 4),
 ]  # fmt: skip
@@ -308,7 +309,7 @@ WRONG_VALUES = [
     ('spatial_squeeze', 'dilated(reduction=33)', 'SpatialDilated of 32 channels'),
     ('channel_squeeze', 'second_order(reduction=33)', 'ChannelSecondOrder of 32 channels'),
     *(('block', f'{name}(kernel_size={value})', 'needs an odd kernel_size, which keeps the size of the map, got')
-      for name in ('cbam', 'triplet', 'ela', 'strip', 'eca', 'ecam', 'ceca', 'caa') for value in (0, 2)),
+      for name in ('cbam', 'triplet', 'ela', 'strip', 'eca', 'ecam', 'ceca', 'caa', 'gam') for value in (0, 2)),
     *(('block', f'{name}(kernel_size={value})', 'needs kernel_size to be an int of at least 1, got')
       for name in ('cbam', 'triplet', 'ela', 'strip', 'eca') for value in (-1, 3.0, True)),
     ('block', 'eca(kernel_size=67)', 'ChannelConvECA of 32 channels needs kernel_size to be at most 65, got 67'),
@@ -335,6 +336,7 @@ WRONG_VALUES = [
     *(('block', f'scsa(kernel_sizes={value})', f'needs kernel_sizes to be four odd ints, got {re.escape(value)}')
       for value in ('7', '(3, 5)')),
     ('block', 'scsa(kernel_sizes=(3, 5, 7, 8))', 'SynergisticAttention needs an odd kernel_size, .* got 8'),
+    ('block', 'gam(reduction=33)', 'GlobalAttention of 32 channels'),
     ('block', 'bam(dilation=0)', 'SpatialDilated needs dilation to be an int of at least 1, got 0'),
     ('block', 'fca(frequencies=17)', 'ChannelDCT needs frequencies to be an int from 1 to 16, got 17'),
     ('block', 'gsop(rd_channels=129)', 'ChannelGSoP needs rd_channels to be an int from 1 to 128, got 129'),

@@ -72,7 +72,7 @@ KINDS = {
     (True, True): [
         *('sase', 'bam', 'scse', 'ge', 'ge_theta', 'ge_plus', 'sge', 'ema', 'simam', 'triplet'),
         *('coord', 'scoord', 'ela', 'strip', 'cbam', 'lcbam'),
-        *('shuffle', 'scsa', 'nam', 'caa', 'mlca'),
+        *('shuffle', 'gam', 'scsa', 'nam', 'caa', 'mlca'),
         *('lka', 'lska', 'msca', 'lsk', 'polarized'),
     ],
 }

@@ -8,6 +8,7 @@ from .compose import ChannelAttention, ParallelAttention, SequentialAttention, S
 from .criss_cross import CrissCrossAttention
 from .double import DoubleAttention
 from .dual import DualAttention
+from .gam import GlobalAttention
 from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Edge, Graph
@@ -48,6 +49,7 @@ __all__ = [
     'EfficientMultiScaleAttention',
     'GatherExcite',
     'Genotype',
+    'GlobalAttention',
     'GlobalResponseNorm',
     'Graph',
     'LargeKernelAttention',

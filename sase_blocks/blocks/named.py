@@ -19,6 +19,7 @@ from .compose import ChannelAttention, ParallelAttention, SequentialAttention, S
 from .criss_cross import CrissCrossAttention
 from .double import DoubleAttention
 from .dual import DualAttention
+from .gam import GlobalAttention
 from .gather_excite import GatherExcite
 from .genotype import SASE_GENOTYPE, Genotype, split_stages
 from .graph import Graph, chain
@@ -194,6 +195,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     'caa': ContextAnchorAttention,
     'mlca': MixedLocalChannelAttention,
     'scsa': SynergisticAttention,
+    'gam': GlobalAttention,
 }
 
 
