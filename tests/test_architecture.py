@@ -323,6 +323,7 @@ def test_pruning_and_the_head():
     assert all(map(torch.equal, model.forward_intermediates(x, [1, 2], intermediates_only=True), features[1:3]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:.torch.jit.*is deprecated')
 def test_scripted():
     model = build(zero_init_last=False).eval()

@@ -88,9 +88,18 @@ ROWS += [
     )
 ]
 every_row = pytest.mark.parametrize('row', ROWS, ids=lambda r: f'{r.kind}-{r.name}')
+# Blocks that differ from another one by an option or a layer.
+VARIANTS = ('ese', 'ecam', 'ceca', 'lcbam', 'gca', 'ge_theta', 'ge_plus', 'scoord', 'lska')
 captured_row = pytest.mark.parametrize(
     'row',
-    [pytest.param(r, id=f'{r.kind}-{r.name}', marks=() if r.kind == 'block' else pytest.mark.slow) for r in ROWS],
+    [
+        pytest.param(
+            r,
+            id=f'{r.kind}-{r.name}',
+            marks=() if r.kind == 'block' and r.name not in VARIANTS else pytest.mark.slow,
+        )
+        for r in ROWS
+    ],
 )
 
 

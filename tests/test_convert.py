@@ -44,7 +44,8 @@ def paper50() -> dict[str, torch.Tensor]:
     return paper_state(50)
 
 
-@pytest.mark.parametrize('depth', [50, pytest.param(101, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('depth', [50, 101])
 def test_authors_logits(depth):
     model = timm.create_model(f'resnet{depth}_sase', num_classes=10).double().eval()
     report = load_checkpoint(model, {'epoch': 3, 'state_dict': paper_state(depth), 'best_acc_top1': 1.0})

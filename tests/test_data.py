@@ -610,6 +610,7 @@ def test_validation_is_the_normalised_image(size):
     )
 
 
+@pytest.mark.slow
 def test_flips_can_be_switched_off_and_policies_need_large_images():
     left = Image.fromarray(np.tile(np.arange(12, dtype=np.uint8)[None, :, None], (12, 1, 3)))
     for hflip, flipped in ((0.0, {False}), (1.0, {True}), (0.5, {False, True})):

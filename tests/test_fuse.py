@@ -81,7 +81,7 @@ def assert_equal_after_fuse(model: nn.Module, x: Tensor) -> None:
 # ---- fuse ----
 
 
-@pytest.mark.parametrize('name', mostly_slow((*BLOCKS, GENOTYPE), 'cbam', 'srm'))
+@pytest.mark.parametrize('name', mostly_slow((*BLOCKS, GENOTYPE), 'cbam'))
 def test_every_block_in_a_network_gives_the_same(name):
     model = network(name)
     assert_equal_after_fuse(model, images())

@@ -175,7 +175,7 @@ def build(name: str) -> nn.Module:
 
 
 # In `make test` one of a kind: of block, of library, and of what stands before and behind.
-QUICK = ('torchvision resnet', 'timm convnext')
+QUICK = ('torchvision resnet',)
 every_network = pytest.mark.parametrize('name', mostly_slow(NETWORKS, *QUICK))
 
 

@@ -303,6 +303,7 @@ def test_what_takes_no_weight_decay_in_other_networks():
     assert no_weight_decay(torch.nn.Linear(2, 2)) == set()
 
 
+@pytest.mark.slow
 def test_it_trains():
     """One batch is learned by heart, from timm's zero-initialised start."""
     torch.manual_seed(0)

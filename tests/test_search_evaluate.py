@@ -71,6 +71,7 @@ def trained(monkeypatch):
 # ---- trainings from scratch ----
 
 
+@pytest.mark.slow
 def test_evaluation(budget, tmp_path, monkeypatch, capsys):
     """On grey images, which are checked once for all four trainings."""
     budget = replace(budget, model_args={**budget.model_args, 'in_chans': 1})

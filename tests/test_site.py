@@ -54,6 +54,7 @@ def test_a_program_with_a_fence_in_it_stays_one_listing(hooks):
     assert hooks.site_links(page, 'examples/hub.md') == page
 
 
+@pytest.mark.slow
 def test_the_gallery_shows_every_block(hooks):
     names = sase_blocks.list_blocks()
     text = hooks.gallery({name: float(i) for i, name in enumerate(names, start=1)})
