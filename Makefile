@@ -28,12 +28,13 @@ COMMA := ,
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-search test test-lowest test-slow test-ecosystem test-timm test-timm-scripts docs lint format bench gpu gpu-compile build install clean
 
-# $(call installed,EXTRAS): install the package with these. Only uv resolves to the lowest versions.
+# $(call installed,EXTRAS): install the package with these. Only uv resolves to the lowest versions, and it compiles only if
+# asked to, which otherwise every process does again where Python may write no bytecode.
 ifeq ($(LOWEST),)
 installed = $(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(1)]'
 else
 installed = $(BIN)/python -m pip install --disable-pip-version-check uv && \
-	{ $(BIN)/uv pip install --python $(BIN)/python --resolution lowest-direct --editable '.[$(1)]' || { \
+	{ $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --resolution lowest-direct --editable '.[$(1)]' || { \
 		echo "The lower bounds may have no wheels for $$($(BIN)/python -V): try an older one, with 'make clean' before," \
 			"as in make PYTHON=python3.11 test-lowest" >&2; exit 1; }; }
 endif
