@@ -14,10 +14,8 @@ from torch import Tensor
 from sase_blocks.checks import check_kernel_size, check_reduction
 from sase_blocks.ops import BatchNorm2d, Conv2d
 
-from .base import AttentionModule, fade_product
+from .base import AttentionModule
 from .graph import MAP, Edge, Graph
-
-torch.fx.wrap('fade_product')  # must be wrapped in each module that calls it
 
 
 class GlobalAttention(AttentionModule):
@@ -63,19 +61,10 @@ class GlobalAttention(AttentionModule):
     def current_channels(self) -> int:
         return self.fc2.weight.shape[0]
 
-    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The channel and the spatial gate for a checked x, both (B, C, H, W)."""
+    def gate(self, x: Tensor) -> Tensor:
         c = torch.sigmoid(self.fc2(torch.relu(self.fc1(x))))
         s = torch.relu(self.norm1(self.conv1(x * c)))
-        return c, torch.sigmoid(self.norm2(self.conv2(s)))
-
-    def gate(self, x: Tensor) -> Tensor:
-        c, s = self.gates(x)
-        return c * s
-
-    def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
-        c, s = self.gates(x)
-        return fade_product(c, s, alpha)
+        return c * torch.sigmoid(self.norm2(self.conv2(s)))
 
     def graph(self) -> Graph:
         k = self.conv1.kernel_size[0]
