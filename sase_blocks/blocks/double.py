@@ -59,18 +59,22 @@ class DoubleAttention(AttentionModule):
         b, _, height, width = x.shape
         return torch.softmax(self.gather(x).flatten(2), 2).mean(1).reshape(b, 1, height, width)
 
-    def attend(self, x: Tensor) -> Tensor:
-        return self.faded(x, None)
-
-    def faded(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+    def add_values(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """y for this weight and bias of the last layer."""
         attention = torch.softmax(self.gather(x).flatten(2), 2).to(x.dtype)
         descriptors = attention @ x.flatten(2).transpose(1, 2)  # (B, n, C)
-        # The weights of a position sum to 1, so they keep the biases.
-        weight, bias = fade_value(self.out.weight, alpha), fade_value(self.out.bias, alpha)  # type: ignore[arg-type]
         descriptors = F.linear(self.feature(descriptors), weight, bias)
         vectors = torch.softmax(self.distribute(x), 1).flatten(2)
         z = descriptors.transpose(1, 2) @ vectors.to(descriptors.dtype)
         return x + z.reshape(x.shape).to(x.dtype)
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.add_values(x, self.out.weight, self.out.bias)  # type: ignore[arg-type]
+
+    def faded(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        # The weights of a position sum to 1, so they keep the biases.
+        weight, bias = fade_value(self.out.weight, alpha), fade_value(self.out.bias, alpha)  # type: ignore[arg-type]
+        return self.add_values(x, weight, bias)
 
     def graph(self) -> Graph:
         maps = 'n x H x W'

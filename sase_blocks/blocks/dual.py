@@ -46,11 +46,11 @@ def channel_weights(x: Tensor) -> Tensor:
 
 
 class DualAttention(AttentionModule):
-    """Dual attention, DANet (arXiv 1809.02983, eq. 1 to 4): y = x + alpha * p + beta * c.
+    """Dual attention, DANet (arXiv 1809.02983, eq. 1 to 4): y = x + position_gamma * p + channel_gamma * c.
 
     p is the mean of v over all positions, weighted by softmax(q . k), where q, k and v are 1x1 convolutions of x. c is
-    the mean of the channels of x, weighted by softmax(-x_i . x_j). alpha (``position_gamma``) and beta
-    (``channel_gamma``) start at 0, so the block starts as the identity.
+    the mean of the channels of x, weighted by softmax(-x_i . x_j). Both factors start at 0, so the block starts as the
+    identity.
 
     Memory: p comes from ``F.scaled_dot_product_attention``, whose fused kernels compute the HW x HW weights in pieces
     and keep none. Where torch has no fused kernel (a symbolic export, for example), they are whole. The time grows with
@@ -92,14 +92,17 @@ class DualAttention(AttentionModule):
         """The weight that each channel receives (B, C, 1, 1), for the pictures."""
         return channel_weights(x).sum(1)[:, :, None, None]
 
-    def attend(self, x: Tensor) -> Tensor:
-        return self.faded(x, None)
-
-    def faded(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+    def add_values(self, x: Tensor, position_gamma: Tensor, channel_gamma: Tensor) -> Tensor:
+        """y for these factors."""
         p = attend_positions(self.query_conv(x), self.key_conv(x), self.value_conv(x))
         c = (channel_weights(x).to(x.dtype) @ x.flatten(2)).reshape(x.shape)
-        z = fade_value(self.position_gamma, alpha) * p + fade_value(self.channel_gamma, alpha) * c
-        return x + z.to(x.dtype)
+        return x + (position_gamma * p + channel_gamma * c).to(x.dtype)
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.add_values(x, self.position_gamma, self.channel_gamma)
+
+    def faded(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        return self.add_values(x, fade_value(self.position_gamma, alpha), fade_value(self.channel_gamma, alpha))
 
     def graph(self) -> Graph:
         nodes = {'x': MAP, 's': 'HW x HW', 'p': MAP, 'r': 'C x C', 'c': MAP, 'y': MAP}
