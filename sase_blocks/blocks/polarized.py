@@ -68,7 +68,7 @@ class PolarizedSelfAttention(AttentionModule):
     ) -> None:
         super().__init__(channels)
         kwargs: dict[str, Any] = {'device': device, 'dtype': dtype}
-        if not isinstance(parallel, bool):
+        if parallel is not True and parallel is not False:
             raise ValueError(f'{type(self).__name__} needs parallel to be True or False, got {parallel!r}')
         self.parallel = parallel
         hidden = max(1, channels // 2)
