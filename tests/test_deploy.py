@@ -43,13 +43,13 @@ def network(name: str) -> nn.Module:
     return settled(timm.create_model('resnet20_cifar', genotype=name, layers=(1, 1, 1), channels=(8, 16, 32)))
 
 
-def network_of_all_blocks() -> nn.Module:
+def network_of_all_blocks(names=tuple(BLOCKS)) -> nn.Module:
     """A residual network in which each residual branch ends in another named block."""
     torch.manual_seed(0)
-    layers = -(-len(BLOCKS) // 3)
+    layers = -(-len(names) // 3)
     model = timm.create_model('resnet20_cifar', layers=(layers, layers, layers), channels=(8, 8, 16))
     places = [module for module in model.modules() if isinstance(module, BasicBlock)]
-    for name, place in zip(BLOCKS, places, strict=False):
+    for name, place in zip(names, places, strict=False):
         place.se = create_block(name, place.conv2.out_channels, feat_size=8)
     return settled(model)
 
@@ -119,8 +119,8 @@ def test_compile_fullgraph_dynamic():
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')
 def test_aot_inductor(tmp_path):
-    """All blocks compiled ahead of time for the CPU, run at another size and batch, too."""
-    model = network_of_all_blocks()
+    """The first blocks compiled ahead of time for the CPU, run at another size and batch, too; all take ten minutes."""
+    model = network_of_all_blocks(tuple(BLOCKS)[:21])
     exported = torch.export.export(model, (images(),), dynamic_shapes=dynamic_shapes())
     package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / 'model.pt2'))
     loaded = torch._inductor.aoti_load_package(package)
