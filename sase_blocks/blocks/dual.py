@@ -113,8 +113,8 @@ class DualAttention(AttentionModule):
             Edge('x', 'r', 'softmax(-x . x)'),
             Edge('x', 'c'),
             Edge('r', 'c', 'weighted sum'),
-            Edge('p', 'y', 'alpha'),
-            Edge('c', 'y', 'beta'),
+            Edge('p', 'y', 'position_gamma'),
+            Edge('c', 'y', 'channel_gamma'),
             Edge('x', 'y'),
         )
-        return Graph(nodes, edges, 'y = x + alpha * p + beta * c, p = softmax(q . k) . v, c = softmax(-x . x) . x')
+        return Graph(nodes, edges, 'y = x + position_gamma * p + channel_gamma * c, p = softmax(q . k) . v, c = softmax(-x . x) . x')
