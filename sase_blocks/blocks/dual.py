@@ -117,4 +117,5 @@ class DualAttention(AttentionModule):
             Edge('c', 'y', 'channel_gamma'),
             Edge('x', 'y'),
         )
-        return Graph(nodes, edges, 'y = x + position_gamma * p + channel_gamma * c, p = softmax(q . k) . v, c = softmax(-x . x) . x')
+        formula = 'y = x + position_gamma * p + channel_gamma * c, p = softmax(q . k) . v, c = softmax(-x . x) . x'
+        return Graph(nodes, edges, formula)
