@@ -17,7 +17,6 @@ from sase_blocks.checks import check_int, check_kernel_size
 from sase_blocks.numerics import narrow, widen
 from sase_blocks.ops import GroupNorm
 
-from .gather_excite import is_exporting
 from .graph import CHANNEL, MAP, Edge, Graph
 from .strip import COLUMNS, ROWS, RowsTimesColumns
 
@@ -25,14 +24,10 @@ from .strip import COLUMNS, ROWS, RowsTimesColumns
 def window_matrix(size: int, window: int, like: Tensor) -> Tensor:
     """Means over windows, without the rest of less than a window, as a matrix with a row for each window and one of 0.
 
-    A size below ``window`` has one window. The row of 0 keeps their number above 1, which a compiler would treat as a
-    case of its own. For export, the matrix has ``size`` rows, those without a window are 0. An exported network would
-    otherwise be fixed to sizes with one window, or with several.
+    A size below ``window`` has one window. The row of 0 keeps their number above 1, which compilers and export would
+    treat as a case of its own.
     """
     rows = max(size // window, 1) + 1
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips code only under such a line
-        if is_exporting():
-            rows = size
     i = torch.arange(rows, device=like.device)[:, None]
     j = torch.arange(size, device=like.device)[None, :]
     inside = ((j // window == i) & ((i == 0) | ((i + 1) * window <= size))).to(like.dtype)
