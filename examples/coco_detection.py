@@ -39,7 +39,7 @@ from torchvision.transforms.functional import to_tensor
 
 from sase_blocks import load_checkpoint
 from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
-from sase_blocks.train import build_model
+from sase_blocks.networks import build_model
 
 Target = dict[str, Tensor]
 

@@ -365,9 +365,7 @@ def load_checkpoint(
     own = model.state_dict()
     kept: list[str] = []
     if keep_head:
-        classifier = getattr(model, 'default_cfg', None) or {}
-        heads = classifier.get('classifier') or 'fc'
-        prefixes = tuple(f'{h}.' for h in ([heads] if isinstance(heads, str) else heads))
+        prefixes = classifier_prefixes(model)
         for key in own:
             if key.startswith(prefixes) and (key not in state or state[key].shape != own[key].shape):
                 kept.append(key)
@@ -399,6 +397,12 @@ def load_checkpoint(
     model.load_state_dict(state)
     loaded = [k for k in own if k not in set(added) and k not in set(kept)]
     return LoadReport(label, loaded, sorted(added), kept, extracted.left_out, extracted.entry, extracted.prefix)
+
+
+def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """How the state-dict keys of a model's classifier begin, by its timm configuration; 'fc.' without one."""
+    heads = (getattr(model, 'default_cfg', None) or {}).get('classifier') or 'fc'
+    return tuple(f'{head}.' for head in ([heads] if isinstance(heads, str) else heads))
 
 
 def _other_prefix(state: Mapping[str, Any], own: Collection[str]) -> str:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import einops
 import timm
@@ -74,8 +74,19 @@ EXPECTED: dict[str, Callable[[Any], bool]] = {
 }
 
 
+class Settings:
+    """Base of the dataclasses whose fields are settings (``setting``), and are also options of the command line."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(cast(Any, self)):
+            value, choices = getattr(self, entry.name), entry.metadata.get('choices')
+            require(self, not choices or value in choices, entry.name, f'one of {choices}')
+            if value is not None and (expected := entry.metadata.get('expected')):
+                require(self, EXPECTED[expected](value), entry.name, expected)
+
+
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """Settings of every run; each is also an option. A subclass adds its own and may change default and help."""
 
     data: str = field(metadata={'place': True, 'help': 'folder with train/CLASS/* in it, or the root of --dataset'})
@@ -111,11 +122,8 @@ class RunConfig:
     tensorboard: bool = setting(True, 'write a TensorBoard log', free=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for entry in fields(self):
-            value, choices = getattr(self, entry.name), entry.metadata.get('choices')
-            require(self, not choices or value in choices, entry.name, f'one of {choices}')
-            if value is not None and (expected := entry.metadata.get('expected')):
-                require(self, EXPECTED[expected](value), entry.name, expected)
             if entry.name in ('train_split', 'val_split', 'download'):
                 require_used(self, bool(self.dataset), entry.name, 'without a dataset')
 

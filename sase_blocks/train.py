@@ -7,14 +7,12 @@ the same weights as an uninterrupted one.
 
 from __future__ import annotations
 
-import difflib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 
 from .blocks import compile_blocks
 from .checkpoint import save_checkpoint
-from .convert import load_checkpoint
+from .convert import classifier_prefixes, load_checkpoint
 from .data import (
     MODEL,
     Batches,
@@ -36,9 +34,10 @@ from .data import (
     listing,
     same_data,
 )
+from .insertion import InsertReport
 from .insertion.checking import check_inserted
+from .networks import NetworkConfig, build_network, check_model_name
 from .ops import no_weight_decay
-from .reading import one_line, quoted, shorten
 from .runs import (
     RunConfig,
     RunLog,
@@ -61,17 +60,13 @@ ADVICE = 'Try a lower --lr, a longer --warmup or --clip-grad.'
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig):
+class TrainConfig(NetworkConfig, RunConfig):
     """Settings of a training run; each is also an option of ``sase-blocks train``, whose help describes it."""
 
     data: str = field(
         metadata={'place': True, 'help': 'folder with train/CLASS/* and val/CLASS/* (or validation/, test/) in it'}
     )
-    model: str = setting('resnet50_sase', 'name of any timm model')
-    model_args: dict[str, Any] = field(default_factory=dict, metadata={'help': 'model arguments'})
-    pretrained: bool = setting(False, "start from timm's pretrained weights (may download)")
     checkpoint: str | None = setting(None, 'start from the weights in this file (.pt, .pth, .safetensors)', place=True)
-    img_size: int | None = setting(None, "image height and width in px (default: the model's)", expected='at least 1')
 
     val_split: str = setting('validation', 'validation split of a --dataset')
     check: bool = setting(True, 'decode every image once before training', free=True)
@@ -80,6 +75,12 @@ class TrainConfig(RunConfig):
     opt: str = setting('sgd', 'optimizer', choices=('sgd', 'adamw'))
     warmup: float = setting(
         0.05, 'fraction of all steps for warm-up; then cosine decay to 0', expected='at least 0 and below 1'
+    )
+    insert_lr: float | None = setting(
+        None, 'highest learning rate of the inserted blocks (default: that of --lr)', expected='above 0'
+    )
+    freeze_epochs: int = setting(
+        0, 'train only the inserted blocks and the classifier in the first N epochs', expected='at least 0'
     )
     label_smoothing: float = setting(0.0, 'label smoothing', expected='at least 0 and below 1')
     ema_decay: float | None = setting(
@@ -96,39 +97,10 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         require(self, self.check or not self.skip_broken, 'skip_broken', 'used with the check of the images')
         require_used(self, self.opt == 'sgd', 'momentum', 'for adamw')
+        require_used(self, self.insert is not None, 'insert_lr', 'without insert')
+        require_used(self, self.pretrained or self.checkpoint is not None, 'freeze_epochs', 'for an untrained model')
+        require(self, self.freeze_epochs <= self.epochs, 'freeze_epochs', f'at most epochs, {self.epochs}')
         require(self, 'num_classes' not in self.model_args, 'model_args', 'without num_classes, which the data says')
-
-
-def check_model_name(name: str) -> None:
-    """Raise a ValueError that suggests the nearest names unless timm knows the model ``name``."""
-    if ':' not in name and not timm.is_model(name):  # timm checks 'hf-hub:...' and 'local-dir:...' itself
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f'; did you mean {" or ".join(near)}?' if near else ''
-        raise ValueError(f'there is no model {quoted(name)}{hint}')
-
-
-def build_model(name: str, num_classes: int | None = None, **model_args: Any) -> nn.Module:
-    """``timm.create_model``, with a one-line ValueError for wrong names and arguments."""
-    check_model_name(name)
-    if num_classes is not None:
-        model_args['num_classes'] = num_classes
-    try:
-        model: nn.Module = timm.create_model(name, **model_args)
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a file of weights fails as RuntimeError, EOFError, KeyError, UnpicklingError, ...
-        reason = one_line(error)
-        if not isinstance(error, (ValueError, TypeError, OSError)):
-            # torch's message about a rejected weights file goes on to recommend running the file's code.
-            reason = f'{type(error).__name__}: {shorten(reason.split(". ")[0], 300)}'
-        kind = OSError if isinstance(error, OSError) else ValueError
-        text = f'{name} cannot be built with {quoted(model_args)}: {reason}'
-        # Weights files in timm's arguments; the text above may be shortened.
-        places = [model_args, model_args.get('pretrained_cfg'), model_args.get('pretrained_cfg_overlay')]
-        files = [p[key] for p in places if isinstance(p, Mapping) for key in ('checkpoint_path', 'file') if p.get(key)]
-        more = [f'; the file is {file}' for file in files if str(file) not in text]
-        raise kind(text + ''.join(more)) from error
-    return model
 
 
 def train(config: TrainConfig, data: tuple[Samples, Samples] | None = None) -> dict[str, Any]:
@@ -172,7 +144,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     train_samples, val_samples = data or open_samples(config, accelerator, both=True)
     classes = train_samples.classes
     torch.manual_seed(config.seed)
-    model = build_model(config.model, len(classes), pretrained=config.pretrained, **model_args_of(config))
+    model, inserted = build_network(config, len(classes), weights=not saved)  # or resuming might download
     data_config = image_config(model, config.img_size)
     channels = data_config['input_size'][0]
     train_samples, val_samples = train_samples.in_channels(channels), val_samples.in_channels(channels)
@@ -198,7 +170,8 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
 
     model.to(device).to(memory_format=config.memory_format)
     check_inserted(model, data_config['input_size'])
-    optimizer = make_optimizer(config, model)
+    optimizer = make_optimizer(config, model, inserted.parameters if inserted else (), config.insert_lr)
+    frozen, statistics = _outside_of(model, inserted) if config.freeze_epochs else ([], [])
     steps = config.epochs * steps_per_epoch
     warmup = round(config.warmup * steps)
     # The learning rate depends only on the step, so it has no state to save.
@@ -231,7 +204,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
             load_optimizer(optimizer, saved['optimizer'])
             if ema:
                 ema.module.load_state_dict(saved['state_dict_ema'])
-    parallel, optimizer = accelerator.prepare(model, optimizer)
+    optimizer = accelerator.prepare(optimizer)
     with resuming(last):
         if saved and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved['scaler'])
@@ -244,14 +217,31 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
         f'{config.epochs} epochs of {steps_per_epoch} steps of {config.batch_size} images; {accelerator.num_processes} '
         f'process(es) on {device.type}, mixed precision {config.mixed_precision}; writing to {out}'
     )
+    if inserted:
+        log.line(str(inserted))
     if report:
         log.line(str(report))
+    if config.freeze_epochs:
+        trained = parameters - sum(p.numel() for p in frozen)
+        log.line(
+            f'epochs 1 to {config.freeze_epochs} train only the classifier'
+            f'{" and the inserted blocks" if inserted else ""}: {trained:,} parameters'
+        )
     if saved:
         log.line(f'resuming after epoch {start} of {config.epochs}')
 
+    parallel: Any = None
     for epoch in range(start, config.epochs):
+        if parallel is None or epoch == config.freeze_epochs:
+            for parameter in frozen:
+                parameter.requires_grad_(epoch >= config.freeze_epochs)
+            # DistributedDataParallel expects gradients of the parameters that were trainable when it was made.
+            parallel = accelerator.prepare_model(model)
         began, loss_sum = time.perf_counter(), 0.0
         parallel.train()
+        if epoch < config.freeze_epochs:
+            for module in statistics:
+                module.eval()
         for images, labels in train_batches.epoch(epoch, config.batch_size, 0, steps_per_epoch, **process):
             # Dropout etc. also depend only on the step, whatever drew random numbers in between.
             torch.manual_seed(derive_seed(config.seed, MODEL, log.step, accelerator.process_index))
@@ -275,6 +265,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
             'epoch': epoch + 1,
             'step': log.step,
             'lr': optimizer.param_groups[0]['lr'],
+            **({'insert_lr': optimizer.param_groups[-1]['lr']} if config.insert_lr else {}),
             'train_loss': loss_sum / steps_per_epoch,
             'images_per_second': steps_per_epoch * config.batch_size / seconds,
         }
@@ -330,14 +321,57 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     }
 
 
-def make_optimizer(config: Any, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of a configuration; no weight decay for vectors and parameters in ``no_weight_decay``."""
+def make_optimizer(
+    config: Any, model: nn.Module, inserted: Sequence[nn.Parameter] = (), insert_lr: float | None = None
+) -> torch.optim.Optimizer:
+    """The optimiser of a configuration; no weight decay for vectors and parameters in ``no_weight_decay``.
+
+    Args:
+        inserted: parameters of inserted attention, for ``insert_lr``.
+        insert_lr: their learning rate. They get groups of their own, the last ones, with timm's ``lr_scale``, so a
+            scheduler of timm scales the warm-up and the decay of ``config.lr`` for them.
+
+    Raises:
+        ValueError: ``insert_lr`` without ``inserted``.
+    """
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=no_weight_decay(model))
+    if insert_lr is not None:
+        if not inserted:
+            raise ValueError(f'insert_lr is {insert_lr:g}, but the inserted block has no parameters; leave it out')
+        own, new = {id(p) for p in inserted}, []
+        for scale in ({}, {'lr_scale': insert_lr / config.lr}):
+            for group in groups:
+                members = [p for p in group['params'] if (id(p) in own) == bool(scale)]
+                new += [{**group, 'params': members, **scale}] if members else []
+        groups = new
     return create_optimizer_v2(
-        param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=no_weight_decay(model)),
+        groups,
         opt={'sgd': 'momentum'}.get(config.opt, config.opt),  # timm's sgd uses Nesterov momentum
         lr=config.lr,
         momentum=config.momentum,
     )
+
+
+def _outside_of(model: nn.Module, inserted: InsertReport | None) -> tuple[list[nn.Parameter], list[nn.Module]]:
+    """The trainable parameters, and the modules with running statistics, outside of inserted attention and classifier.
+
+    Raises ValueError if these are all parameters.
+    """
+    places = inserted.places if inserted else ()
+    inside = (*(f'{place.name}.' for place in places), *classifier_prefixes(model))
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    frozen = [p for name, p in trainable if not name.startswith(inside)]
+    if len(frozen) == len(trainable):
+        raise ValueError(
+            f'freeze_epochs would freeze all of {type(model).__name__}: nothing is inserted, and its classifier has '
+            f'no parameters'
+        )
+    statistics = [
+        module
+        for name, module in model.named_modules()
+        if module._buffers.get('running_var') is not None and not f'{name}.'.startswith(inside)
+    ]
+    return frozen, statistics
 
 
 @torch.no_grad()
@@ -396,17 +430,6 @@ def checked_samples(config: TrainConfig, accelerator: Any) -> tuple[Samples, Sam
     if config.check:
         train_samples, val_samples = drop_broken(config.skip_broken, accelerator, train_samples, val_samples)
     return train_samples, val_samples
-
-
-def model_args_of(config: TrainConfig) -> dict[str, Any]:
-    """The model arguments of a configuration, with its image size for models that are built for one."""
-    args = dict(config.model_args)
-    if config.img_size is not None and timm.is_model(config.model):
-        cfg = timm.get_pretrained_cfg(config.model)
-        ours = timm.model_entrypoint(config.model).__module__.startswith('sase_blocks.')
-        if ours or (cfg is not None and cfg.fixed_input_size):  # these are built for one image size
-            args.setdefault('img_size', config.img_size)
-    return args
 
 
 def _describe(facts: Mapping[str, Any]) -> str:

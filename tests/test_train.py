@@ -27,9 +27,10 @@ from torch import nn
 from sase_blocks import demo, runs
 from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
 from sase_blocks.data import TransformedSamples
+from sase_blocks.networks import build_model
 from sase_blocks.runs import open_accelerator, read_rows, run_lock
 from sase_blocks.search.trionet import score
-from sase_blocks.train import TrainConfig, build_model, evaluate, hits, train
+from sase_blocks.train import TrainConfig, evaluate, hits, train
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

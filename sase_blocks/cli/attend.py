@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from sase_blocks.checkpoint import read_checkpoint
 from sase_blocks.convert import load_checkpoint
 from sase_blocks.insertion import insert as insert_block
+from sase_blocks.networks import build_model
 from sase_blocks.reading import printable
 from sase_blocks.runs import check_writable, say
-from sase_blocks.train import build_model
 from sase_blocks.viz import missing_matplotlib, plot_attention, read_images, save_figure
 
 from .model_args import is_ours, model_arguments

@@ -20,9 +20,9 @@ from sase_blocks.blocks import (
     create_block,
     list_blocks,
 )
+from sase_blocks.networks import build_model
 from sase_blocks.ops.options import describe_options
 from sase_blocks.reading import one_line, printable, quoted
-from sase_blocks.train import build_model
 
 from .model_args import model_arguments
 

@@ -8,15 +8,16 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from sase_blocks.jobs import Ray
+from sase_blocks.runs import RunConfig
 
 __all__ = ['add_model_options', 'add_ray_options', 'add_settings', 'check_demo', 'ray_of']
 
 
 def add_settings(parser: argparse.ArgumentParser, config: type[Any], leave_out: Collection[str] = ()) -> None:
     """Add an option for each setting of a configuration class, with its default and help text."""
-    kinds = {'int': int, 'float': float, 'str': str}
-    own = config.__annotations__  # listed before those that all runs have
-    for setting in sorted(fields(config), key=lambda entry: entry.name not in own):
+    kinds = {'int': int, 'float': float, 'str': str, 'list[int]': int}
+    shared = RunConfig.__annotations__.keys() - config.__annotations__.keys()  # listed last
+    for setting in sorted(fields(config), key=lambda entry: entry.name in shared):
         if setting.name == 'model_args' or setting.name in leave_out:
             continue
         option, kind = setting.name.replace('_', '-'), str(setting.type).split(' |')[0]
@@ -30,6 +31,7 @@ def add_settings(parser: argparse.ArgumentParser, config: type[Any], leave_out: 
         parser.add_argument(
             f'--{option}',
             type=kinds[kind],
+            nargs='+' if kind == 'list[int]' else None,
             required=setting.default is MISSING,
             default=None if setting.default is MISSING else setting.default,
             choices=setting.metadata.get('choices'),
@@ -88,7 +90,15 @@ def ray_of(address: str | None, gpus: float | None, retries: int, cpu: bool) -> 
 
 
 def _metavar(setting: Field[Any]) -> str:
-    named = {'data': 'DIR', 'out': 'DIR', 'model': 'NAME', 'dataset': 'NAME', 'checkpoint': 'FILE'}
+    named = {
+        'data': 'DIR',
+        'out': 'DIR',
+        'model': 'NAME',
+        'dataset': 'NAME',
+        'checkpoint': 'FILE',
+        'insert': 'BLOCK',
+        'where': 'PATTERN',
+    }
     return named.get(
         setting.name, 'X' if 'float' in str(setting.type) else 'N' if 'int' in str(setting.type) else 'TEXT'
     )

@@ -14,6 +14,7 @@ import torch
 
 from sase_blocks.data import Samples, name_data
 from sase_blocks.jobs import Ray, job_folder, run_jobs
+from sase_blocks.networks import build_model
 from sase_blocks.runs import (
     check_writable,
     drop_broken,
@@ -27,7 +28,7 @@ from sase_blocks.runs import (
 )
 from sase_blocks.search.data import Arrays
 from sase_blocks.search.significance import load_stats
-from sase_blocks.train import TrainConfig, build_model
+from sase_blocks.train import TrainConfig
 from sase_blocks.viz import missing_matplotlib, plot_evaluation, save_figure
 
 from .agreement import compare_searches, format_agreement

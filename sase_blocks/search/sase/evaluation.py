@@ -23,12 +23,13 @@ import torch
 from sase_blocks.blocks import Genotype
 from sase_blocks.data import Samples, derive_seed, image_config, name_data
 from sase_blocks.jobs import Ray, check_jobs, job_folder, run_jobs
+from sase_blocks.networks import build_network, check_model_name
 from sase_blocks.ops.options import split_names
 from sase_blocks.profiling import count_macs, milliseconds_per_image
 from sase_blocks.reading import quoted, shorten, table
 from sase_blocks.runs import check_writable, environment, fixed_settings, is_main, open_accelerator, write_json
 from sase_blocks.search.significance import LEVEL, holm, load_stats, paired_test, shown_from
-from sase_blocks.train import ADVICE, TrainConfig, build_model, check_model_name, checked_samples, model_args_of, train
+from sase_blocks.train import ADVICE, TrainConfig, checked_samples, train
 
 from .space import SearchSpace
 
@@ -196,7 +197,7 @@ def list_candidates(
             )
         try:
             with torch.device('meta'):  # computes nothing
-                build_model(budget.model, None, **model_args_of(_with_genotype(budget, candidate['genotype'])))
+                build_network(_with_genotype(budget, candidate['genotype']), weights=False)
         except ValueError as error:
             raise ValueError(f'{shorten(name)} of the evaluation: {error}') from error
     return listed
@@ -260,7 +261,7 @@ def _measure(budget: TrainConfig, genotype: str, samples: tuple[Samples, Samples
         return {}
     device = torch.device('cuda' if torch.cuda.is_available() and not budget.cpu else 'cpu')
     networks = {
-        config.model_args['genotype']: build_model(config.model, len(samples[0].classes), **model_args_of(config))
+        config.model_args['genotype']: build_network(config, len(samples[0].classes))[0]
         for config in (_with_genotype(budget, 'none'), _with_genotype(budget, genotype))
     }
     for network in networks.values():

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sase_blocks.data import MODEL, Samples, derive_seed, image_config
+from sase_blocks.networks import build_model, check_model_name
 from sase_blocks.runs import (
     RunLog,
     be_deterministic,
@@ -33,7 +34,7 @@ from sase_blocks.runs import (
 from sase_blocks.search.data import Arrays, describe_data, split_data
 from sase_blocks.search.loop import TrainingLoop
 from sase_blocks.search.sync_batch_norm import synchronize_norms
-from sase_blocks.train import build_model, check_model_name, hits
+from sase_blocks.train import hits
 from sase_blocks.viz import missing_matplotlib
 
 from .bilevel import Batch, VirtualStep, flatten, gradients, logits_gradient, unflatten
