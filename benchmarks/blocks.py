@@ -49,6 +49,7 @@ from meter import (
     progress,
     relative_error,
     spread,
+    storages_of,
 )
 from torch import Tensor, nn
 
@@ -272,8 +273,7 @@ def measure(
                     subject.inference(subject.x)
                 row.forward_traversals_counted = count.bytes / x_bytes
             subject.forward_backward()
-            excluded = {p.untyped_storage().data_ptr() for p in subject.module.parameters()}
-            excluded |= {b.untyped_storage().data_ptr() for b in subject.module.buffers()}
+            excluded = storages_of(subject.module)
             row.kept_for_backward_x = kept_bytes(partial(subject.run, subject.x_grad), excluded) / x_bytes
             if options.device == 'cuda':
                 row.peak_x = peak_bytes(subject.forward_backward) / x_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import platform
 import statistics
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # ---------------------------------------------------------------------------------------------------------- clocks
@@ -96,8 +97,16 @@ def copy_bandwidth(clock: Clock, device: str, rounds: int = 11) -> float:
 # ------------------------------------------------------------------------------------------------ counts, no clock
 
 
+# What these take, and what these write over, is not read.
+ALLOCATES = ('empty', 'empty_like', 'empty_strided', 'empty_permuted', 'new_empty', 'new_empty_strided')
+OVERWRITES = ('copy_', 'fill_', 'zero_')
+
+
 class CountBytes(TorchDispatchMode):
-    """Sum the bytes of the tensors that each eager operator reads and writes. Views move none."""
+    """Sum the bytes that each eager operator reads and writes: its arguments, each tensor once, and its results.
+
+    Views and new empty tensors move none. An ``out=`` is written, not read.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,12 +114,17 @@ class CountBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix('aten::')
         aliases = [ret.alias_info for ret in func._schema.returns]
         view = any(info is not None and not info.is_write for info in aliases)
-        if view or func._schema.name == 'aten::_unsafe_view':  # a view, but not in its schema
+        if view or name == '_unsafe_view' or name in ALLOCATES:  # the second is a view, but not in its schema
             return result
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
-        self.bytes += sum(distinct_bytes(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+        outs = {a.name for a in func._schema.arguments if a.kwarg_only and a.alias_info and a.alias_info.is_write}
+        read = {key: value for key, value in (kwargs or {}).items() if key not in outs}
+        taken = () if name.endswith('_like') else (args[1:] if name in OVERWRITES else args, read)
+        tensors = {id(leaf): leaf for leaf in torch.utils._pytree.tree_leaves(taken) if isinstance(leaf, Tensor)}
+        written = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.bytes += sum(distinct_bytes(tensor) for tensor in (*tensors.values(), *written))
         return result
 
 
@@ -152,14 +166,19 @@ def kept_bytes(call: Callable[[], object], excluded: set[int]) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in excluded:
-            storages[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in excluded:  # on the meta device, every address is 0
+            storages[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = call()  # keep it alive while counting, or a new storage could reuse a freed address
     del result
     return sum(storages.values())
+
+
+def storages_of(module: nn.Module) -> set[int]:
+    """What ``kept_bytes`` leaves out: the parameters and buffers."""
+    return {t.untyped_storage()._cdata for t in itertools.chain(module.parameters(), module.buffers())}
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

@@ -300,7 +300,7 @@ def measure(group: str, size: int, kernel: int, dtype: str, options: argparse.Na
             try:
                 subject = make(compiled)
                 if not compiled:
-                    own = {x.untyped_storage().data_ptr() for x in subject.leaves[1:] if group == 'layers'}
+                    own = {x.untyped_storage()._cdata for x in subject.leaves[1:] if group == 'layers'}
                     row.kept = kept_bytes(lambda s=subject: s.run(*s.inputs), own) / unit  # type: ignore[misc]
                 row.peak = highest(subject.forward_backward, options.device) / unit
                 if group == 'attention' and name in LOCAL_ROUTES:

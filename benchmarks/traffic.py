@@ -1,12 +1,17 @@
-"""Count what compiled attention blocks would read and write on a GPU, without one.
+"""Count what attention blocks read, write and keep in a training step, without a GPU and without a clock.
 
-inductor plans its kernels from shapes alone. This script makes it plan for a Hopper GPU (nothing is generated or run)
-and sums the bytes that the planned kernels read and write, in traversals: one read or one write of x. It needs neither
-a device nor Triton. It uses private interfaces of inductor, which are the same from torch 2.8 to 2.15. A newer torch
-may need a change here.
+In traversals: one read or one write of x. By default it counts compiled blocks. inductor plans its kernels from shapes
+alone. This script makes it plan for a Hopper GPU (nothing is generated or run) and sums the bytes that the planned
+kernels read and write. It needs neither a device nor Triton. It uses private interfaces of inductor, which are the same
+from torch 2.8 to 2.15. A newer torch may need a change here.
+
+With --eager it runs the blocks operator by operator on the meta device, where tensors have shapes but no values, and
+sums what each operator reads and writes, as on a GPU. On a CPU, blocks work on a few images at a time, whose
+intermediate results stay in the cache.
 
     python benchmarks/traffic.py                        # at the four ResNet-50 shapes, bf16
     python benchmarks/traffic.py sase se --dtype float32 --shapes 256x56x56
+    python benchmarks/traffic.py --eager --shapes 256x56x56 > benchmarks/results/traffic/eager.txt
 """
 
 from __future__ import annotations
@@ -15,11 +20,13 @@ import argparse
 import contextlib
 import copy
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
+from meter import CountBytes, kept_bytes, storages_of
 from torch import nn
 
 SHAPES = ('256x56x56', '512x28x28', '1024x14x14', '2048x7x7')
@@ -136,6 +143,19 @@ def traversals(block: nn.Module, x: torch.Tensor) -> tuple[float, float, float]:
     return forward / size, backward / size, kept / size
 
 
+def eager_traversals(block: nn.Module, x: torch.Tensor) -> tuple[float, float, float]:
+    """Traversals of x in an eager training step, forward and backward, and sizes of x kept between them."""
+    inputs = [x, *(p for p in block.train().parameters() if p.requires_grad)]
+    kept = kept_bytes(lambda: block(x), storages_of(block))
+    with CountBytes() as forward:
+        y = block(x)
+    grad = torch.empty_like(y)
+    with CountBytes() as backward:
+        torch.autograd.grad(y, inputs, grad)
+    size = x.numel() * x.element_size()
+    return forward.bytes / size, backward.bytes / size, kept / size
+
+
 def builders() -> dict[str, Callable[..., nn.Module]]:
     """Blocks by name: ours, then timm's as timm_NAME."""
     from timm.layers import get_attn
@@ -148,28 +168,34 @@ def builders() -> dict[str, Callable[..., nn.Module]]:
     return found
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('blocks', nargs='*', help='ours by name, timm_se and so on (default: all of them)')
     parser.add_argument('--shapes', nargs='+', default=SHAPES, metavar='CxHxW')
-    parser.add_argument('--dtype', choices=['bfloat16', 'float32'], default='bfloat16')
+    parser.add_argument('--dtype', nargs='+', choices=['bfloat16', 'float32'], help='default: bfloat16; eager: both')
     parser.add_argument('--batch', type=int, default=8)
-    args = parser.parse_args()
+    parser.add_argument('--eager', action='store_true', help='count eager blocks instead of compiled ones')
+    args = parser.parse_args(argv)
     known = builders()
     unknown = [name for name in args.blocks if name not in known]
     if unknown:
         parser.error(f'unknown block {unknown[0]!r}; there are {", ".join(known)}')
-    print(f'torch {torch.__version__}, planned for {_Hopper.name}, batch {args.batch}, {args.dtype}, training')
-    print(f'{"block":<12}{"shape":<13}{"forward":>9}{"backward":>10}{"kept":>8}   (traversals of x; sizes of x)')
-    for shape in args.shapes:
+    dtypes = args.dtype or (['float32', 'bfloat16'] if args.eager else ['bfloat16'])
+    print('eager' if args.eager else f'torch {torch.__version__}, planned for {_Hopper.name}', end=', ')
+    print(f'batch {args.batch}, training')
+    print(f'{"block":<12}{"shape":<13}{"dtype":<10}{"forward":>9}{"backward":>10}{"kept":>8}', end='   ')
+    print('(traversals of x; sizes of x)')
+    count, device, digits = (eager_traversals, 'meta', 1) if args.eager else (traversals, 'cpu', 2)
+    for shape, dtype in itertools.product(args.shapes, dtypes):
         c, h, w = (int(n) for n in shape.split('x'))
-        x = torch.randn(args.batch, c, h, w, dtype=getattr(torch, args.dtype), requires_grad=True)
-        for name in args.blocks or known:
-            try:
-                forward, backward, kept = traversals(known[name](c).to(x.dtype), x)
-            except CannotPlan as error:
-                sys.exit(f'traffic.py: {error}')
-            print(f'{name:<12}{shape:<13}{forward:>9.2f}{backward:>10.2f}{kept:>8.2f}')
+        with torch.device(device):
+            x = torch.randn(args.batch, c, h, w, dtype=getattr(torch, dtype), requires_grad=True)
+            for name in args.blocks or known:
+                try:
+                    forward, backward, kept = count(known[name](c).to(x.dtype), x)
+                except CannotPlan as error:
+                    sys.exit(f'traffic.py: {error}')
+                print(f'{name:<12}{shape:<13}{dtype:<10}{forward:>9.{digits}f}{backward:>10.{digits}f}{kept:>8.2f}')
 
 
 if __name__ == '__main__':

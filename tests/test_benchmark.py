@@ -126,7 +126,7 @@ def passes(bench, module, x):
         y = module(x)
     with bench.CountBytes() as backward:
         y.backward(torch.ones_like(y))
-    kept = bench.kept_bytes(lambda: module(x), {p.untyped_storage().data_ptr() for p in module.parameters()})
+    kept = bench.kept_bytes(lambda: module(x), bench.storages_of(module))
     return [n / x.numel() / x.element_size() for n in (forward.bytes, backward.bytes, kept)]
 
 
@@ -166,7 +166,7 @@ def as_inserted(name):
 def test_kept_bytes(bench):
     x = torch.randn(4, 8, 6, 5, requires_grad=True)
     linear = nn.Linear(5, 5, bias=False)
-    parameters = {linear.weight.untyped_storage().data_ptr()}
+    parameters = bench.storages_of(linear)
     assert bench.kept_bytes(lambda: Cube()(x), set()) == 2 * x.numel() * 4
     assert bench.kept_bytes(lambda: linear(x), parameters) == x.numel() * 4
 
@@ -226,7 +226,7 @@ def test_refusals(bench, capsys, arguments, message):
 
 
 @pytest.fixture
-def traffic():
+def traffic(bench):  # which makes benchmarks/meter.py importable
     spec = importlib.util.spec_from_file_location('benchmark_traffic', SCRIPT.with_name('traffic.py'))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -270,3 +270,28 @@ def test_a_torch_that_plans_otherwise_is_named(traffic, capsys, monkeypatch):
     assert re.fullmatch(
         r"traffic.py: torch .* does not plan without a GPU .*\(AttributeError: .*'gone'\); use .*", str(stop.value)
     )
+
+
+# Backward passes of torch's own operators that earlier versions make with more copies.
+MORE_BEFORE_2_14 = ('ema', 'shuffle', 'criss_cross', 'dual', 'lsk', 'scsa')
+
+
+@pytest.mark.parametrize('dtype', mostly_slow(['float32', 'bfloat16'], 'bfloat16'))
+def test_eager_traffic_is_as_in_the_table(traffic, capsys, dtype):
+    """Counted, not timed. To write the table anew: the last command in the docstring of benchmarks/traffic.py."""
+    table = (SCRIPT.parent / 'results' / 'traffic' / 'eager.txt').read_text().splitlines()
+    expected = [line for line in table[2:] if dtype in line.split()]
+    traffic.main(['--eager', '--shapes', '256x56x56', '--dtype', dtype])
+    found = capsys.readouterr().out.splitlines()
+    assert found[:2] == table[:2]
+    if tuple(int(n) for n in torch.__version__.split('.')[:2]) >= (2, 14):
+        assert found[2:] == expected
+        return
+    for line, row in zip(found[2:], expected, strict=True):
+        (*name, forward, backward, kept), (*name_then, forward_then, backward_then, kept_then) = (
+            line.split(),
+            row.split(),
+        )
+        assert (name, forward, kept) == (name_then, forward_then, kept_then)
+        most = 1.2 * float(backward_then) if name[0] in MORE_BEFORE_2_14 else float(backward_then)
+        assert float(backward_then) <= float(backward) <= most, line
