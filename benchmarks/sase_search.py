@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 
+from sase_blocks.comparing import format_comparison
 from sase_blocks.jobs import Ray
 from sase_blocks.runs import write_text
 from sase_blocks.search.sase.agreement import format_agreement
 from sase_blocks.search.sase.campaigns import campaign, evaluation_budget
 from sase_blocks.search.sase.config import SearchConfig
-from sase_blocks.search.sase.evaluation import evaluate, format_evaluation
+from sase_blocks.search.sase.evaluation import evaluate
 
 MIXINGS = {'fair': False, 'paper': True}
 
@@ -139,14 +140,14 @@ def keep(
     out: Path,
 ) -> None:
     """Write the results worth keeping."""
-    from sase_blocks.viz import plot_evaluation, save_figure
+    from sase_blocks.viz import plot_comparison, save_figure
 
     text = []
     for mixing, result in found.items():
         text.append(f'{mixing} mixing\n\n{format_agreement(result["agreement"])}\n')
         for seed in protocol.seeds[:1]:
             shutil.copy(out / mixing / f'seed-{seed}' / 'logits.png', results / f'logits-{mixing}-seed-{seed}.png')
-    text.append(f'from scratch\n\n{format_evaluation(evaluation)}\n')
+    text.append(f'from scratch\n\n{format_comparison(evaluation)}\n')
     command = shlex.join(['python', 'benchmarks/sase_search.py', '--data', 'cifar10', '--protocol', options.protocol])
     facts = {
         'command': command + (' --cpu' if options.cpu else ''),
@@ -159,7 +160,7 @@ def keep(
     }
     write_text(results / 'results.json', json.dumps(facts, indent=1) + '\n')
     write_text(results / 'tables.txt', '\n'.join(text))
-    save_figure(plot_evaluation(evaluation), results / 'evaluation.png')
+    save_figure(plot_comparison(evaluation), results / 'evaluation.png')
     print('\n'.join(text))
     print(f'written: {results}')
 

@@ -270,6 +270,7 @@ def run_jobs(
     ray: Ray | None = None,
     say: Callable[[str], None] | None = None,
     cpu: bool = False,
+    stop: Callable[[], bool] | None = None,
 ) -> Outcome:
     """Run all jobs, each once. The same call again runs only missing and failed jobs.
 
@@ -286,6 +287,8 @@ def run_jobs(
         ray: the machines to use. Default: one job after another in this process.
         say: prints a line. Default: print.
         cpu: whether the processes of a launch use the CPU.
+        stop: called after each job. Once it returns True, no further job starts, and Ray ends those that run. The
+            outcome then lacks jobs.
 
     Returns:
         Results and errors by key, in the order of the jobs. A failed job does not stop the others.
@@ -319,6 +322,8 @@ def run_jobs(
                     done[job['key']] = result
                     text = f'{describe(job, result) if describe else "done"} ({seconds:.0f} s)'
                 tell(f'{len(done) + len(errors)}/{len(listed)} {job["key"]}: {text}')
+                if stop is not None and stop():
+                    break
         return Outcome(
             {key: done[key] for key in listed if key in done},
             {key: errors[key] for key in listed if key in errors},

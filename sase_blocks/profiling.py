@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,23 +95,52 @@ def count_macs(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     return int(counter.get_total_flops() // 2)
 
 
-@torch.no_grad()
-def milliseconds_per_image(networks: Mapping[str, nn.Module], images: Tensor, rounds: int = 15) -> dict[str, float]:
+def milliseconds_per_image(
+    networks: Mapping[str, nn.Module], images: Tensor, rounds: int = 15, *, training: bool = False
+) -> dict[str, float]:
     """Median time per image of a forward pass of the batch ``images`` in eval mode.
 
     The networks take turns, so that slow or fast moments of the machine affect all of them.
+
+    Args:
+        training: measure a forward and a backward pass in training mode instead.
     """
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     for _ in range(rounds + 1):
         for name, model in networks.items():
-            model.eval()
+            model.train(training)
             start = time.perf_counter()
-            model(images)
+            with torch.set_grad_enabled(training):
+                outputs = model(images)
+            if training:
+                outputs.float().square().mean().backward()
             if images.is_cuda:
                 torch.cuda.synchronize(images.device)
             seconds[name].append(time.perf_counter() - start)
+            model.zero_grad()
     # The first round only warms up caches.
     return {name: 1000 * statistics.median(values[1:]) / len(images) for name, values in seconds.items()}
+
+
+def kept_bytes(call: Callable[[], object], excluded: set[int]) -> int:
+    """Bytes that autograd keeps between forward and backward: distinct storages, with x, without parameters.
+
+    Args:
+        call: the forward.
+        excluded: addresses of storages to leave out.
+    """
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in excluded:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()  # keep it alive while counting, or a new storage could reuse a freed address
+    del result
+    return sum(storages.values())
 
 
 @contextmanager

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / 'sase_blocks'
 ROOMS = (
     'reading', 'checks', 'numerics', 'profiling', 'checkpoint', 'ops', 'blocks', 'selfattention', 'convert', 'models',
     'insertion', 'deploy', '__init__', 'copying', 'images', 'data', 'runs', 'networks', 'jobs',
-    'viz', 'train', 'search', 'demo', 'cli', '__main__',
+    'viz', 'train', 'comparing', 'search', 'demo', 'cli', '__main__',
 )  # fmt: skip
 
 # What every installation has, by the name it is imported by: the three dependencies and what these bring along (tqdm

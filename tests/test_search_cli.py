@@ -14,9 +14,10 @@ from test_search_run import SPACE
 from sase_blocks import runs
 from sase_blocks.blocks import SASE_GENOTYPE
 from sase_blocks.cli import main
+from sase_blocks.comparing import comparison
 from sase_blocks.demo import run_search_demo
 from sase_blocks.search.sase import campaign as function
-from sase_blocks.search.sase import evaluation
+from sase_blocks.train import ADVICE
 
 campaign = sys.modules[function.__module__]  # which the function hides
 
@@ -121,13 +122,13 @@ def in_the_way(path):
 @pytest.mark.parametrize(
     ('harm', 'arguments', 'says'),
     [
-        (None, ['--baselines', 'se', 'sasse'], "sasse of the evaluation: .*Did you mean 'sase'"),
-        (None, ['--baselines', 'nowhere.json'], r'nowhere\.json of the evaluation: .*cannot be read'),
-        (None, ['--baselines', 'se', 'se'], "two blocks of the evaluation have the name 'se'"),
+        (None, ['--baselines', 'se', 'sasse'], "sasse of the comparison: .*Did you mean 'sase'"),
+        (None, ['--baselines', 'nowhere.json'], r'nowhere\.json cannot be read'),
+        (None, ['--baselines', 'se', 'se'], "two blocks of the comparison have the name 'se'"),
         (None, ['--seeds', '0,1', '--baselines', f'seed-0={SASE_GENOTYPE}'], "have the name 'seed-0'"),
         (None, ['--random', '64'], 'the space holds 63 genotypes besides the found one, 64 random ones were asked for'),
         (None, ['--random', str(64**3), '--per-stage'], 'the space holds 262143 genotypes'),
-        (None, ['--model', 'resnet18', '--model-args', 'layers=[1,1,1,1]'], 'resnet18 takes no genotype='),
+        (None, ['--model', 'resnet18', '--model-args', 'layers=[1,1,1,1]', '--per-stage'], 'found of .* 4 genotypes'),
         (None, ['--evaluate-lr', '-1'], 'lr must be above 0'),
         (None, ['--evaluate-epochs', '0'], 'epochs must be at least 1'),
         (None, ['--ray-gpus', '1'], '--ray-gpus needs --ray ADDRESS'),
@@ -168,7 +169,7 @@ def test_an_evaluation_is_checked_before_the_search(tmp_path, capsys, monkeypatc
     [
         (RuntimeError('no\nkernel'), 'RuntimeError: no kernel'),
         (
-            FloatingPointError(f'the loss is nan at step 3; x. {evaluation.ADVICE}'),
+            FloatingPointError(f'the loss is nan at step 3; x. {ADVICE}'),
             'FloatingPointError: the loss is nan at step 3; x. Try a lower --evaluate-lr.',
         ),
     ],
@@ -178,11 +179,11 @@ def test_all_trainings_failed(tmp_path, capsys, monkeypatch, error, says):
     def fail(config, data):
         raise error
 
-    monkeypatch.setattr(evaluation, 'train', fail)
+    monkeypatch.setattr(comparison, 'train', fail)
     data = make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog'))
     found = {'genotype': str(SASE_GENOTYPE), 'verdict': 'decided'}
     monkeypatch.setattr(campaign, 'search', lambda *_: found)
-    monkeypatch.setattr(evaluation, '_measure', lambda *_: {'parameters': 1, 'time_ratio': 1.0})
+    monkeypatch.setattr(comparison, 'measure', lambda *_: {'parameters': 1, 'time_ratio': 1.0})
     command = ['search', 'sase', '--data', str(data), '--out', str(tmp_path / 'run'), *SMALL, '--evaluate', '1']
     assert main([*command, '--baselines', 'none']) == 2
     said = capsys.readouterr().err.splitlines()[-1]

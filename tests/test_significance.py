@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from sase_blocks.search.significance import holm, load_stats, not_worse, paired_test, shown_from
+from sase_blocks.comparing.significance import holm, load_stats, not_worse, paired_test, shown_from
 
 
 @pytest.mark.parametrize(

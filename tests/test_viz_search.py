@@ -6,11 +6,9 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_hex
 
 from sase_blocks.ops import EXTENDED_SETS
-from sase_blocks.search.sase.evaluation import compare
-from sase_blocks.viz import network_color, plot_evaluation, plot_logits, save_figure
+from sase_blocks.viz import plot_logits
 
 EDGES = {
     'channel_squeeze': ['avg', 'avg_max', 'l2_norm'],
@@ -134,55 +132,7 @@ def test_logits_refused(logits, options, says):
         plot_logits(logits, EDGES, **options)
 
 
-def evaluation(accuracies, **costs):
-    costs = {'parameters': 272474, 'macs': 4e7, 'ms_per_image': 1.0, 'time_ratio': 1.25, **costs}
-    kinds = {'found': 'found', 'random 0': 'random'}
-    return compare(
-        [
-            {'name': name, 'kind': kinds.get(name, 'baseline'), 'genotype': name, **costs,
-             'accuracies': {str(seed): value for seed, value in enumerate(values)}}
-            for name, values in accuracies.items()
-        ]
-    )  # fmt: skip
-
-
-def test_evaluation():
-    accuracies = {'found': [90, 92], 'none': [80, 81], 'se': [91, 93], 'random 0': [85], 'cbam': []}
-    figure = plot_evaluation(evaluation(accuracies))
-    axis, table = figure.axes
-    assert [label.get_text() for label in axis.get_yticklabels()] == ['no attention', 'random 0', 'found', 'se']
-    dots = {
-        int(line.get_ydata()[0]): sorted(line.get_xdata()) for line in axis.lines if line.get_marker() == 'o'
-    }  # fmt: skip
-    assert dots == {0: [80, 81], 1: [85], 2: [90, 92], 3: [91, 93]}
-    bold = [label.get_text() for label in axis.get_yticklabels() if label.get_fontweight() == 'bold']
-    assert bold == ['found']
-    (dashed,) = (line for line in axis.lines if line.get_linestyle() == '--')
-    assert (dashed.get_xdata()[0], to_hex(dashed.get_color())) == (91, network_color('sase'))
-    cells = [text.get_text() for text in table.texts]
-    assert {'91.00 ± 1.41', '85.00', '272 k', '1.25', 'mean ± std.', 'params', 'time'} <= set(cells)
-    FigureCanvasAgg(figure).draw()
-    found = boxes(figure, [*table.texts, *axis.get_yticklabels()])
-    for i, box in enumerate(found):
-        assert not any(box.overlaps(other) for other in found[i + 1 :]), i
-        assert 0 <= box.x0 < box.x1 <= figure.bbox.width + 1
-
-
-def test_evaluation_without_costs(tmp_path):
-    figure = plot_evaluation(evaluation({'found': [50.0]}, parameters=None, time_ratio=None))
-    assert [text.get_text() for text in figure.axes[1].texts][:3] == ['50.00', '-', '-']
-    assert save_figure(figure, tmp_path / 'evaluation.png').stat().st_size > 1000
-    large = plot_evaluation(evaluation({'found': [50.0]}, parameters=25_560_000))
-    assert large.axes[1].texts[1].get_text() == '25.6 M'
-
-
-def test_evaluation_of_nothing():
-    with pytest.raises(ValueError, match='no candidate of the evaluation has an accuracy'):
-        plot_evaluation(evaluation({'found': [], 'se': []}))
-
-
-@pytest.mark.parametrize('draw', [lambda: plot_logits([], {}), lambda: plot_evaluation({})])
-def test_matplotlib_missing(draw, monkeypatch):
+def test_matplotlib_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     with pytest.raises(ImportError, match=r'pip install "sase-blocks\[viz\]"'):
-        draw()
+        plot_logits([], {})

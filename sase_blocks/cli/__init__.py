@@ -1,6 +1,6 @@
 """The command line, ``sase-blocks`` or ``python -m sase_blocks``.
 
-The commands: list, info, copy, draw, attend, demo, train, search, run.
+The commands: list, info, copy, draw, attend, demo, train, compare, search, run.
 
 An error exits with code 2 and prints one line to stderr; an interruption exits with 130. ``copy --check`` has codes of
 its own. ``--traceback`` shows where an error came from. An error that looks like a bug of this package says so.
@@ -25,6 +25,7 @@ from sase_blocks.ops.options import describe_options
 from sase_blocks.reading import one_line, printable, quoted, shorten
 from sase_blocks.runs import is_main, say
 
+from .compare import add_compare
 from .model_args import is_ours, model_arguments
 from .options import add_model_options, add_settings
 from .search_sase import add_sase
@@ -44,6 +45,7 @@ examples:
   sase-blocks attend --checkpoint runs/train/best.pt cat.jpg -o maps
   sase-blocks demo                          train four networks on real images, in a few minutes
   sase-blocks train --data DIR --model resnet50_sase --epochs 100
+  sase-blocks compare --data DIR --blocks none,se,sase    which block is worth it on your images
   sase-blocks search sase --demo            find a block on real images, in two minutes
   sase-blocks search sase --data DIR        find one on yours
   sase-blocks search trionet --data DIR --max-macs 300M   find a network within a budget
@@ -254,6 +256,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command('train', _train, 'train any timm model on your images')
     add_settings(sub, TrainConfig)
     add_model_options(sub)
+
+    add_compare(command)
 
     sub = commands.add_parser('search', help='search for an architecture on your images')
     searches = sub.add_subparsers(title='searches', required=True, metavar='SEARCH')

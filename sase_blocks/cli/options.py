@@ -8,9 +8,10 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from sase_blocks.jobs import Ray
+from sase_blocks.reading import quoted
 from sase_blocks.runs import RunConfig
 
-__all__ = ['add_model_options', 'add_ray_options', 'add_settings', 'check_demo', 'ray_of']
+__all__ = ['add_model_options', 'add_ray_options', 'add_settings', 'check_demo', 'numbers', 'ray_of']
 
 
 def add_settings(parser: argparse.ArgumentParser, config: type[Any], leave_out: Collection[str] = ()) -> None:
@@ -64,6 +65,14 @@ def check_demo(config: type[Any], given: Mapping[str, Any]) -> None:
         if name not in ('out', 'seed') and value != default and (value or default is True):
             option = ('no-' if default is True else '') + name.replace('_', '-')
             raise ValueError(f'--demo has its own settings, and accepts only --out and --seed: leave out --{option}')
+
+
+def numbers(text: str) -> list[int]:
+    """The numbers of --seeds. Raises ValueError for anything else."""
+    try:
+        return [int(part) for part in text.split(',') if part.strip()]
+    except ValueError:
+        raise ValueError(f'--seeds takes comma-separated numbers, such as 0,1,2, got {quoted(text)}') from None
 
 
 def add_ray_options(parser: argparse.ArgumentParser, what: str) -> None:

@@ -6,13 +6,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sase_blocks.blocks import BLOCKS
-from sase_blocks.ops.options import split_names
-from sase_blocks.reading import quoted
 from sase_blocks.runs import is_main, say
 
 from .model_args import model_arguments
-from .options import add_model_options, add_ray_options, add_settings, check_demo, ray_of
+from .options import add_model_options, add_ray_options, add_settings, check_demo, numbers, ray_of
 
 __all__ = ['add_sase']
 
@@ -80,6 +77,7 @@ def _search_sase(
     ray_retries: int,
     **settings: Any,
 ) -> None:
+    from sase_blocks.comparing import split_blocks
     from sase_blocks.search.sase.campaigns import campaign, evaluation_budget
     from sase_blocks.search.sase.config import SearchConfig
     from sase_blocks.search.sase.evaluation import BASELINES
@@ -105,36 +103,19 @@ def _search_sase(
     for name, given in evaluation.items():
         if given is not None and not evaluate:
             raise ValueError(f'--{name} is for the evaluation and needs --evaluate N; pass both, or neither')
-    numbers = None if seeds is None else _numbers(seeds)
     config = SearchConfig(data=data, model_args=model_arguments(model_args, None, None), **settings)
     budget = None
     if evaluate:
         budget = evaluation_budget(config, evaluate_epochs, **({} if evaluate_lr is None else {'lr': evaluate_lr}))
     result = campaign(
         config,
-        seeds=numbers,
+        seeds=None if seeds is None else numbers(seeds),
         null=null,
         budget=budget,
         evaluations=evaluate,
-        baselines=BASELINES if baselines is None else _blocks(baselines),
+        baselines=BASELINES if baselines is None else split_blocks(baselines),
         randoms=random,
         ray=ray_of(ray, ray_gpus, ray_retries, config.cpu),
     )
     if is_main():
         say(f'found: {result["genotype"]}\n{result["verdict"]}\nwritten: {config.out}/genotype.json')
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(',') if part.strip()]
-    except ValueError:
-        raise ValueError(f'--seeds takes comma-separated numbers, such as 0,1,2, got {quoted(text)}') from None
-
-
-def _blocks(items: Sequence[str]) -> list[str]:
-    """Split comma-separated names; a genotype contains five commas and stays whole."""
-    out: list[str] = []
-    for item in items:
-        parts = list(filter(None, split_names(item)))
-        out += parts if all(part.partition('(')[0] in ('none', *BLOCKS) for part in parts) else [item]
-    return out

@@ -5,10 +5,11 @@ state or changes the reader's settings: ``plot_attention(model, images).savefig(
 """
 
 from .attention import capture_gates, plot_attention, plot_attention_maps
+from .comparison import plot_comparison
 from .curves import plot_learning_curves
 from .drawing import draw_block
 from .images import read_images
-from .search import plot_evaluation, plot_logits
+from .search import plot_logits
 from .style import check_picture, missing_matplotlib, network_color, save_figure
 from .trionet import draw_architecture, plot_front
 
@@ -21,7 +22,7 @@ __all__ = [
     'network_color',
     'plot_attention',
     'plot_attention_maps',
-    'plot_evaluation',
+    'plot_comparison',
     'plot_front',
     'plot_learning_curves',
     'plot_logits',

@@ -1,4 +1,4 @@
-"""Pictures of a search: operation probabilities over the epochs, and the accuracy of the found block."""
+"""The picture of a search: operation probabilities over the epochs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .style import CHANNEL_COLOR, FAINT, FIXED_COLORS, GREY, INK, SPATIAL_COLOR, STYLE, load_matplotlib
+from .style import CHANNEL_COLOR, FAINT, GREY, INK, SPATIAL_COLOR, STYLE, load_matplotlib, spread_out
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['plot_evaluation', 'plot_logits']
+__all__ = ['plot_logits']
 
 NAMED = 7  # up to this many operations of an edge are labelled; with more, the first five
-# Table beside the accuracies: heading -> right end, as a fraction of its width.
-COLUMNS = {'mean ± std.': 0.46, 'params': 0.76, 'time': 1.0}
 
 
 def plot_logits(
@@ -98,69 +96,6 @@ def plot_logits(
     return figure
 
 
-def plot_evaluation(result: Mapping[str, Any]) -> Figure:
-    """Draw the accuracies of the blocks trained from scratch, ranked by their mean.
-
-    A dot is a seed, the vertical line the mean, the bar the standard deviation over the seeds. The found block is blue,
-    random blocks of its space are grey, and a dashed line marks the found block's mean. The table on the right gives
-    parameters, and forward time relative to the network without attention.
-
-    Args:
-        result: the return value of the search's ``evaluate``, or the content of ``evaluation.json``: 'candidates', each
-            with name, kind, 'accuracies' (by seed, per cent), mean, spread, parameters and time_ratio.
-
-    Returns:
-        The figure; keep it with ``save_figure(figure, path)``.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: no candidate has an accuracy.
-    """
-    figure_class, style = load_matplotlib()
-
-    rows = [row for row in result['candidates'] if row['mean'] is not None]
-    if not rows:
-        raise ValueError('no candidate of the evaluation has an accuracy')
-    rows.sort(key=lambda row: row['mean'])
-    with style(STYLE):
-        figure = figure_class(figsize=(8.0, 1.0 + 0.31 * len(rows)), layout='constrained')
-        axis, table = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1.25))
-        for y, row in enumerate(rows):
-            color = {'found': FIXED_COLORS['sase'], 'random': '#8c8c8c'}.get(row['kind'], INK)
-            values = list(row['accuracies'].values())
-            mean, spread = row['mean'], row['spread']
-            if row['kind'] == 'found':
-                axis.axvline(mean, color=color, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-            if spread:
-                axis.plot([mean - spread, mean + spread], [y, y], color=color, alpha=0.25, linewidth=7, zorder=2)
-            axis.plot(values, [y] * len(values), 'o', color=color, markersize=4, alpha=0.75, zorder=3)
-            axis.plot([mean, mean], [y - 0.32, y + 0.32], color=color, linewidth=2, zorder=4)
-            cells = (
-                f'{mean:.2f}' + (f' ± {spread:.2f}' if spread is not None else ''),
-                '-' if row['parameters'] is None else _short(row['parameters']),
-                '-' if row['time_ratio'] is None else f'{row["time_ratio"]:.2f}',
-            )
-            for x, cell in zip(COLUMNS.values(), cells, strict=True):
-                table.text(x, y, cell, ha='right', va='center', fontsize=8, color=color)
-        for name, x in COLUMNS.items():
-            table.text(x, len(rows) - 0.4, name, ha='right', va='bottom', fontsize=8, color=GREY)
-        axis.set_yticks(range(len(rows)), ['no attention' if row['name'] == 'none' else row['name'] for row in rows])
-        for label, row in zip(axis.get_yticklabels(), rows, strict=True):
-            if row['kind'] == 'found':
-                label.set(color=FIXED_COLORS['sase'], fontweight='bold')
-            elif row['kind'] == 'random':
-                label.set_color(GREY)
-        axis.set(
-            ylim=(-0.6, len(rows) - 0.4), xlabel='accuracy (%): a dot for each seed, their mean ± standard deviation'
-        )
-        axis.tick_params(axis='y', length=0)
-        axis.grid(axis='y', visible=False)
-        axis.spines['left'].set_visible(False)
-        table.set(xlim=(0, 1))
-        table.set_axis_off()
-    return figure
-
-
 def _softmax(logits: Any) -> Any:
     values = np.exp(logits - logits.max(-1, keepdims=True))
     return values / values.sum(-1, keepdims=True)
@@ -191,7 +126,7 @@ def _draw_edge(
             solid_capstyle='round',
         )
     named = [int(number) for number in (order if len(names) <= NAMED else order[: NAMED - 2])]
-    heights = _spread_out([float(last[number]) for number in named], top, gap=0.088 * top)
+    heights = spread_out([float(last[number]) for number in named], top, gap=0.088 * top)
     for number, height in zip(named, heights, strict=True):
         wins = number == winner
         shade = color if wins else GREY
@@ -222,26 +157,3 @@ def _draw_edge(
         margin = float(last[order[0]] - last[order[1]])
         text = f'margin {margin:.2f}, entropy {entropy:.2f}' + (', not decided' if decided is False else '')
         axis.text(0.03, 0.97, text, transform=axis.transAxes, va='top', fontsize=6.5, color=GREY)
-
-
-def _spread_out(heights: Sequence[float], top: float, gap: float) -> list[float]:
-    """Heights near the given ones (in descending order), at least ``gap`` apart, within 0 to ``top``."""
-    placed = list(heights)
-    for i in range(1, len(placed)):
-        placed[i] = min(placed[i], placed[i - 1] - gap)
-    # Push up again whatever ended below the lower end.
-    floor = 0.35 * gap
-    for i in reversed(range(len(placed))):
-        placed[i] = max(placed[i], floor)
-        floor = placed[i] + gap
-    # Move halfway up again to centre each cluster.
-    shift = min(
-        max(0.0, (sum(heights) - sum(placed)) / max(len(placed), 1)),
-        max(0.0, top - 0.35 * gap - placed[0]) if placed else 0.0,
-    )
-    return [height + shift for height in placed]
-
-
-def _short(count: float) -> str:
-    """A count of parameters: 272 k, 25.6 M."""
-    return f'{count / 1e6:.1f} M' if count >= 1e6 else f'{count / 1e3:.0f} k'

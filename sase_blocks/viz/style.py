@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,3 +106,21 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def spread_out(heights: Sequence[float], top: float, gap: float) -> list[float]:
+    """Heights near the given ones (in descending order), at least ``gap`` apart, within 0 to ``top``."""
+    placed = list(heights)
+    for i in range(1, len(placed)):
+        placed[i] = min(placed[i], placed[i - 1] - gap)
+    # Push up again whatever ended below the lower end.
+    floor = 0.35 * gap
+    for i in reversed(range(len(placed))):
+        placed[i] = max(placed[i], floor)
+        floor = placed[i] + gap
+    # Move halfway up again to centre each cluster.
+    shift = min(
+        max(0.0, (sum(heights) - sum(placed)) / max(len(placed), 1)),
+        max(0.0, top - 0.35 * gap - placed[0]) if placed else 0.0,
+    )
+    return [height + shift for height in placed]

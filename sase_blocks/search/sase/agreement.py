@@ -20,8 +20,8 @@ import torch
 from numpy.polynomial.polynomial import polypow
 from torch import Tensor
 
+from sase_blocks.comparing.significance import LEVEL, holm
 from sase_blocks.reading import table
-from sase_blocks.search.significance import LEVEL, holm
 
 from .diagnostics import NOTHING_TO_DECIDE, decided_edges, describe_edges
 from .space import SearchSpace

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from sase_blocks.comparing import check_candidates, format_comparison, open_comparison
+from sase_blocks.comparing.significance import load_stats
 from sase_blocks.data import Samples, name_data
 from sase_blocks.jobs import Ray, job_folder, run_jobs
 from sase_blocks.networks import build_model
@@ -27,13 +29,12 @@ from sase_blocks.runs import (
     write_json,
 )
 from sase_blocks.search.data import Arrays
-from sase_blocks.search.significance import load_stats
 from sase_blocks.train import TrainConfig
-from sase_blocks.viz import missing_matplotlib, plot_evaluation, save_figure
+from sase_blocks.viz import missing_matplotlib, plot_comparison, save_figure
 
 from .agreement import compare_searches, format_agreement
 from .config import SearchConfig
-from .evaluation import BASELINES, evaluate, format_evaluation, list_candidates, open_evaluation
+from .evaluation import BASELINES, evaluate, list_candidates
 from .result import RESULT, read_result
 from .searching import saved_search, search
 from .space import SearchSpace
@@ -93,8 +94,8 @@ def campaign(
         budget = budget or evaluation_budget(config)
         stand_in = _stand_in(config, space)
         candidates = [*baselines, *_name_found(dict.fromkeys(map(str, seeds), stand_in))]
-        list_candidates(stand_in, budget, candidates, randoms, space)
-        data = open_evaluation(budget, ray)
+        check_candidates(list_candidates(stand_in, candidates, randoms, space), budget)
+        data = open_comparison(budget, ray)
     given: Arrays | Samples | None = images or (data[0] if data else None)
     if given is None and not single:  # decode the images once for all searches of this process
         with open_accelerator(config, 'a search', 'search') as accelerator:
@@ -131,9 +132,9 @@ def campaign(
             data=data,
         )
         if is_main():
-            say(format_evaluation(evaluation))
+            say(format_comparison(evaluation))
             if missing_matplotlib() is None:  # which the searches have said
-                save_figure(plot_evaluation(evaluation), out / 'evaluation.png')
+                save_figure(plot_comparison(evaluation), out / 'evaluation.png')
         if errors := evaluation['errors']:
             key, text = next(iter(errors.items()))
             raise RuntimeError(f'{len(errors)} jobs of the evaluation failed; the first one, {key}: {text}')

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sase_blocks.search.significance import LEVEL
+from sase_blocks.comparing.significance import LEVEL
 
 from .network import LOGITS_STD, SearchNetwork
 from .space import SearchSpace

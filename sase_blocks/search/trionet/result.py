@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sase_blocks.comparing.significance import not_worse
 from sase_blocks.models import Architecture
 from sase_blocks.reading import table
 from sase_blocks.runs import environment
 from sase_blocks.search.evolution import Candidate, best, front
-from sase_blocks.search.significance import not_worse
 
 from .cost import Costs
 from .space import TrioSpace

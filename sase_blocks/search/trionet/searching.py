@@ -15,6 +15,7 @@ from timm.data import resolve_data_config
 from torch import Tensor
 
 from sase_blocks.checkpoint import save_checkpoint
+from sase_blocks.comparing.significance import load_stats
 from sase_blocks.data import (
     Batches,
     Samples,
@@ -42,7 +43,6 @@ from sase_blocks.runs import (
 )
 from sase_blocks.search.data import Arrays, check_arrays, describe_data, split_data
 from sase_blocks.search.evolution import Candidate, Problem, evolve, load_optuna
-from sase_blocks.search.significance import load_stats
 from sase_blocks.train import TrainConfig, train
 from sase_blocks.viz import missing_matplotlib
 

@@ -1,4 +1,4 @@
-"""Statistical tests behind the verdicts of the searches. Not in the papers.
+"""Statistical tests behind the verdicts of comparisons and searches. Not in the papers.
 
 If there is nothing to find, at most ``LEVEL`` of the runs claim anything, however many blocks, edges or networks each
 compares.
@@ -6,6 +6,7 @@ compares.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 from sase_blocks.runs import import_extra
 
 LEVEL = 0.05
+POWER = 0.8  # probability to show a difference of a given size, see seeds_needed
+MANY_SEEDS = 1000  # from so many on, the normal distribution replaces Student's
 SAME = 1e-9  # largest difference of equal accuracies in percent, by rounding
 
 
@@ -53,6 +56,25 @@ def shown_from(seeds: int, comparisons: int) -> float:
     ``seeds`` is at least 2. The first of the comparisons to be shown counts. Raises ImportError if SciPy is missing.
     """
     return float(load_stats().t.isf(LEVEL / (2 * comparisons), seeds - 1) / seeds**0.5)
+
+
+def seeds_needed(difference: float, spread: float, comparisons: int) -> int:
+    """The fewest seeds that show a mean difference in the first of the comparisons with probability ``POWER``.
+
+    Args:
+        difference: above 0, in percent.
+        spread: standard deviation of the paired differences over the seeds, above 0.
+        comparisons: for Holm's method.
+
+    Raises:
+        ImportError: SciPy is missing (extra ``search``).
+    """
+    stats, level = load_stats(), LEVEL / (2 * comparisons)
+    seeds = np.arange(2, MANY_SEEDS)
+    power = stats.nct.sf(stats.t.isf(level, seeds - 1), seeds - 1, difference * np.sqrt(seeds) / spread)
+    if (enough := np.flatnonzero(power >= POWER)).size:
+        return int(seeds[enough[0]])
+    return math.ceil(((stats.norm.isf(level) + stats.norm.ppf(POWER)) * spread / difference) ** 2)
 
 
 def holm(p: Any) -> Any:
