@@ -19,6 +19,9 @@ DOCS := $(VENV)/.installed-docs
 # Few processes, for a machine of many cores would otherwise start one each; see tests/conftest.py for their threads.
 PYTEST_ARGS ?= -n logical --maxprocesses 4 --dist worksteal --durations 10
 MODELS ?=
+# For test-copies. It has wheels for Python up to 3.11.
+OLD_TORCH ?= 2.1.2
+COPIES := .venv-torch-$(OLD_TORCH)
 # A clone of timm's repository for test-timm-scripts, which otherwise clones it.
 TIMM_REPO ?=
 BENCH_ARGS ?= --quick
@@ -26,7 +29,7 @@ DEMO_ARGS ?= --out demo_out
 COMMA := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-search test test-lowest test-slow test-ecosystem test-timm test-timm-scripts docs lint format bench gpu gpu-compile build install clean
+.PHONY: help demo demo-search test test-lowest test-slow test-copies test-ecosystem test-timm test-timm-scripts docs lint format bench gpu gpu-compile build install clean
 
 # $(call installed,EXTRAS): install the package with these. Only uv resolves to the lowest versions, and it compiles only if
 # asked to, which otherwise every process does again where Python may write no bytecode.
@@ -76,6 +79,15 @@ test-lowest:  ## run the tests with the lowest versions that pyproject.toml allo
 test-slow: $(STAMP)  ## run the tests marked slow: more kinds, kills and processes
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(PYTEST_ARGS)
 
+$(COPIES)/.installed:
+	$(PYTHON) -m venv $(COPIES)
+	$(COPIES)/bin/python -m pip install --disable-pip-version-check torch==$(OLD_TORCH) 'numpy<2' || { \
+		echo "torch $(OLD_TORCH) may have no wheels for $$($(PYTHON) -V): try PYTHON=python3.11" >&2; exit 1; }
+	@touch $@
+
+test-copies: $(STAMP) $(COPIES)/.installed  ## run copied blocks with an older torch, or with another one: OLD_TORCH=2.3.1
+	OLD_TORCH_PYTHON=$(COPIES)/bin/python $(BIN)/python -m pytest tests/test_copy.py -k older_torch
+
 test-ecosystem: $(ECOSYSTEM)  ## run the tests with other libraries: segmentation, detection, transformers, the Hub, ...
 	$(BIN)/python -m pytest -m 'ecosystem and not gpu' $(PYTEST_ARGS)
 
@@ -112,5 +124,5 @@ build: $(STAMP)  ## build the wheel and the source distribution into dist/
 	$(BIN)/python -m build
 
 clean:  ## remove what the targets made, the environment too
-	rm -rf .venv .venv-lowest .venv-lowest-extras .timm-tests dist build site demo_out demo_search_out gpu_out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-lowest-extras .venv-torch-* .timm-tests dist build site demo_out demo_search_out gpu_out .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

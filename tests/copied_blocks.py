@@ -2,14 +2,14 @@
 
     python copied_blocks.py FOLDER
 
-FOLDER/rows.json has the rows (module, class, arguments); the results go to FOLDER/results.pt.
+FOLDER/rows.json has the rows: module, class, arguments, dtypes, what to capture. The results go to FOLDER/results.pt.
 """
 
 import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,20 @@ class Forbidden:
             raise ImportError(f'{name} is forbidden here')
 
 
-def results(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    """Initial values, and outputs, gradients and statistics in train and eval mode, in fp32 and under bf16 autocast."""
+def results(build: Callable[[], nn.Module], dtypes: Sequence[str] = ('float32', 'bfloat16')) -> dict[str, Tensor]:
+    """Initial values, and outputs, gradients and statistics in train and eval mode, for bf16 under autocast."""
     found: dict[str, Tensor] = {}
-    for dtype in (None, torch.bfloat16):
+    for dtype in dtypes:
+        width = torch.float64 if dtype == 'float64' else torch.float32
         torch.manual_seed(0)
-        module = build()
+        module = build().to(width)
         found |= {f'{dtype} initial {key}': value.clone() for key, value in module.state_dict().items()}
         for training in (True, False):
-            x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(width).requires_grad_()
             module.train(training).zero_grad()
-            with torch.autocast('cpu', dtype, enabled=dtype is not None):
+            with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
                 y = module(x)
-            y.float().square().sum().backward()
+            y.to(width).square().sum().backward()
             gradients = {'x': x.grad, **{name: p.grad for name, p in module.named_parameters()}}
             found |= {f'{dtype} {training} {name}': value for name, value in gradients.items() if value is not None}
             found[f'{dtype} {training} y'] = y.detach()
@@ -48,14 +49,17 @@ def results(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
     return found
 
 
-def capture(build: Callable[[], nn.Module], smallest: int) -> None:
-    """TorchScript, FX and torch.export with dynamic sizes agree with the block itself."""
+def capture(build: Callable[[], nn.Module], forms: Sequence[str], smallest: int) -> None:
+    """FX, TorchScript and torch.export with dynamic sizes agree with the block itself."""
     torch.manual_seed(0)
     module = build().eval()
     other = torch.randn(3, SHAPE[1], 9, 12, generator=torch.Generator().manual_seed(2))
-    traced = torch.fx.symbolic_trace(module)
-    for captured in (torch.jit.script(module), traced, torch.jit.script(traced)):
-        torch.testing.assert_close(captured(other), module(other))
+    captured: list[Any] = [torch.fx.symbolic_trace(module)] if 'fx' in forms else []
+    captured += [torch.jit.script(one) for one in (module, *captured)] if 'script' in forms else []
+    for one in captured:
+        torch.testing.assert_close(one(other), module(other))
+    if 'export' not in forms:
+        return
     sizes = {'height': 2, 'width': 3}
     shape = {0: torch.export.Dim('batch', min=1, max=64)}
     shape |= {axis: torch.export.Dim(name, min=smallest, max=512) for name, axis in sizes.items()}
@@ -83,9 +87,8 @@ def main(folder: Path) -> None:
     for row in json.loads((folder / 'rows.json').read_text()):
         try:
             build = builder(folder, row)
-            found[row['id']] = results(build)
-            if row['smallest']:
-                capture(build, row['smallest'])
+            found[row['id']] = results(build, row['dtypes'])
+            capture(build, row['capture'], row['smallest'])
         except Exception as error:
             raise RuntimeError(row['id']) from error
     loaded = [name for name in sys.modules if name.partition('.')[0] in FORBIDDEN]

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -34,8 +35,14 @@ def genotypes() -> list[str]:
 
 
 def row(text: str, capture: bool = False, **arguments) -> dict:
-    smallest = SMALLEST.get(parse_name(text)[0] if ',' not in text else text, 2) if capture else 0
-    return {'text': text, 'arguments': arguments, 'smallest': smallest, 'id': f'{text} {arguments}'}
+    return {
+        'id': f'{text} {arguments}',
+        'text': text,
+        'arguments': arguments,
+        'dtypes': ['float32', 'bfloat16'],
+        'capture': ['fx', 'script', 'export'] if capture else [],
+        'smallest': SMALLEST.get(parse_name(text)[0] if ',' not in text else text, 2),
+    }
 
 
 def original(text: str, arguments: dict) -> torch.nn.Module:
@@ -44,20 +51,33 @@ def original(text: str, arguments: dict) -> torch.nn.Module:
     return create_block(text, SHAPE[1], feat_size=SHAPE[2:], **arguments)
 
 
-def compare(folder: Path, rows: list[dict]) -> None:
-    """Copies the blocks, runs them in another process, and compares what they give, bit for bit."""
-    modules = {}
+def header(code: str) -> str:
+    return code.split('\n\n')[0]
+
+
+def write_copies(folder: Path, rows: list[dict]) -> None:
+    modules: dict[str, str] = {}
     for entry in rows:
         text = entry['text']
         entry['module'] = modules.setdefault(text, f'copy{len(modules)}')
         code = copy_blocks([text], f'{entry["module"]}.py')
         (folder / f'{entry["module"]}.py').write_text(code)
         entry['class'] = re.search(r"^__all__ = \['(\w+)'\]$", code, re.MULTILINE)[1]
+
+
+def run_copies(folder: Path, rows: list[dict], python: str = sys.executable) -> dict[str, dict[str, torch.Tensor]]:
+    """What the copies give in another process, by the rows' ids."""
     (folder / 'rows.json').write_text(json.dumps(rows))
-    program = [sys.executable, '-W', 'ignore', Path(__file__).parent / 'copied_blocks.py', folder]
+    program = [python, '-W', 'ignore', Path(__file__).parent / 'copied_blocks.py', folder]
     run = subprocess.run(program, capture_output=True, text=True, check=False, cwd=folder)
     assert run.returncode == 0, run.stderr
-    found = torch.load(folder / 'results.pt')
+    return torch.load(folder / 'results.pt')
+
+
+def compare(folder: Path, rows: list[dict]) -> None:
+    """Copies the blocks, runs them in another process, and compares what they give, bit for bit."""
+    write_copies(folder, rows)
+    found = run_copies(folder, rows)
     for entry in rows:
         expected = results(lambda entry=entry: original(entry['text'], entry['arguments']))
         copied = found[entry['id']]
@@ -101,6 +121,33 @@ def test_every_copied_option_gives_the_same(folder):
 def test_every_copied_primitive_gives_the_same(folder):
     rows = [row(text, capture=i % 4 == 0) for i, text in enumerate(genotypes())]
     compare(folder, [*rows, row(GENOTYPE)])
+
+
+@pytest.mark.skipif(
+    'OLD_TORCH_PYTHON' not in os.environ, reason='`make test-copies` names the Python of an older torch'
+)
+def test_copies_with_an_older_torch(folder):
+    """What the headers say: the lowest torch, and the lowest for TorchScript."""
+    python = os.environ['OLD_TORCH_PYTHON']
+    version = subprocess.run(
+        [python, '-c', 'import torch; print(torch.__version__)'], capture_output=True, text=True, check=True
+    )
+    here = tuple(int(n) for n in version.stdout.split('.')[:2])
+    rows = [row(text) for text in [*list_blocks(), *LAYERS, *genotypes()]]
+    write_copies(folder, rows)
+    runnable = []
+    for entry in rows:
+        text = header((folder / f'{entry["module"]}.py').read_text())
+        needed = [tuple(map(int, pair)) for pair in re.findall(r'(?:torch|TorchScript:) (\d+)\.(\d+)', text)]
+        if here >= needed[0]:
+            scriptable = here >= needed[-1]
+            runnable.append(entry | {'dtypes': ['float64'], 'capture': ['fx', 'script'] if scriptable else ['fx']})
+    assert len(runnable) > len(rows) / 2, version.stdout
+    found = run_copies(folder, runnable, python)
+    for entry in runnable:
+        expected = results(lambda entry=entry: original(entry['text'], entry['arguments']), ['float64'])
+        for key, value in expected.items():
+            torch.testing.assert_close(found[entry['id']][key], value, rtol=1e-7, atol=1e-9, msg=f'{entry["id"]} {key}')
 
 
 @pytest.mark.slow
@@ -175,16 +222,24 @@ def test_a_copy_checks_its_input():
             build()
 
 
+HEADERS = {
+    'eca': ['only torch 2.1 and'],
+    'cbam': ['only torch 2.1 (TorchScript: 2.2) and'],
+    'shuffle': ['only torch 2.5 and'],
+    'AxialSelfAttention': ['only torch 2.4 and'],
+    'TrioBlock': ['only torch 2.7 and', 'leaves out the Triton route'],
+}
+
+
 def test_the_header():
     lines = copy_blocks(['bam'], 'bam.py').splitlines()
     assert lines[0] == f'# Copied from sase-blocks {sase_blocks.__version__} by'
     assert lines[1] == '#     sase-blocks copy bam -o bam.py'
-    assert 'torch 2.1 ' in lines[2]
+    assert '# It needs only torch 2.1 (TorchScript: 2.2) and Python 3.10, or later.' in lines[2]
     assert lines[3] == f'# Papers: arXiv 1807.06514. MIT License. {COPYRIGHT}.'
     assert COPYRIGHT in (ROOT / 'LICENSE').read_text()
-    header = copy_blocks(['TrioBlock'], 'trio.py').split('\n\n')[0]
-    assert 'torch 2.7 ' in header
-    assert 'Triton' in header
+    for name, words in HEADERS.items():
+        assert all(text in header(copy_blocks([name])) for text in words), name
 
 
 WRONG = [

@@ -41,8 +41,14 @@ LAYERS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (LocalSelfAtt
 INSTEAD = {'local_attention': 'torch_attention', 'LOCAL_ROUTES': 'TORCH_ROUTES'}
 # Methods that only the library and timm call.
 LEFT_OUT = ('extra_repr', 'multiply_adds', 'no_weight_decay')
-# The first version of torch with what a copy uses, where that is later than 2.1.
-FIRST_TORCH = {'torch.is_autocast_enabled(': (2, 4), 'bool(torch.compiler.is_exporting())': (2, 7)}
+# The first version of torch with what a copy uses, where that is later than 2.1 (for channel_shuffle, its gradient).
+FIRST_TORCH = {
+    'torch.is_autocast_enabled(': (2, 4),
+    'torch.channel_shuffle(': (2, 5),
+    'bool(torch.compiler.is_exporting())': (2, 7),
+}
+# TorchScript of 2.1 does not know this type.
+SCRIPTED_FROM = {'Tensor | None': (2, 2)}
 # A paper, as docstrings name it.
 PAPER = r'arXiv \d{4}\.\d{4,5}|doi 10\.[^\s,;)]+|[A-Z]\w+ et al\., [A-Z]+ \d{4}'
 
@@ -221,6 +227,8 @@ class Copy:
             listed = '\n'.join(['__all__ = [', *(f'    {name!r},' for name in exported), ']'])
         code = '\n\n\n'.join([listed, *self.pieces.values()])
         needs = max([(2, 1), *(version for text, version in FIRST_TORCH.items() if text in code)])
+        scripted = max([needs, *(version for text, version in SCRIPTED_FROM.items() if text in code)])
+        torchscript = f' (TorchScript: {scripted[0]}.{scripted[1]})' if scripted > needs else ''
         command = shlex.join([PROG, 'copy', *names, '-o', file])
         sources = f'Papers: {", ".join(papers)}. ' if papers else ''
         if len(command) > WIDTH - 6:  # one name a line
@@ -228,8 +236,8 @@ class Copy:
         header = [
             f'Copied from sase-blocks {__version__} by',
             textwrap.indent(command, '    '),
-            f'It needs only torch {needs[0]}.{needs[1]} and Python 3.10, or later. '
-            f'{PROG} copy --check FILE compares it with the library.',
+            f'It needs only torch {needs[0]}.{needs[1]}{torchscript} and Python 3.10, or later. '
+            f'{PROG} copy --check FILE compares it.',
             *(['It leaves out the Triton route of local self-attention.'] if 'torch_attention' in code else []),
             *textwrap.wrap(f'{sources}MIT License. {COPYRIGHT}.', WIDTH - 2, break_on_hyphens=False),
         ]
