@@ -5,9 +5,10 @@ Every command and ``load_model`` build it here, so a checkpoint of ``train`` is 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,15 @@ from .insertion import InsertReport, insert
 from .reading import one_line, quoted, shorten
 from .runs import Settings, require_used, setting
 
-__all__ = ['NetworkConfig', 'TrainedNetwork', 'build_model', 'build_network', 'check_model_name', 'load_model']
+__all__ = [
+    'NetworkConfig',
+    'TrainedNetwork',
+    'build_model',
+    'build_network',
+    'check_model_name',
+    'load_model',
+    'trained_network',
+]
 
 
 @dataclass(frozen=True)
@@ -168,29 +177,42 @@ def load_model(checkpoint: str | os.PathLike[str]) -> TrainedNetwork:
         FileNotFoundError: no such file.
         ValueError: a damaged file, a checkpoint of something else, or weights that do not fit their settings.
     """
-    state = read_checkpoint(checkpoint)
-    try:
-        found = trained_network(state)
-        model, inserted = build_network(found[0], len(found[1]), weights=False) if found else (None, None)
-    except (ValueError, TypeError, AttributeError, LookupError) as error:  # settings may also have wrong types
-        raise ValueError(f'{checkpoint}: its network cannot be built: {one_line(error)}') from error
-    if found is None or model is None:
+    found = trained_network(checkpoint)
+    if found is None:
         raise ValueError(
             f'{checkpoint} is not a checkpoint of `sase-blocks train`, so it does not say which network it is for: '
             f'build that one, and load the file with load_checkpoint'
         )
-    report = load_checkpoint(model, Path(checkpoint), use_ema='state_dict_ema' in state)
+    config, classes = found
+    with _naming(checkpoint):
+        model, inserted = build_network(config, len(classes), weights=False)
+    averaged = isinstance(read_checkpoint(checkpoint).get('state_dict_ema'), dict)
+    report = load_checkpoint(model, Path(checkpoint), use_ema=averaged)
     if inserted and set(inserted.keys) & set(report.added):
         raise ValueError(f'{checkpoint} is damaged: it holds none of the inserted attention that its settings name')
-    return TrainedNetwork(model.eval(), *found, report)
+    return TrainedNetwork(model.eval(), config, classes, report)
 
 
-def trained_network(checkpoint: Mapping[str, Any]) -> tuple[NetworkConfig, list[str]] | None:
-    """The network and the classes of a checkpoint of `sase-blocks train`; None for any other checkpoint."""
-    config, data = checkpoint.get('config'), checkpoint.get('data')
+def trained_network(checkpoint: str | os.PathLike[str]) -> tuple[NetworkConfig, list[str]] | None:
+    """The network and the classes of a checkpoint of `sase-blocks train`; None for any other checkpoint.
+
+    Raises the errors of ``load_model`` about the file and its settings.
+    """
+    state = read_checkpoint(checkpoint)
+    config, data = state.get('config'), state.get('data')
     if not isinstance(config, dict) or not {'model', 'model_args', 'img_size'} <= set(config):
         return None
     if not isinstance(data, dict) or not isinstance(data.get('classes'), list):
         return None
     known = {entry.name: config[entry.name] for entry in fields(NetworkConfig) if entry.name in config}
-    return NetworkConfig(**known), data['classes']
+    with _naming(checkpoint):
+        return NetworkConfig(**known), data['classes']
+
+
+@contextlib.contextmanager
+def _naming(checkpoint: str | os.PathLike[str]) -> Iterator[None]:
+    """Within this context, errors about the settings of a checkpoint, which may have wrong types, name the file."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ValueError(f'{checkpoint}: its network cannot be built: {one_line(error)}') from error

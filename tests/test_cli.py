@@ -18,6 +18,7 @@ from sase_blocks.blocks import SASE_GENOTYPE, Genotype, list_blocks
 from sase_blocks.checkpoint import read_checkpoint, save_checkpoint
 from sase_blocks.cli.info import draw_genotype
 from sase_blocks.insertion import insert
+from sase_blocks.networks import NetworkConfig, build_network
 from sase_blocks.ops import EXTENDED_SETS, SETS
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +42,7 @@ def run(capsys, *argv):
         (['draw', 'image 32; stem 16', '-o', 'x.png', '--no-sets'], '--no-sets is for a block'),
         (
             ['attend', 'cat.jpg', '-o', 'maps', '--start', 'paper'],
-            '--start needs --insert BLOCK',
+            "start must be left at 'identity' without insert, got 'paper'",
         ),
         (
             ['search', 'trionet', '--demo', '--max-macs', '40M'],
@@ -49,6 +50,18 @@ def run(capsys, *argv):
         ),
         (['search', 'sase', '--demo', '--evaluate', '3'], 'leave out --evaluate'),
         (['search', 'sase', '--demo', '--no-tensorboard'], 'leave out --no-tensorboard'),
+        (['info', 'sase', '--insert', 'se'], "--insert is for a model, but 'sase' is a block"),
+        (['info', 'resnet18', '--where', 'layer1*'], 'where must be left at None without insert'),
+        (['info', 'resnet18', '--insert', 'se', '--stages', '7'], '7'),
+        (
+            ['attend', 'cat.jpg', '-o', 'maps', '--checkpoint', 'run.pt', '--insert', 'se'],
+            'leave out --insert (--model',
+        ),
+        (['attend', 'cat.jpg', '-o', 'maps', '--checkpoint', 'run.pt', '--genotype', 'se'], 'leave out --model-args'),
+        (
+            ['attend', 'cat.jpg', '-o', 'm', '--checkpoint', 'run.pt', '--model', 'resnet18', '--pretrained'],
+            '--pretrained and --checkpoint are both weights',
+        ),
         (['info', 'sase', '--channels', '0'], 'channels to be an int of at least 1'),
         (['info', 'sase', '--img-size', '0'], '--img-size must be at least 1'),
         (['info', 'resnet18', '--genotype', 'sase'], 'resnet18 cannot be built with'),
@@ -78,6 +91,9 @@ def run(capsys, *argv):
 )
 def test_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, says):
     monkeypatch.chdir(tmp_path)
+    if 'run.pt' in argv:
+        trained_run(tmp_path)
+        (tmp_path / 'best.pt').rename('run.pt')
     code, _, err = run(capsys, *argv)
     assert code == 2
     assert err.startswith('sase-blocks: error: ')
@@ -379,6 +395,15 @@ def test_list_shows_everything_of_ours(capsys):
             ['resnet20_cifar', '--genotype', 'ge(extent=2);se(reduction=4) ; eca'],
             ['nearest(g)', 'mlp(reduction=4)(avg(x))'],
         ),
+        (
+            ['test_resnet', '--insert', 'se(reduction=8)', '--stages', '3', '--img-size', '64', '--start', 'paper'],
+            [
+                "se(reduction=8) (start='paper') in ResNet: 1 places",
+                'layer3.0.se 192 4 x 4 9,216 9.22 k',
+                'for one input of 3 x 64 x 64',
+                'attention y = x * sigmoid(mlp(reduction=8)(avg(x))) in layer3.0.se',
+            ],
+        ),
     ],
 )
 def test_info(capsys, argv, lines):
@@ -471,6 +496,13 @@ def trained_run(folder):
     save_checkpoint({'state_dict': model.state_dict(), 'config': config, 'data': data}, folder / 'best.pt')
 
 
+def trained_insertion(folder):
+    config = {'model': 'test_resnet', 'model_args': {}, 'img_size': 32, 'insert': 'coord', 'stages': [3, 4]}
+    model, _ = build_network(NetworkConfig(**config), 2)
+    data = {'classes': ['cat', 'dog']}
+    save_checkpoint({'state_dict': model.state_dict(), 'config': config, 'data': data}, folder / 'best.pt')
+
+
 def inserted(folder):
     model = timm.create_model('resnet10t', num_classes=3)
     insert(model, 'coord')
@@ -494,6 +526,7 @@ def inserted(folder):
             'tensors loaded',
             marks=pytest.mark.slow,
         ),
+        (trained_insertion, ['--checkpoint', 'best.pt'], 'best.pt: '),
         pytest.param(
             inserted,
             ['--model', 'resnet10t', '--insert', 'coord', '--checkpoint', 'tuned.pt', '--model-args', 'num_classes=3'],
@@ -518,7 +551,7 @@ def test_attend(capsys, tmp_path, monkeypatch, prepare, argv, says):
         assert line.endswith(f'written: new/maps/{name}')
         with Image.open(tmp_path / 'new' / 'maps' / name) as picture:
             assert picture.width > 400
-        if prepare is trained_run:
+        if prepare in (trained_run, trained_insertion):
             assert ': cat, 0.' in line or ': dog, 0.' in line
         elif 'num_classes=0' in argv:
             assert 'class' not in line

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -27,13 +27,14 @@ from sase_blocks.runs import is_main, say
 
 from .compare import add_compare
 from .model_args import is_ours, model_arguments
-from .options import add_model_options, add_settings
+from .options import add_model_options, add_network_options, add_settings
 from .search_sase import add_sase
 from .search_trionet import add_trionet
 
 __all__ = ['main']
 
 PROG = 'sase-blocks'
+CHECKPOINT = 'weights (.pt, .pth, .safetensors); one of `train` needs no other option about the network'
 
 EXAMPLES = {
     'main': """
@@ -63,8 +64,10 @@ examples:
   sase-blocks info sase --channels 256 --img-size 56
   sase-blocks info 'cbam(reduction=8, kernel_size=3)'
   sase-blocks info avg,conv3,affine,p_norm,avg,conv7x7
+  sase-blocks info resnet18 --insert 'se(reduction=8)' --stages 3 4       its places, parameters and MACs
 
-MACs count convolutions and matrix products. Squeezes are neither, but cost time too.
+Without --img-size, a block is measured at 56 x 56. MACs count convolutions and matrix products. Squeezes are neither,
+but cost time too.
 """,
     'copy': """
 examples:
@@ -88,7 +91,7 @@ Each list in the picture is a set of operations; the chosen one is filled.
 """,
     'attend': """
 examples:
-  sase-blocks attend --checkpoint runs/train/best.pt cat.jpg dog.jpg -o maps
+  sase-blocks attend --checkpoint runs/train/best.pt cat.jpg dog.jpg -o maps      with what was inserted
   sase-blocks attend --model resnet50_sase --checkpoint weights.pth photos/*.jpg -o maps
   sase-blocks attend --model resnet20_cifar --genotype cbam --checkpoint best.pt cat.jpg -o maps
   sase-blocks attend --model convnext_tiny --insert se --checkpoint tuned.pth cat.jpg -o maps
@@ -104,6 +107,7 @@ examples:
     'train': """
 examples:
   sase-blocks train --data cifar --model resnet20_cifar --genotype sase --epochs 20
+  sase-blocks train --data DIR --model resnet18 --pretrained --insert se --lr 0.01 --insert-lr 0.1 --freeze-epochs 2
   sase-blocks train --data imagenet --model resnet50_sase --label-smoothing 0.1 --clip-grad 5 \\
       --mixed-precision bf16 --channels-last --compile --workers 12 --out runs/sase50
   sase-blocks train --data imagenet --model resnet50_sase --out runs/sase50 ... --resume
@@ -137,10 +141,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 2
     run, show = args.pop('run'), args.pop('traceback')
+    names = {*args, *args.pop('settings', ())}
     try:
         return run(**args) or 0
     except KeyboardInterrupt:
-        hint = '; --resume continues after the last checkpoint' if 'resume' in args else ''
+        hint = '; --resume continues after the last checkpoint' if 'resume' in names else ''
         print(f'\n{PROG}: interrupted{hint}', file=sys.stderr)
         return 130
     except BrokenPipeError:  # `sase-blocks list | head`
@@ -152,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Under torchrun every process gets here, and the first to exit ends the others: each must print its error.
         rank = os.environ.get('RANK', '0')
         who = PROG if rank == '0' else f'{PROG} (rank {rank})'
-        print(printable(f'{who}: error: {_explain(error, args)}'), file=sys.stderr)
+        print(printable(f'{who}: error: {_explain(error, names)}'), file=sys.stderr)
         return 2
 
 
@@ -160,11 +165,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError)
 
 
-def _explain(error: Exception, args: Mapping[str, Any]) -> str:
-    """An error in one line."""
+def _explain(error: Exception, names: Collection[str]) -> str:
+    """An error in one line. ``names`` are the options of the command."""
     text = one_line(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        smaller = [f'--{name.replace("_", "-")}' for name in ('batch_size', 'img_size') if name in args]
+        smaller = [f'--{name.replace("_", "-")}' for name in ('batch_size', 'img_size') if name in names]
         return (
             f'there is not enough memory{"; lower " + " or ".join(smaller) if smaller else ""} ({shorten(text, 200)})'
         )
@@ -217,9 +222,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command('info', _info, 'show the size of a model or block, and its genotype as a drawing')
     sub.add_argument('name', help='a timm model, a block, maybe with options, or a genotype as text')
-    sub.add_argument('--img-size', type=int, help="height and width in px (default: the model's; 56 for a block)")
     sub.add_argument('--channels', type=int, help='channels of the input of a block (default: 256)')
-    add_model_options(sub)
+    add_network_options(sub, leave_out=('model', 'pretrained'))
 
     sub = command('copy', _copy, 'copy blocks into one Python file that needs only torch')
     sub.add_argument('blocks', nargs='*', metavar='NAME', help='a block, a genotype as text, or CLASS=NAME')
@@ -237,16 +241,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command('attend', _attend, "draw a model's attention over images")
     sub.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
     sub.add_argument('-o', '--out', required=True, metavar='DIR', help='folder for the pictures')
-    sub.add_argument('--model', metavar='NAME', help='any timm model (default: the one in a `train` checkpoint)')
-    sub.add_argument('--checkpoint', metavar='FILE', help='its weights (.pt, .pth, .safetensors); default: untrained')
-    sub.add_argument(
-        '--insert', metavar='BLOCK', help='insert this block into a model without one, before loading its weights'
-    )
-    sub.add_argument(
-        '--start', choices=('identity', 'paper'), help='start mode that --insert had in training (default: identity)'
-    )
-    sub.add_argument('--img-size', type=int, help="height and width in px (default: the model's)")
-    add_model_options(sub)
+    sub.add_argument('--checkpoint', metavar='FILE', help=CHECKPOINT)
+    add_network_options(sub)
 
     sub = command('demo', _demo, 'train ResNet-20 with four kinds of attention on real images, and draw the results')
     sub.add_argument('--out', default='demo_out', help='folder for the pictures (default: demo_out)')

@@ -2,77 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sase_blocks.checkpoint import read_checkpoint
-from sase_blocks.convert import load_checkpoint
-from sase_blocks.insertion import insert as insert_block
-from sase_blocks.networks import build_model
 from sase_blocks.reading import printable
 from sase_blocks.runs import check_writable, say
 from sase_blocks.viz import missing_matplotlib, plot_attention, read_images, save_figure
 
-from .model_args import is_ours, model_arguments
+from .network import open_network, take_network
 
 __all__ = ['attend']
 
 
-def attend(
-    images: Sequence[str],
-    out: str,
-    model: str | None,
-    checkpoint: str | None,
-    insert: str | None,
-    start: str | None,
-    img_size: int | None,
-    model_args: Sequence[str],
-    genotype: str | None,
-    attn_stages: Sequence[int] | None,
-) -> None:
-    if img_size is not None and img_size < 1:
-        raise ValueError(f'--img-size must be at least 1, got {img_size}')
-    if start is not None and insert is None:
-        raise ValueError('--start needs --insert BLOCK; pass both, or neither')
+def attend(images: Sequence[str], out: str, checkpoint: str | None, **options: Any) -> None:
+    given = take_network(options)
     if (missing := missing_matplotlib()) is not None:
         raise ImportError(missing)
     check_writable(Path(out), make=False)
-    args = model_arguments(model_args, genotype, attn_stages)
-    saved = _training_run(read_checkpoint(checkpoint)) if checkpoint else None
-    classes: list[str] = []
-    if saved and model in (None, saved[0]['model']):
-        config, classes = saved
-        model, img_size = config['model'], img_size or config['img_size']
-        args = {'num_classes': len(classes), **config['model_args'], **args}
-        if is_ours(model) and config['img_size']:  # per-position parameters were built for it
-            args.setdefault('img_size', config['img_size'])
-    if model is None:
-        raise ValueError('pass --model NAME: only a checkpoint of `sase-blocks train` names its model')
-    network = build_model(model, **args).eval()
-    if insert is not None:
-        insert_block(network, insert, start=start or 'identity')
-    report = load_checkpoint(network, checkpoint) if checkpoint else None
-    batch, pictures = read_images(images, network, img_size)  # read all before writing anything
-    say(str(report or 'note: without --checkpoint the model has its initial weights'))
+    opened = open_network(given, checkpoint)
+    network = opened.model
+    batch, pictures = read_images(images, network, opened.img_size)  # read all before writing anything
+    say(opened.note)
     for i, (image, path) in enumerate(zip(images, _names_for(images, Path(out)), strict=True)):
-        found = _prediction(network, batch[i : i + 1], classes)
+        found = _prediction(network, batch[i : i + 1], opened.classes)
         title = printable(Path(image).name) + (f'\n{found}' if found else '')
         figure = plot_attention(network, batch[i : i + 1], titles=[title], pictures=pictures[i : i + 1])
         path.parent.mkdir(parents=True, exist_ok=True)
         written = printable(str(save_figure(figure, path)))
         say(f'{printable(image)}: {found + ", " if found else ""}written: {written}')
-
-
-def _training_run(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]] | None:
-    """The settings and the classes in a checkpoint of `sase-blocks train`; None for any other checkpoint."""
-    config, data = checkpoint.get('config'), checkpoint.get('data')
-    if not isinstance(config, dict) or not {'model', 'model_args', 'img_size'} <= set(config):
-        return None
-    return (config, data['classes']) if isinstance(data, dict) and 'classes' in data else None
 
 
 def _names_for(images: Sequence[str], folder: Path) -> Iterator[Path]:

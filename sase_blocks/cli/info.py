@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Sequence
 from typing import Any
@@ -20,26 +21,22 @@ from sase_blocks.blocks import (
     create_block,
     list_blocks,
 )
-from sase_blocks.networks import build_model
+from sase_blocks.data import image_config
+from sase_blocks.insertion import InsertReport
+from sase_blocks.networks import NetworkConfig, build_network
 from sase_blocks.ops.options import describe_options
 from sase_blocks.reading import one_line, printable, quoted
 
-from .model_args import model_arguments
+from .network import take_network
 
 __all__ = ['draw_genotype', 'show_info']
 
 
-def show_info(
-    name: str,
-    img_size: int | None,
-    channels: int | None,
-    model_args: Sequence[str],
-    genotype: str | None,
-    attn_stages: Sequence[int] | None,
-) -> None:
+def show_info(name: str, channels: int | None, **options: Any) -> None:
+    given = take_network(options)
+    img_size, args = given.get('img_size'), given.get('model_args', {})
     if img_size is not None and img_size < 1:
         raise ValueError(f'--img-size must be at least 1, got {img_size}')
-    args = model_arguments(model_args, genotype, attn_stages)
     plain = name.partition('(')[0].strip()  # without options
     is_block = plain in BLOCKS or ',' in name or name.lstrip().startswith('{')
     if not is_block and ':' not in name and not timm.is_model(name):
@@ -50,17 +47,20 @@ def show_info(
         )
     if channels is not None and not is_block:
         raise ValueError(f'--channels is for a block, but {quoted(name)} is a model; leave it out')
-    # The meta device computes only shapes.
-    with torch.device('meta'):
-        if is_block:
-            size, channels = img_size or 56, 256 if channels is None else channels
+    inserted: InsertReport | None = None
+    if is_block:
+        if others := given.keys() - {'img_size', 'model_args'}:
+            raise ValueError(f'--{sorted(others)[0]} is for a model, but {quoted(name)} is a block; leave it out')
+        size, channels = img_size or 56, 256 if channels is None else channels
+        with torch.device('meta'):  # computes only shapes
             module = create_block(name, channels, feat_size=size, **args)
-            shape = (1, channels, size, size)
-        else:
-            module = build_model(name, **args)
-            cfg = getattr(module, 'pretrained_cfg', None) or {}
-            depth, height, width = cfg.get('input_size', (3, 224, 224))
-            shape = (1, args.get('in_chans', depth), img_size or height, img_size or width)
+        shape = (1, channels, size, size)
+    else:
+        config = NetworkConfig(model=name, **given)
+        with contextlib.nullcontext() if config.insert else torch.device('meta'):  # `insert` tries each block
+            module, inserted = build_network(config)
+        module.to('meta')
+        shape = (1, *image_config(module, img_size)['input_size'])
     macs, shapes = _measure(module, shape)
     parameters = sum(p.numel() for p in module.parameters())
     attention = {id(p) for m in module.modules() if isinstance(m, AttentionModule) for p in m.parameters()}
@@ -72,6 +72,8 @@ def show_info(
     print('\noutput shapes')
     for child, out in shapes.items():
         print(f'  {child:<{width}}  {_by(out[1:])}')
+    if inserted:
+        print(f'\n{inserted}')
     genotypes: dict[Genotype, list[str]] = {}
     formulas: dict[str, list[str]] = {}
     for path, block in module.named_modules():
@@ -81,8 +83,8 @@ def show_info(
             formulas.setdefault(block_graph(block).formula, []).append(path)
     if is_block:
         print(f'\nformula {block_graph(module).formula}')
-    if plain in BLOCKS and (options := describe_options(BLOCKS[plain])):
-        print(f'options {options} by default')
+    if plain in BLOCKS and (listed := describe_options(BLOCKS[plain])):
+        print(f'options {listed} by default')
     for formula, paths in formulas.items():
         print(f'\nattention {formula}{_where(paths)}')
     for found, paths in genotypes.items():

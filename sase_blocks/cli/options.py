@@ -8,14 +8,31 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from sase_blocks.jobs import Ray
+from sase_blocks.networks import NetworkConfig
 from sase_blocks.reading import quoted
 from sase_blocks.runs import RunConfig
 
-__all__ = ['add_model_options', 'add_ray_options', 'add_settings', 'check_demo', 'numbers', 'ray_of']
+__all__ = [
+    'add_model_options',
+    'add_network_options',
+    'add_ray_options',
+    'add_settings',
+    'check_demo',
+    'numbers',
+    'ray_of',
+]
 
 
-def add_settings(parser: argparse.ArgumentParser, config: type[Any], leave_out: Collection[str] = ()) -> None:
-    """Add an option for each setting of a configuration class, with its default and help text."""
+def add_settings(
+    parser: argparse.ArgumentParser, config: type[Any], leave_out: Collection[str] = (), *, given_only: bool = False
+) -> None:
+    """Add an option for each setting of a configuration class, with its default and help text.
+
+    With ``given_only`` no option is required, and the parsed arguments have only those on the command line. Then
+    'settings' has the names of all.
+    """
+    if given_only:
+        parser.set_defaults(settings=[entry.name for entry in fields(config) if entry.name not in leave_out])
     kinds = {'int': int, 'float': float, 'str': str, 'list[int]': int}
     shared = RunConfig.__annotations__.keys() - config.__annotations__.keys()  # listed last
     for setting in sorted(fields(config), key=lambda entry: entry.name in shared):
@@ -23,21 +40,25 @@ def add_settings(parser: argparse.ArgumentParser, config: type[Any], leave_out: 
             continue
         option, kind = setting.name.replace('_', '-'), str(setting.type).split(' |')[0]
         text = setting.metadata['help'].replace('%', '%%')
+        default = None if setting.default is MISSING else setting.default
+        unset: Any = argparse.SUPPRESS if given_only else default
         if kind == 'bool':
-            if setting.default:
-                parser.add_argument(f'--no-{option}', dest=setting.name, action='store_false', help=f'do not {text}')
+            if default:
+                parser.add_argument(
+                    f'--no-{option}', dest=setting.name, action='store_false', default=unset, help=f'do not {text}'
+                )
             else:
-                parser.add_argument(f'--{option}', action='store_true', help=text)
+                parser.add_argument(f'--{option}', action='store_true', default=unset, help=text)
             continue
         parser.add_argument(
             f'--{option}',
             type=kinds[kind],
             nargs='+' if kind == 'list[int]' else None,
-            required=setting.default is MISSING,
-            default=None if setting.default is MISSING else setting.default,
+            required=setting.default is MISSING and not given_only,
+            default=unset,
             choices=setting.metadata.get('choices'),
             metavar=None if setting.metadata.get('choices') else _metavar(setting),
-            help=text if setting.default in (MISSING, None, '') else f'{text} (default: {setting.default})',
+            help=text if default in (None, '') else f'{text} (default: {default})',
         )
 
 
@@ -55,6 +76,12 @@ def add_model_options(parser: argparse.ArgumentParser, *, attention: bool = True
         parser.add_argument(
             '--attn-stages', type=int, nargs='+', metavar='N', help='stages of our models with attention (default: all)'
         )
+
+
+def add_network_options(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
+    """Add the options that ``network.take_network`` reads: the settings of ``NetworkConfig``."""
+    add_settings(parser, NetworkConfig, leave_out, given_only=True)
+    add_model_options(parser)
 
 
 def check_demo(config: type[Any], given: Mapping[str, Any]) -> None:
