@@ -76,6 +76,16 @@ def find_images(folder: Path) -> tuple[ImageFiles, list[str]]:
     return ImageFiles(str(folder), samples), classes
 
 
+def subfolders(folder: str | Path) -> list[str]:
+    """The names of the folders in a folder, in the order of class labels."""
+    return sorted((entry.name for entry in _visible(folder) if entry.is_dir()), key=_order)
+
+
+def images_below(folder: str | Path) -> list[str]:
+    """The image files in a folder and its subfolders, in natural order. Raises the errors of ``find_images``."""
+    return sorted(_images_below(str(folder)), key=_order)
+
+
 def _order(name: str) -> tuple[Any, str]:
     """Sort key: numbers by value, as timm sorts; ties by the name itself, not by the file system."""
     return natural_key(name), name

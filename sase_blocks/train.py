@@ -421,6 +421,15 @@ def hits(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
     return (first == labels[:, None]).any(1) & ~logits.isnan().any(1)
 
 
+def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """Number of images by label (rows) and predicted class (columns), (classes, classes) of int64.
+
+    Args:
+        labels, predicted: (N,) of integers below ``classes``.
+    """
+    return torch.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
 def checked_samples(config: TrainConfig, accelerator: Any) -> tuple[Samples, Samples]:
     """Both splits of a training, without broken images if ``config`` says so; the argument ``data`` of ``train``.
 

@@ -1,6 +1,6 @@
 """The command line, ``sase-blocks`` or ``python -m sase_blocks``.
 
-The commands: list, info, copy, draw, attend, demo, train, compare, search, run.
+The commands: list, info, copy, draw, attend, predict, demo, train, compare, search, run.
 
 An error exits with code 2 and prints one line to stderr; an interruption exits with 130. ``copy --check`` has codes of
 its own. ``--traceback`` shows where an error came from. An error that looks like a bug of this package says so.
@@ -44,6 +44,7 @@ examples:
   sase-blocks copy sase -o sase.py          a block as one file that needs only torch
   sase-blocks draw sase -o sase.png         a block as a picture
   sase-blocks attend --checkpoint runs/train/best.pt cat.jpg -o maps
+  sase-blocks predict --checkpoint runs/train/best.pt DIR/val -o predictions.csv
   sase-blocks demo                          train four networks on real images, in a few minutes
   sase-blocks train --data DIR --model resnet50_sase --epochs 100
   sase-blocks compare --data DIR --blocks none,se,sase    which block is worth it on your images
@@ -97,7 +98,18 @@ examples:
   sase-blocks attend --model convnext_tiny --insert se --checkpoint tuned.pth cat.jpg -o maps
 
 One picture per image: the last block at each resolution, its spatial gate over the image and its channel gates as
-bars. timm's evaluation transforms resize and normalise the images for the model.
+bars. The images are transformed as in the validation of `train`.
+""",
+    'predict': """
+examples:
+  sase-blocks predict --checkpoint runs/train/best.pt cat.jpg dog.jpg
+  sase-blocks predict --checkpoint runs/train/best.pt DIR/val -o predictions.csv --confusion confusion.png
+  sase-blocks predict --checkpoint runs/train/best.pt photos -o predictions.json --top 3
+  sase-blocks predict --model resnet18 --pretrained cat.jpg
+
+If a folder holds folders with the names of classes, like DIR/val in training, there is also a summary: the accuracy,
+the accuracy of each class, and which class it is most often taken for. The images are transformed as in the validation
+of `train`.
 """,
     'demo': """
 examples:
@@ -244,6 +256,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--checkpoint', metavar='FILE', help=CHECKPOINT)
     add_network_options(sub)
 
+    sub = command('predict', _predict, 'predict the classes of images, and measure the accuracy on class folders')
+    sub.add_argument('images', nargs='+', metavar='IMAGE|DIR', help='image files and folders')
+    sub.add_argument('--checkpoint', metavar='FILE', help=CHECKPOINT)
+    sub.add_argument('-o', '--out', metavar='FILE', help='write the predictions to this .csv or .json file')
+    sub.add_argument('--confusion', metavar='FILE', help='draw the confusion matrix: .png, .svg or .pdf')
+    sub.add_argument('--top', type=int, default=5, metavar='N', help='predicted classes per image (default: 5)')
+    sub.add_argument('--batch-size', type=int, default=64, metavar='N', help='images per batch (default: 64)')
+    sub.add_argument('--workers', type=int, default=4, metavar='N', help='loader processes (default: 4)')
+    sub.add_argument('--cpu', action='store_true', help='use the CPU even if there is a GPU')
+    sub.add_argument('--skip-broken', action='store_true', help='leave broken images out, with a warning')
+    add_network_options(sub)
+
     sub = command('demo', _demo, 'train ResNet-20 with four kinds of attention on real images, and draw the results')
     sub.add_argument('--out', default='demo_out', help='folder for the pictures (default: demo_out)')
     sub.add_argument('--epochs', type=int, default=argparse.SUPPRESS, help='passes over the images (default: 2)')
@@ -323,6 +347,12 @@ def _attend(**options: Any) -> None:
     from .attend import attend
 
     attend(**options)
+
+
+def _predict(**options: Any) -> None:
+    from .predict import predict
+
+    predict(**options)
 
 
 def _demo(**options: Any) -> None:

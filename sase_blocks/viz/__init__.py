@@ -6,6 +6,7 @@ state or changes the reader's settings: ``plot_attention(model, images).savefig(
 
 from .attention import capture_gates, plot_attention, plot_attention_maps
 from .comparison import plot_comparison
+from .confusion import plot_confusion
 from .curves import plot_learning_curves
 from .drawing import draw_block
 from .images import read_images
@@ -23,6 +24,7 @@ __all__ = [
     'plot_attention',
     'plot_attention_maps',
     'plot_comparison',
+    'plot_confusion',
     'plot_front',
     'plot_learning_curves',
     'plot_logits',

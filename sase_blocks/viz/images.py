@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform
 from torch import Tensor, nn
 
-from sase_blocks.data import MODES, image_config
+from sase_blocks.data import MODES, create_transforms, image_config
 from sase_blocks.images import check_depth, decode_image
 from sase_blocks.reading import printable
 
@@ -21,7 +20,7 @@ __all__ = ['read_images']
 def read_images(
     paths: Sequence[str | os.PathLike[str]], model: nn.Module, img_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Read image files and bring them to the network's size and normalisation, with timm's evaluation transforms.
+    """Read image files and bring them to the network's size and normalisation, as in the validation of ``train``.
 
     Args:
         paths: files that Pillow can read.
@@ -44,7 +43,7 @@ def read_images(
     channels, mean, std = config['input_size'][0], config['mean'], config['std']
     if channels not in MODES:
         raise ValueError(f'the network takes images of {channels} channels; image files have 1 (grey) or 3 (colour)')
-    transform = create_transform(**config, is_training=False)
+    _, transform = create_transforms(config)
     largest: dict[Path, int] = {}
     images = torch.stack([transform(_read(Path(path), MODES[channels], largest)) for path in paths])
     for path, text in check_depth(largest).items():
