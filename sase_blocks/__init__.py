@@ -17,7 +17,7 @@ from .blocks import (
     list_blocks,
 )
 from .convert import LoadReport, convert_paper_state_dict, load_checkpoint
-from .deploy import FuseReport, OnnxReport, export_onnx, fuse
+from .deploy import FuseReport, OnnxReport, ProgramReport, export_onnx, export_program, fuse
 from .insertion import (
     CheckpointKeys,
     CheckReport,
@@ -51,6 +51,7 @@ __all__ = [
     'LoadReport',
     'LocalSelfAttention',
     'OnnxReport',
+    'ProgramReport',
     'SpatialAttention',
     'TrioBlock',
     'check',
@@ -58,6 +59,7 @@ __all__ = [
     'convert_paper_state_dict',
     'create_block',
     'export_onnx',
+    'export_program',
     'fuse',
     'insert',
     'keep_channels',

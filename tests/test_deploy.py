@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 
 from sase_blocks import create_block
 from sase_blocks.blocks import BLOCKS
-from sase_blocks.deploy import export_onnx, fuse, onnx_file
+from sase_blocks.deploy import capture, export_onnx, export_program, fuse, onnx_file
 
 # TorchScript is deprecated in torch, not yet in timm, whose tests ask for it.
 pytestmark = [
@@ -178,7 +178,7 @@ def test_the_file_and_its_report(tmp_path):
     model, file = Small().train(), tmp_path / 'model.onnx'
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    report = export_onnx(model, file, (20, 24))
+    report = export_onnx(model, file, (20, 24), metadata={'classes': '["a"]'})
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert [path.name for path in tmp_path.iterdir()] == ['model.onnx']
@@ -191,6 +191,7 @@ def test_the_file_and_its_report(tmp_path):
     assert [value.name for value in (*proto.graph.input, *proto.graph.output)] == ['input', 'output']
     assert any(node.name.startswith('conv/') for node in proto.graph.node)
     assert b'test_deploy.py' not in file.read_bytes()  # no stack traces
+    assert onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map == {'classes': '["a"]'}
 
 
 @pytest.mark.parametrize(
@@ -256,15 +257,63 @@ def test_a_size_that_the_exporter_fixed_is_an_error():
 def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     file = tmp_path / 'model.onnx'
     file.write_text('the last good one')
-    monkeypatch.setattr(onnx_file, 'TOLERANCE', -1.0)
+    monkeypatch.setattr(capture, 'TOLERANCE', -1.0)
     with pytest.raises(RuntimeError, match=r'onnxruntime differs from torch by .* nothing was written'):
         export_onnx(Small(), file, 16)
     assert file.read_text() == 'the last good one'
-    monkeypatch.setattr(onnx_file, 'TOLERANCE', 1e-4)
-    monkeypatch.setattr(onnx_file.os, 'replace', lambda *paths: (_ for _ in ()).throw(OSError('disk full')))
+    monkeypatch.setattr(capture, 'TOLERANCE', 1e-4)
+    monkeypatch.setattr(capture.os, 'replace', lambda *paths: (_ for _ in ()).throw(OSError('disk full')))
     with pytest.raises(OSError, match='disk full'):
         export_onnx(Small(), file, 16)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [('model.onnx', 'the last good one')]
+
+
+# ---- export_program ----
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'shape', 'checks'),
+    [
+        ({}, ('batch', 3, 'height', 'width'), [(2, 3, 16, 16), (1, 3, 48, 80)]),
+        ({'dynamic': 'batch'}, ('batch', 3, 16, 16), [(2, 3, 16, 16), (1, 3, 16, 16)]),
+        ({'dynamic': False}, (1, 3, 16, 16), [(1, 3, 16, 16)]),
+        ({'check': False}, ('batch', 3, 'height', 'width'), []),
+    ],
+)
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
+def test_the_program_and_its_report(arguments, shape, checks, tmp_path):
+    model, file = Small().train(), tmp_path / 'model.pt2'
+    report = export_program(model, file, 16, metadata={'classes': '["a"]'}, **arguments)
+    assert model.training
+    assert [path.name for path in tmp_path.iterdir()] == ['model.pt2']
+    assert (report.file, report.bytes, report.input_shape) == (file, file.stat().st_size, shape)
+    assert [shape for shape, _ in report.checks] == checks
+    assert 'torch.export' in str(report)
+    assert ('not checked' in str(report)) == (not checks)
+    extra = {'classes': ''}
+    program = torch.export.load(file, extra_files=extra).module()
+    assert extra == {'classes': '["a"]'}
+    x = torch.randn(*(n if isinstance(n, int) else 16 for n in shape)) if shape[0] == 1 else torch.randn(5, 3, 16, 16)
+    torch.testing.assert_close(program(x), model.eval()(x))
+
+
+@pytest.mark.parametrize(
+    'name', ['dynamic', 'no size', 'size', 'size too small', 'channels', 'folder', 'a folder', 'half', 'control flow']
+)
+def test_a_wrong_program_is_one_clear_error(name, tmp_path):
+    arguments, error, text = WRONG[name]
+    arguments = {'model': Small(), 'input_size': 16, 'file': 'model.pt2', **arguments}
+    with pytest.raises(error, match=f'(?s){text}'):
+        export_program(arguments.pop('model'), tmp_path / arguments.pop('file'), **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
+def test_a_program_that_differs_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(capture, 'TOLERANCE', -1.0)
+    with pytest.raises(RuntimeError, match=r'torch\.export differs from torch by .* nothing was written'):
+        export_program(Small(), tmp_path / 'model.pt2', 16)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(('library', 'check'), [('onnx', False), ('onnxscript', False), ('onnxruntime', True)])

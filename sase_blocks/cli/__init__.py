@@ -1,6 +1,6 @@
 """The command line, ``sase-blocks`` or ``python -m sase_blocks``.
 
-The commands: list, info, copy, draw, attend, predict, demo, train, compare, search, run.
+The commands: list, info, copy, draw, attend, predict, export, demo, train, compare, search, run.
 
 An error exits with code 2 and prints one line to stderr; an interruption exits with 130. ``copy --check`` has codes of
 its own. ``--traceback`` shows where an error came from. An error that looks like a bug of this package says so.
@@ -45,6 +45,7 @@ examples:
   sase-blocks draw sase -o sase.png         a block as a picture
   sase-blocks attend --checkpoint runs/train/best.pt cat.jpg -o maps
   sase-blocks predict --checkpoint runs/train/best.pt DIR/val -o predictions.csv
+  sase-blocks export --checkpoint runs/train/best.pt -o model.onnx
   sase-blocks demo                          train four networks on real images, in a few minutes
   sase-blocks train --data DIR --model resnet50_sase --epochs 100
   sase-blocks compare --data DIR --blocks none,se,sase    which block is worth it on your images
@@ -110,6 +111,16 @@ examples:
 If a folder holds folders with the names of classes, like DIR/val in training, there is also a summary: the accuracy,
 the accuracy of each class, and which class it is most often taken for. The images are transformed as in the validation
 of `train`.
+""",
+    'export': """
+examples:
+  sase-blocks export --checkpoint runs/train/best.pt -o model.onnx
+  sase-blocks export --checkpoint runs/train/best.pt -o model.pt2 --dynamic batch
+  sase-blocks export --model resnet18 --pretrained --insert se --start paper -o model.onnx
+  sase-blocks export --model resnet50_sase --checkpoint weights.pth -o model.onnx
+
+The file also holds the class names, the image size and the normalisation, as JSON in its metadata. Before it is
+written, its outputs are compared with torch at the exported size and at another one.
 """,
     'demo': """
 examples:
@@ -268,6 +279,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--skip-broken', action='store_true', help='leave broken images out, with a warning')
     add_network_options(sub)
 
+    sub = command('export', _export, 'export a network as ONNX or torch.export, with batch norms folded, and check it')
+    sub.add_argument('-o', '--out', required=True, metavar='FILE', help='.onnx, or .pt2 for torch.export')
+    sub.add_argument('--checkpoint', metavar='FILE', help=CHECKPOINT)
+    sub.add_argument(
+        '--dynamic',
+        choices=('all', 'batch', 'none'),
+        default='all',
+        help='what may change: batch, height and width; the batch; nothing (default: all)',
+    )
+    sub.add_argument('--opset', type=int, metavar='N', help="ONNX operator set, at least 18 (default: the exporter's)")
+    sub.add_argument('--no-fuse', dest='fused', action='store_false', help='do not fold batch norms')
+    sub.add_argument('--no-check', dest='check', action='store_false', help='do not compare the outputs with torch')
+    add_network_options(sub)
+
     sub = command('demo', _demo, 'train ResNet-20 with four kinds of attention on real images, and draw the results')
     sub.add_argument('--out', default='demo_out', help='folder for the pictures (default: demo_out)')
     sub.add_argument('--epochs', type=int, default=argparse.SUPPRESS, help='passes over the images (default: 2)')
@@ -353,6 +378,12 @@ def _predict(**options: Any) -> None:
     from .predict import predict
 
     predict(**options)
+
+
+def _export(**options: Any) -> None:
+    from .export import export
+
+    export(**options)
 
 
 def _demo(**options: Any) -> None:

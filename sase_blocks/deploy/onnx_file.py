@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib
-import math
 import os
 import re
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from sase_blocks.insertion.checking import check_inserted
-from sase_blocks.insertion.insertion import example_of
-from sase_blocks.insertion.refusal import check_changeable
 from sase_blocks.profiling import quietly
 
+from .capture import Checks, axes, capture, compare, describe_checks, explaining, prepare, write
+
 MIN_OPSET = 18  # the native opset of torch's exporter; it converts to lower ones, or silently keeps 18 if it cannot
-TOLERANCE = 1e-4
 MAX_BYTES = 2_000_000_000  # a protobuf holds 2 GB
 
 
@@ -44,13 +40,12 @@ class OnnxReport:
     opset: int
     input_shape: tuple[int | str, ...]
     bytes: int
-    checks: tuple[tuple[tuple[int, ...], float], ...]
+    checks: Checks
 
     def __str__(self) -> str:
         shape = ' x '.join(map(str, self.input_shape))
         lines = [f'{self.file}: opset {self.opset}, input {shape}, {self.bytes / 1e6:.1f} MB']
-        lines += [f'  onnxruntime differs by {d:.1e} at {" x ".join(map(str, shape))}' for shape, d in self.checks]
-        return '\n'.join(lines if self.checks else [*lines, '  not checked'])
+        return '\n'.join([*lines, *describe_checks(self.checks, 'onnxruntime')])
 
 
 def export_onnx(
@@ -61,6 +56,7 @@ def export_onnx(
     dynamic: bool | str = True,
     opset_version: int | None = None,
     check: bool = True,
+    metadata: Mapping[str, str] | None = None,
 ) -> OnnxReport:
     """Export a network to an ONNX file, in eval mode, with torch's dynamo exporter, and compare it with torch.
 
@@ -77,6 +73,7 @@ def export_onnx(
         opset_version: at least 18; default: the exporter's choice.
         check: run it in onnxruntime on the CPU, at the exported size and, if sizes may change, at another size and
             batch; outputs must be within 1e-4 of torch's.
+        metadata: texts to store in the file by name, which onnxruntime returns as ``custom_metadata_map``.
 
     Raises:
         ImportError: onnx, onnxscript or, for the check, onnxruntime is missing: the extra ``export``.
@@ -87,30 +84,16 @@ def export_onnx(
         RuntimeError: the exporter failed, onnxruntime's outputs differ, or an inserted attention is lost or does not
             run (see ``check``). Nothing is written.
     """
-    check_changeable(model, 'export')
-    target = Path(file)
-    if dynamic not in (True, False, 'batch'):
-        raise ValueError(f"dynamic must be True, False or 'batch', got {dynamic!r}")
     if opset_version is not None and (not isinstance(opset_version, int) or opset_version < MIN_OPSET):
         raise ValueError(
             f'opset_version must be an int of at least {MIN_OPSET}, which onnxruntime reads from version 1.14 on, '
             f'got {opset_version!r}: the exporter does not write older opsets'
         )
-    if target.is_dir() or not target.parent.is_dir():
-        what = 'is a folder' if target.is_dir() else 'is in a folder that does not exist'
-        raise FileNotFoundError(f'{target} {what}: pass a file in an existing folder')
+    target, image = prepare(model, file, input_size, dynamic, check)
     weights = [*model.parameters(), *model.buffers()]
     if sum(t.numel() * t.element_size() for t in weights) > MAX_BYTES:
         raise ValueError('the network has more than 2 GB, too large for one ONNX file: use torch.onnx.export')
-    if check and any(t.dtype in (torch.float16, torch.bfloat16) for t in weights):
-        raise ValueError(f'half precision cannot agree to {TOLERANCE:g}: export model.float(), or pass check=False')
     _import_onnx(check)
-
-    example, _ = example_of(model, input_size, None)
-    if example is None:
-        raise ValueError(f'the image size of {type(model).__name__} is unknown: pass input_size=(H, W)')
-    image = example[0].repeat(2 if dynamic else 1, 1, 1, 1)
-    check_inserted(model, image)
     with quietly(model), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # from the exporter itself
         proto = _onnx_proto(model, image, dynamic, opset_version)
@@ -122,9 +105,11 @@ def export_onnx(
             )
         _tidy(proto.graph)
         proto.ClearField('metadata_props')
+        for name, text in (metadata or {}).items():
+            proto.metadata_props.add(key=name, value=text)
         data = proto.SerializeToString()
-        checks = _checked(model, data, image, dynamic) if check else ()
-    _write(target, data)
+        checks = compare(model, _runner(data), image, dynamic, 'onnxruntime') if check else ()
+    write(target, data)
     dims = proto.graph.input[0].type.tensor_type.shape.dim
     shape = tuple(dim.dim_param or dim.dim_value for dim in dims)
     return OnnxReport(target, opset, shape, len(data), checks)
@@ -139,49 +124,31 @@ def _import_onnx(check: bool) -> None:
 
 
 def _onnx_proto(model: nn.Module, image: Tensor, dynamic: bool | str, opset_version: int | None) -> Any:
-    try:
-        outputs = pytree.tree_leaves(model(image))
-    except Exception as error:
-        raise ValueError(
-            f'the forward of {type(model).__name__} fails for an input of {tuple(image.shape)}: {_cause(error)}; pass '
-            f'an input_size that it accepts'
-        ) from error
-    try:
-        # Captured here, because torch 2.8 would silently fall back to a trace of one branch. A captured network
-        # accepts no axis names, so _name_axes adds them.
-        shapes = (dict.fromkeys(_axes(dynamic), torch.export.Dim.DYNAMIC),) if dynamic else None
-        captured = torch.export.export(model, (image,), dynamic_shapes=shapes, strict=False)
+    # Captured here, because torch 2.8 would silently fall back to a trace of one branch. A captured network
+    # accepts no axis names, so _name_axes adds them.
+    captured, outputs = capture(model, image, dynamic)
+    with explaining(model, image, dynamic):
         program: Any = torch.onnx.export(
             captured,
             (image,),
             dynamo=True,
             opset_version=opset_version,
             input_names=['input'],
-            output_names=['output'] if len(outputs) == 1 else [f'output{i}' for i in range(len(outputs))],
+            output_names=['output'] if outputs == 1 else [f'output{i}' for i in range(outputs)],
             verbose=False,
         )
         proto = program.model_proto
         _name_axes(proto.graph, dynamic)
         return proto
-    except Exception as error:
-        smaller = {True: "; try dynamic='batch'", 'batch': '; try dynamic=False'}.get(dynamic, '')
-        raise RuntimeError(
-            f'{type(model).__name__} cannot be exported for an input of {tuple(image.shape)}: {_cause(error)}{smaller}'
-        ) from error
-
-
-def _axes(dynamic: bool | str) -> dict[int, str]:
-    """The dynamic axes of the input, with their names."""
-    return {0: 'batch', 2: 'height', 3: 'width'} if dynamic is True else {0: 'batch'} if dynamic else {}
 
 
 def _name_axes(graph: Any, dynamic: bool | str) -> None:
     """Name the dynamic axes in all shapes of the graph; raises ValueError if the exporter fixed one."""
     dims = graph.input[0].type.tensor_type.shape.dim
-    fixed = [f'{name} at {dims[axis].dim_value}' for axis, name in _axes(dynamic).items() if not dims[axis].dim_param]
+    fixed = [f'{name} at {dims[axis].dim_value}' for axis, name in axes(dynamic).items() if not dims[axis].dim_param]
     if fixed:
         raise ValueError(f'the exporter fixed {", ".join(fixed)}')
-    names = {dims[axis].dim_param: name for axis, name in _axes(dynamic).items()}
+    names = {dims[axis].dim_param: name for axis, name in axes(dynamic).items()}
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
@@ -202,61 +169,9 @@ def _tidy(graph: Any) -> None:
         part.ClearField('metadata_props')
 
 
-def _cause(error: BaseException) -> str:
-    """The first line of the root cause, which the exporter wraps in pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
-
-
-def _checked(
-    model: nn.Module, data: bytes, image: Tensor, dynamic: bool | str
-) -> tuple[tuple[tuple[int, ...], float], ...]:
-    """Differences of onnxruntime from torch, for the exported shape and, if it is dynamic, for another one."""
+def _runner(data: bytes) -> Callable[[Tensor], list[Tensor]]:
+    """A function of images that runs an ONNX file on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(data, providers=['CPUExecutionProvider'])
-    shapes = [tuple(image.shape)]
-    if dynamic:
-        _, channels, height, width = image.shape
-        # Add multiples of 32: many networks accept only those.
-        shapes.append((1, channels, height + 32, width + 64) if dynamic is True else (1, channels, height, width))
-    found = []
-    for shape in shapes:
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(image)
-        expected = [y.cpu() for y in pytree.tree_leaves(model(x))]
-        if not all(y.isfinite().all() for y in expected):
-            raise RuntimeError(
-                f'torch itself gives non-finite values for standard normal noise of {shape}, so the outputs '
-                f'cannot be compared: load trained weights first, or pass check=False; nothing was written'
-            )
-        try:
-            actual = [torch.from_numpy(y) for y in session.run(None, {'input': x.cpu().numpy()})]
-        except Exception as error:
-            raise RuntimeError(
-                f'onnxruntime fails for an input of {shape}: {_cause(error)}; nothing was written'
-            ) from error
-        worst = 0.0
-        for y, z in zip(actual, expected, strict=True):
-            scale = max(1.0, z.abs().max().item())
-            difference = (y - z).abs().max().item() / scale if y.shape == z.shape else math.inf
-            if not difference <= TOLERANCE:
-                raise RuntimeError(
-                    f'onnxruntime differs from torch by {difference:.1e} for an input of {shape}, but only '
-                    f'{TOLERANCE:g} is allowed; nothing was written'
-                )
-            worst = max(worst, difference)
-        found.append((shape, worst))
-    return tuple(found)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it, so it is never half-written."""
-    temporary = path.with_name(f'{path.name}.tmp')
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    return lambda x: [torch.from_numpy(y) for y in session.run(None, {'input': x.cpu().numpy()})]
