@@ -85,6 +85,11 @@ class Settings:
                 require(self, EXPECTED[expected](value), entry.name, expected)
 
 
+def run_title(data: str, seed: int, epochs: int) -> str:
+    """Data, seed and epochs of a run, for pictures."""
+    return f'{printable(Path(data).resolve().name or data)}, seed {seed}, {epochs} epoch{"s"[: epochs != 1]}'
+
+
 @dataclass(frozen=True)
 class RunConfig(Settings):
     """Settings of every run; each is also an option. A subclass adds its own and may change default and help."""
@@ -120,6 +125,11 @@ class RunConfig(Settings):
     cpu: bool = setting(False, 'use the CPU even if there is a GPU', free=True)
     workers: int = setting(4, 'loader processes for each process', free=True, expected='at least 0')
     tensorboard: bool = setting(True, 'write a TensorBoard log', free=True)
+
+    @property
+    def title(self) -> str:
+        """Data, seed and epochs, for pictures."""
+        return run_title(self.dataset or self.data, self.seed, self.epochs)
 
     def __post_init__(self) -> None:
         super().__post_init__()

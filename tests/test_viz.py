@@ -1,5 +1,6 @@
 """Captured gates are the gates that act on the features, the network stays as it was, and pictures show the numbers."""
 
+import itertools
 import os
 import sys
 
@@ -17,6 +18,7 @@ from sase_blocks import SASE, AttentionBlock, ChannelAttention, SpatialAttention
 from sase_blocks.blocks import list_blocks
 from sase_blocks.insertion import insert
 from sase_blocks.viz import (
+    attention,
     capture_gates,
     network_color,
     plot_attention,
@@ -222,7 +224,7 @@ def test_maps_refused(model, arguments, text):
 def test_maps_show_the_gates(model, batch, arguments, blocks):
     figure = plot_attention_maps(model, batch, **arguments)
     gates = capture_gates(model, batch)
-    grid = figure.axes[: (1 + len(blocks)) * len(batch)]  # then come the colour bars
+    grid = [axis for axis in figure.axes if axis.images]  # the others are the colour bars
     rows = [grid[start : start + len(batch)] for start in range(0, len(grid), len(batch))]
     for column, axis in enumerate(rows[0]):
         (picture,) = axis.images
@@ -234,9 +236,11 @@ def test_maps_show_the_gates(model, batch, arguments, blocks):
         a = gates[name][1]
         assert name in row[0].get_ylabel()
         for column, axis in enumerate(row):
+            if a.max() - a.min() < 1e-6:  # a network at its start
+                assert len(axis.images) == 1
+                continue
             np.testing.assert_array_equal(axis.images[1].get_array(), a[column, 0].numpy())
-            margin = 0.05 if a.min() == a.max() else 0  # a network at its start
-            assert axis.images[1].get_clim() == pytest.approx((float(a.min()) - margin, float(a.max()) + margin))
+            assert axis.images[1].get_clim() == pytest.approx((float(a.min()), float(a.max())))
     assert len(figure.axes) == len(grid) + len(blocks)
     width, height = figure.canvas.get_width_height()
     pixels = drawn(figure)
@@ -282,9 +286,13 @@ def test_attention_shows_the_gates(model, batch, arguments, blocks):
     figure = plot_attention(model, batch, **arguments)
     assert dict(matplotlib.rcParams) == before
     gates = capture_gates(model, batch)
+    still = [a for _, a in gates.values() if a is not None and a.max() - a.min() < 1e-6]
+    written = [text.get_text() for axis in figure.axes for text in axis.texts]
+    assert all(f'constant {a[0, 0, 0, 0]:.3f}' in written for a in still)
     maps = [axis for axis in figure.axes if len(axis.images) == 2]
     bars = [axis for axis in figure.axes if axis.lines]  # the line at zero
-    expected_maps = [gates[a][1][i, 0] for i in range(len(batch)) for _, a in blocks.values() if a is not None]
+    spatial = [gates[a][1] for _, a in blocks.values() if a is not None]
+    expected_maps = [a[i, 0] for i in range(len(batch)) for a in spatial if a.max() - a.min() > 1e-6]
     for axis, a in zip(maps, expected_maps, strict=True):
         np.testing.assert_array_equal(axis.images[1].get_array(), a.numpy())
     expected_bars = [gates[c][0][i, :, 0, 0] for i in range(len(batch)) for c, _ in blocks.values() if c is not None]
@@ -294,12 +302,15 @@ def test_attention_shows_the_gates(model, batch, arguments, blocks):
             np.testing.assert_allclose([bar.get_height() for bar in axis.patches], values)
         else:
             assert axis.collections[0].get_paths()[0].vertices[:, 1].max() == pytest.approx(values[0])
-        assert f'{values[-1]:.3f} to {values[0]:.3f}' in axis.get_xlabel()
+        first, *second = axis.get_xlabel().splitlines()[0].removeprefix('constant ').split(' to ')
+        assert float(first) == pytest.approx(values[-1], abs=1e-3)
+        expected = [] if values[-1] == values[0] else [values[0]]
+        assert [float(text) for text in second] == pytest.approx(expected, abs=1e-3)
     titles = [axis.get_title() for axis in figure.axes]
     for name in blocks:
         assert any(title.startswith(f'{name or type(model).__name__}\n') for title in titles)
     if 'titles' in arguments:
-        assert ('one' in titles, 'a name of m…four letters\nsecond line' in titles) == (True, True)
+        assert ('one' in titles, 'a name of more than\ntwenty-four letters\nsecond line' in titles) == (True, True)
     assert drawn(figure)[..., :3].std() > 30
 
 
@@ -313,6 +324,73 @@ def test_attention_draws_the_given_pictures():
     ]
     np.testing.assert_allclose(shown[0], pictures[0].permute(1, 2, 0))
     np.testing.assert_allclose(shown[1], pictures[1].permute(1, 2, 0))
+
+
+@pytest.mark.parametrize(
+    ('values', 'texts'),
+    [
+        ((0.5,), ['0.500']),
+        ((0.2, 0.8), ['0.200', '0.800']),
+        ((0.4999, 0.5001), ['0.49990', '0.50010']),
+        ((0.49999, 0.5), ['0.499990', '0.500000']),
+        ((-1234.5, 1234.5), ['-1234.5', '1234.5']),
+        ((0.0, 1e-6), ['0', '1e-06']),
+        ((0.0, 3e7), ['0', '3e+07']),
+    ],
+)
+def test_numbers_of_a_scale(values, texts):
+    assert attention._numbers(*values) == texts
+
+
+def moving(channels=8):
+    """SASE whose gates differ between positions and channels."""
+    block = SASE(channels)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    return block
+
+
+def rows(*points):
+    return [{'epoch': epoch, 'train_loss': loss, 'acc1': 50.0} for epoch, loss in points]
+
+
+LONG = 'a rather long name of an image or a class, which continues'
+
+
+@pytest.mark.parametrize(
+    'draw',
+    [
+        lambda: plot_attention(network(moving(), SASE(8)), images(2), titles=[LONG, LONG], title='data, seed 0'),
+        lambda: plot_attention(
+            network(moving(), SASE(8), create_block('se', 8)), images(1), blocks=['1', '3', '5'], title='data, seed 0'
+        ),
+        lambda: plot_attention_maps(network(moving(), SASE(8)), images(3), titles=[LONG, 'b', LONG], title='seed 0'),
+        lambda: plot_attention_maps(network(moving(), SASE(8)), images(2), blocks=['1', '3']),
+        lambda: plot_learning_curves(
+            {f'a block with a long name {i}': rows((1, 2.0), (2, 1.0)) for i in range(9)}, title='data, seed 0'
+        ),
+        lambda: plot_learning_curves({'none': rows((0.5, 2.0), (1, 1.0))}),
+    ],
+)
+def test_texts_do_not_overlap(draw):
+    figure = draw()
+    drawn(figure)
+    page = figure.bbox
+    # Of the ticks, matplotlib keeps some that it does not draw.
+    ticks = {id(text) for tick in figure.findobj(matplotlib.axis.Tick) for text in (tick.label1, tick.label2)}
+    shown = {}
+    for text in figure.findobj(matplotlib.text.Text):
+        visible = text.get_visible() and text.get_text().strip() and id(text) not in ticks
+        if visible and (text.axes is None or text.axes.axison or text in text.axes.texts):
+            shown[text] = text.get_window_extent()
+    assert len(shown) > 3
+    for text, box in shown.items():
+        inside = [box.x0 >= -1, box.y0 >= -1, box.x1 <= page.x1 + 1, box.y1 <= page.y1 + 1]
+        assert all(inside), (text.get_text(), box)
+    for (one, a), (two, b) in itertools.combinations(shown.items(), 2):
+        apart = a.x1 <= b.x0 + 1 or b.x1 <= a.x0 + 1 or a.y1 <= b.y0 + 1 or b.y1 <= a.y0 + 1
+        assert apart, (one.get_text(), two.get_text())
 
 
 def not_finite():

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sase_blocks.checkpoint import read_checkpoint
+from sase_blocks.networks import NetworkConfig
 from sase_blocks.reading import printable
-from sase_blocks.runs import check_writable, say
+from sase_blocks.runs import check_writable, run_title, say
 from sase_blocks.viz import missing_matplotlib, plot_attention, read_images, save_figure
 
 from .network import open_network, take_network
@@ -27,13 +29,26 @@ def attend(images: Sequence[str], out: str, checkpoint: str | None, **options: A
     network = opened.model
     batch, pictures = read_images(images, network, opened.img_size)  # read all before writing anything
     say(opened.note)
+    about = _about(opened.config, checkpoint)
     for i, (image, path) in enumerate(zip(images, _names_for(images, Path(out)), strict=True)):
         found = _prediction(network, batch[i : i + 1], opened.classes)
         title = printable(Path(image).name) + (f'\n{found}' if found else '')
-        figure = plot_attention(network, batch[i : i + 1], titles=[title], pictures=pictures[i : i + 1])
+        figure = plot_attention(network, batch[i : i + 1], titles=[title], pictures=pictures[i : i + 1], title=about)
         path.parent.mkdir(parents=True, exist_ok=True)
         written = printable(str(save_figure(figure, path)))
         say(f'{printable(image)}: {found + ", " if found else ""}written: {written}')
+
+
+def _about(config: NetworkConfig, checkpoint: str | None) -> str:
+    """The network, its checkpoint, and the checkpoint's data, seed and epoch, if it is one of ``train``."""
+    name = config.model + (f' with {config.insert}' if config.insert else '')
+    if checkpoint is None:
+        return name if config.pretrained else f'{name}, untrained'
+    state = read_checkpoint(checkpoint)
+    run, epoch = state.get('config'), state.get('epoch')
+    if not isinstance(run, dict) or not {'data', 'dataset', 'seed'} <= set(run) or not isinstance(epoch, int):
+        return f'{name}, {printable(Path(checkpoint).name)}'
+    return f'{name}, {run_title(run["dataset"] or run["data"], run["seed"], epoch)}'
 
 
 def _names_for(images: Sequence[str], folder: Path) -> Iterator[Path]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,13 +17,16 @@ from sase_blocks.blocks import AttentionBlock, AttentionModule
 from sase_blocks.insertion.checking import check_inserted
 from sase_blocks.insertion.surgery import CHILD, IdentityStart
 
-from .style import CHANNEL_COLOR, GREY, STYLE, load_matplotlib
+from .style import CHANNEL_COLOR, GREY, INK, STYLE, load_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ['capture_gates', 'plot_attention', 'plot_attention_maps']
+
+ON_IMAGE: dict[str, Any] = {'fontsize': 8, 'color': 'white', 'bbox': {'color': INK, 'alpha': 0.6, 'linewidth': 0}}
+LIGHTNESS = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # of red, green and blue, ITU-R BT.601
 
 Gates = tuple[Tensor | None, Tensor | None]
 
@@ -127,21 +133,24 @@ def plot_attention_maps(
     images: Tensor,
     blocks: Sequence[str] | None = None,
     titles: Sequence[str] | None = None,
-    alpha: float = 0.6,
+    alpha: float = 0.5,
+    title: str | None = None,
 ) -> Figure:
     """Draw the spatial attention of some blocks over images: one column per image, one row per block below it.
 
-    Each row of maps has its own colour scale, from the smallest to the largest gate in that row, or 0.05 to either
-    side if all gates are equal.
+    Each row of maps has its own colour scale, from the smallest to the largest gate in that row. A row of equal gates
+    shows the images alone, and says 'constant' with their value.
 
     Args:
         model: A network with blocks that have a spatial gate.
         images: Batch of shape ``(B, C, H, W)`` as the network takes it; every image is a column. Each image is
-            stretched to the full range from black to white. Three channels are drawn as RGB, others as their mean.
+            stretched to the full range from black to white. Three channels are drawn as RGB, others as their mean, and
+            all as grey under a map.
         blocks: Names of the blocks to draw, as in ``model.named_modules()``; default: the last block at each
             resolution, which is the last one of each stage.
         titles: A text above each image, such as its class; default: none.
         alpha: Opacity of the maps over the image, from 0 to 1.
+        title: A text above the figure, such as data, seed and epoch; default: none.
 
     Returns:
         The figure; keep it with ``figure.savefig(path)``.
@@ -152,10 +161,6 @@ def plot_attention_maps(
             the model has a spatial gate; ``titles`` does not have one text per image.
     """
     figure_class, style = load_matplotlib()
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     captured = _capture_finite(model, images)
     maps = {name: block.spatial.float().cpu() for name, block in captured.items() if block.spatial is not None}
     if not maps:
@@ -169,39 +174,42 @@ def plot_attention_maps(
         raise ValueError(f'titles must hold one text per image, got {len(titles)} for {len(images)} images')
 
     pictures = [_as_picture(image) for image in images.detach().float().cpu()]
-    height, width = images.shape[-2:]
-    cell = 0.95  # inches, the width of an image
-    placed: dict[str, Any] = {'extent': (0, width, height, 0), 'interpolation': 'nearest'}
+    labels = [f'{_heading(model, name)}\n{maps[name].shape[-2]} x {maps[name].shape[-1]}' for name in blocks]
+    headings = ['' if titles is None else _fold(text, 15) for text in titles or [''] * len(pictures)]
+    # Inches.
+    cell, gap, line = 0.95, 0.08, 0.14
+    tall = cell * images.shape[2] / images.shape[3]
+    left = 0.1 + 0.075 * max(len(row) for label in ['image', *labels] for row in label.splitlines())
+    above = 0.08 + (0.25 if title else 0) + line * max(len(text.splitlines()) for text in headings)
+    size = (
+        left + (cell + gap) * len(pictures) + 0.9,
+        above + (tall + gap) * (1 + len(blocks)) + 0.3,
+    )
     with style(STYLE):
-        figure = figure_class(
-            figsize=(cell * len(pictures) + 1.6, (cell * height / width + 0.06) * (1 + len(blocks)) + 0.6),
-            layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0),
-        )
-        axes = figure.subplots(1 + len(blocks), len(pictures), squeeze=False)
-        for axis in axes.flat:
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-        beside: dict[str, Any] = {'rotation': 0, 'ha': 'right', 'va': 'center', 'linespacing': 1.3}
-        axes[0, 0].set_ylabel('image', **beside)
-        for column, picture in enumerate(pictures):
-            axes[0, column].imshow(picture, cmap='gray', vmin=0, vmax=1, **placed)
-            if titles is not None:
-                axes[0, column].set_title(titles[column], fontsize=9)
-        for row, name in enumerate(blocks, start=1):
-            a = maps[name]
-            low, high = _scale(a)
-            norm = Normalize(low, high)
+        figure = figure_class(figsize=size)
+
+        def place(column: float, row: int, width: float, height: float) -> Axes:
+            x, y = left + column * (cell + gap), above + row * (tall + gap)
+            return figure.add_axes((x / size[0], 1 - (y + height) / size[1], width / size[0], height / size[1]))
+
+        beside: dict[str, Any] = {'rotation': 0, 'ha': 'right', 'va': 'center', 'linespacing': 1.3, 'fontsize': 8}
+        for column, (picture, heading) in enumerate(zip(pictures, headings, strict=True)):
+            axis = place(column, 0, cell, tall)
+            _show(axis, picture)
+            axis.set_title(heading, fontsize=8, pad=3)
+            if not column:
+                axis.set_ylabel('image', **beside)
+        for row, (name, label) in enumerate(zip(blocks, labels, strict=True), start=1):
             for column, picture in enumerate(pictures):
-                # The image is darkened under its map: a white stroke would wash the colours out.
-                axes[row, column].imshow(0.7 * picture, cmap='gray', vmin=0, vmax=1, **placed)
-                # Nearest, not smoothed: the reader sees how coarse the map is.
-                axes[row, column].imshow(a[column, 0].numpy(), cmap='viridis', norm=norm, alpha=alpha, **placed)
-            axes[row, 0].set_ylabel(f'{name}\n{a.shape[-2]} x {a.shape[-1]}', **beside)
-            bar = figure.colorbar(ScalarMappable(norm, 'viridis'), ax=list(axes[row]), aspect=10, pad=0.01, shrink=0.9)
-            bar.set_ticks([low, high], labels=[f'{low:.3f}', f'{high:.3f}'])
-            bar.ax.tick_params(length=0)
-            bar.outline.set_visible(False)
-        figure.supxlabel('colour: spatial gate; each row has its own scale', fontsize=9)
+                axis = place(column, row, cell, tall)
+                _draw_map(axis, picture, maps[name][column, 0], _limits(maps[name]), alpha)
+                if not column:
+                    axis.set_ylabel(label, **beside)
+            _draw_scale(place(len(pictures), row, 0.08, tall), _limits(maps[name]), 'vertical')
+        if title:
+            figure.text(0.5, 1 - 0.07 / size[1], title, ha='center', va='top', fontsize=9)
+        note = 'colour: spatial gate; each row has its own scale'
+        figure.text(0.5, 0.07 / size[1], note, ha='center', va='bottom', fontsize=8, color=GREY)
     return figure
 
 
@@ -211,12 +219,13 @@ def plot_attention(
     blocks: Sequence[str] | None = None,
     titles: Sequence[str] | None = None,
     pictures: Tensor | None = None,
-    alpha: float = 0.6,
+    alpha: float = 0.5,
+    title: str | None = None,
 ) -> Figure:
     """Draw the gates of some blocks for images: the spatial gate over the image, the channel gates as bars below it.
 
     Two rows per image, one column per block. The bars are sorted from the largest gate to the smallest. All images
-    share a block's colour scale and bar axis.
+    share a block's colour scale and bar axis. Equal gates are 'constant', with their value, and have no colours.
 
     Args:
         model: A network with attention blocks. A sequence of blocks, such as ``cbam``, is drawn as one block.
@@ -225,8 +234,9 @@ def plot_attention(
             resolution, which is the last one of each stage.
         titles: A text above each image, such as its class; default: none.
         pictures: Images to draw instead, ``(B, 3, H, W)`` or ``(B, 1, H, W)`` from 0 to 1; default: each image,
-            stretched to the full range from black to white.
+            stretched to the full range from black to white. They are grey under a map.
         alpha: Opacity of the maps over the image, from 0 to 1.
+        title: A text above the figure, such as data, seed and epoch; default: none.
 
     Returns:
         The figure; keep it with ``figure.savefig(path)``.
@@ -263,7 +273,8 @@ def plot_attention(
     heading = 0.4 if titles is not None else 0.08
     short = 0.62 if with_maps else tall
     row = (tall + 0.34 if with_maps else 0) + (short + 0.34 if with_bars else 0)
-    size = (cell + gap) * (1 + len(shown)), 0.4 + (row + heading) * len(images) - heading + 0.25
+    above = 0.65 if title else 0.4
+    size = (cell + gap) * (1 + len(shown)), above + (row + heading) * len(images) - heading + 0.4
     with style(STYLE):
         figure = figure_class(figsize=size)
 
@@ -273,24 +284,34 @@ def plot_attention(
             return figure.add_axes(box)
 
         for i, picture in enumerate(drawn):
-            top = 0.4 + i * (row + heading)
+            top = above + i * (row + heading)
             axis = place(0, top, tall)
             _show(axis, picture)
             if titles is not None:
-                axis.set_title('\n'.join(map(_shorten, titles[i].splitlines())), fontsize=8)
+                axis.set_title(_fold(titles[i], 24), fontsize=8)
             for column, (name, block) in enumerate(shown.items(), start=1):
                 first = place(column, top, tall if with_maps else short)
                 if with_maps:
                     scale = place(column, top + tall + 0.05, 0.05)
-                    _draw_map(first, scale, picture, block.spatial, i, alpha)
+                    if block.spatial is None:
+                        _show(first, _grey(picture))
+                        first.text(0.5, 0.5, 'no spatial gate', transform=first.transAxes, ha='center', **ON_IMAGE)
+                        scale.set_axis_off()
+                    else:
+                        limits = _limits(block.spatial)
+                        _draw_map(first, picture, block.spatial[i, 0].float().cpu(), limits, alpha)
+                        _draw_scale(scale, limits, 'horizontal')
                 if with_bars:
                     _draw_bars(place(column, top + tall + 0.34, short) if with_maps else first, block.channel, i)
                 if not i:
                     shape = ' \N{MULTIPLICATION SIGN} '.join(map(str, block.shape))
                     first.set_title(f'{_heading(model, name)}\n{shape}', fontsize=8)
+        if title:
+            figure.text(0.5, 1 - 0.07 / size[1], title, ha='center', va='top', fontsize=9)
         notes = ['colour: spatial gate, each block on its own scale'] if with_maps else []
         notes += ['bars: channel gates, largest first'] if with_bars else []
-        figure.text(0.5, 0.07 / size[1], '; '.join(notes), ha='center', va='bottom', fontsize=8, color=GREY)
+        separator = '; ' if len(shown) > 2 else '\n'  # a narrow figure has no room for both in one line
+        figure.text(0.5, 0.07 / size[1], separator.join(notes), ha='center', va='bottom', fontsize=8, color=GREY)
     return figure
 
 
@@ -302,7 +323,15 @@ def _heading(model: nn.Module, name: str, length: int = 24) -> str:
     return name if len(name) <= length else f'\N{HORIZONTAL ELLIPSIS}{name[1 - length :]}'
 
 
-def _shorten(line: str, length: int = 24) -> str:
+def _fold(text: str, length: int) -> str:
+    """A text in lines of at most ``length`` characters, at most three; longer words, and what is left, are cut."""
+    lines = [line for part in text.splitlines() for line in textwrap.wrap(part, length, break_long_words=False)]
+    if len(lines) > 3:
+        lines = [*lines[:2], ' '.join(lines[2:])]
+    return '\n'.join(_shorten(line, length) for line in lines)
+
+
+def _shorten(line: str, length: int) -> str:
     """Shorten a line that is longer than a picture is wide by cutting its middle."""
     return line if len(line) <= length else f'{line[: length // 2 - 1]}\N{HORIZONTAL ELLIPSIS}{line[-length // 2 :]}'
 
@@ -323,47 +352,66 @@ def _whole_blocks(model: nn.Module, captured: dict[str, _Captured]) -> dict[str,
     return whole
 
 
-def _show(axis: Axes, picture: Any, brightness: float = 1.0) -> None:
+def _show(axis: Axes, picture: Any) -> None:
     height, width = picture.shape[:2]
-    axis.imshow(
-        brightness * picture, cmap='gray', vmin=0, vmax=1, extent=(0, width, height, 0), interpolation='nearest'
-    )
+    axis.imshow(picture, cmap='gray', vmin=0, vmax=1, extent=(0, width, height, 0), interpolation='nearest')
     axis.set(xticks=[], yticks=[], anchor='N')
     axis.spines[:].set_visible(False)
 
 
-def _draw_map(axis: Axes, scale: Axes, picture: Any, gates: Tensor | None, i: int, alpha: float) -> None:
+def _grey(picture: Any) -> Any:
+    """The lightness of a picture: the colours of a map over it then stand for the gate alone."""
+    return picture if picture.ndim == 2 else picture @ LIGHTNESS
+
+
+def _draw_map(axis: Axes, picture: Any, gate: Tensor, limits: tuple[float, float], alpha: float) -> None:
+    _show(axis, _grey(picture))
+    if limits[0] < limits[1]:
+        height, width = picture.shape[:2]
+        # Nearest, not smoothed: the reader sees how coarse the map is.
+        place: dict[str, Any] = {'extent': (0, width, height, 0), 'interpolation': 'nearest'}
+        axis.imshow(gate.numpy(), cmap='viridis', vmin=limits[0], vmax=limits[1], alpha=alpha, **place)
+
+
+def _draw_scale(axis: Axes, limits: tuple[float, float], orientation: Literal['horizontal', 'vertical']) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    # The image is darkened under its map: a white stroke would wash the colours out.
-    _show(axis, picture, 0.7)
-    if gates is None:
-        axis.text(0.5, 0.5, 'no spatial gate', transform=axis.transAxes, color='white', ha='center', fontsize=8)
-        scale.set_axis_off()
+    low, high = limits
+    vertical = orientation == 'vertical'
+    if low == high:
+        axis.set_axis_off()
+        text = ('constant\n' if vertical else 'constant ') + _numbers(low)[0]
+        where = (0.0, 0.5) if vertical else (0.5, 0.0)
+        aligned: dict[str, Any] = {'va': 'center'} if vertical else {'ha': 'center', 'va': 'top'}
+        axis.text(*where, text, transform=axis.transAxes, fontsize=7, **aligned)
         return
-    low, high = _scale(gates)
-    norm = Normalize(low, high)
-    height, width = picture.shape[:2]
-    # Nearest, not smoothed: the reader sees how coarse the map is.
-    a = gates[i, 0].float().cpu().numpy()
-    axis.imshow(a, cmap='viridis', norm=norm, alpha=alpha, extent=(0, width, height, 0), interpolation='nearest')
-    bar = axis.figure.colorbar(ScalarMappable(norm, 'viridis'), cax=scale, orientation='horizontal')
-    bar.set_ticks([low, high], labels=[_number(low), _number(high)])
-    for label, align in zip(scale.get_xticklabels(), ('left', 'right'), strict=True):
-        label.set(ha=align, fontsize=7)
-    scale.tick_params(length=0, pad=2)
+    figure = axis.get_figure()
+    assert figure is not None
+    bar = figure.colorbar(ScalarMappable(Normalize(low, high), 'viridis'), cax=axis, orientation=orientation)
+    bar.set_ticks([low, high], labels=_numbers(low, high))
+    # The numbers stay within the bar, or those of two bars would overlap.
+    labels = bar.ax.get_yticklabels() if vertical else bar.ax.get_xticklabels()
+    for label, side in zip(labels, ('bottom', 'top') if vertical else ('left', 'right'), strict=True):
+        label.set(fontsize=7, **{'va' if vertical else 'ha': side})
+    axis.tick_params(length=0, pad=2)
     bar.outline.set_visible(False)
 
 
-def _scale(gates: Tensor) -> tuple[float, float]:
-    """Smallest and largest gate; widened if all gates are equal, as at the start of training."""
+def _limits(gates: Tensor) -> tuple[float, float]:
+    """The smallest and the largest gate; twice the same if they differ by rounding alone."""
     low, high = float(gates.min()), float(gates.max())
-    return (low, high) if high - low >= 1e-6 else (low - 0.05, high + 0.05)
+    return (low, high) if high - low > 1e-6 * max(1.0, abs(low), abs(high)) else (low, low)
 
 
-def _number(value: float) -> str:
-    return f'{value:.3f}' if abs(value) < 1000 else f'{value:.2g}'
+def _numbers(*values: float) -> list[str]:
+    """Values as text, with as many digits as tell them apart."""
+    spread = max(values) - min(values)
+    largest = max(map(abs, values))
+    if largest >= 1e5 or 0 < largest < 1e-4:
+        return [f'{value:.3g}' for value in values]
+    digits = 1 - math.floor(math.log10(spread)) if spread > 0 else 0
+    return [f'{value:.{max(digits, 3 if largest < 100 else 1)}f}' for value in values]
 
 
 def _draw_bars(axis: Axes, gates: Tensor | None, i: int) -> None:
@@ -384,8 +432,9 @@ def _draw_bars(axis: Axes, gates: Tensor | None, i: int) -> None:
     axis.tick_params(length=0, pad=2)
     axis.spines[:].set_visible(False)
     axis.axhline(0, color=GREY, linewidth=0.8)
-    text = f'{_number(float(values[-1]))} to {_number(float(values[0]))}'
-    if count > 3 and values[0] > values[-1]:
+    least, most = _limits(values)
+    text = f'constant {_numbers(least)[0]}' if least == most else ' to '.join(_numbers(least, most))
+    if count > 3 and least < most:
         text += f'\nlargest: {", ".join(str(c) for c in order[:3].tolist())}'
     axis.set_xlabel(text, fontsize=7, color=GREY, labelpad=2)
 

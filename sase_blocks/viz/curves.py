@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from .style import FIXED_COLORS, STYLE, load_matplotlib, network_color
+from .style import FIXED_COLORS, SPARE_COLORS, STYLE, load_matplotlib, network_color
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 __all__ = ['plot_learning_curves']
 
 
-def plot_learning_curves(history: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+CHARACTERS = 95  # of a row of the legend
+LINES = ('-', '--', ':', '-.')
+
+
+def plot_learning_curves(history: Mapping[str, Sequence[Mapping[str, float]]], title: str | None = None) -> Figure:
     """Draw the training loss and held-out accuracy of one or more networks over the epochs.
 
     Args:
@@ -22,6 +26,7 @@ def plot_learning_curves(history: Mapping[str, Sequence[Mapping[str, float]]]) -
             epochs) and ``'train_loss'``, ``'acc1'`` (per cent) or both, and may have more keys. The ``'history'`` that
             ``train`` returns and the lines of its ``metrics.jsonl`` are such rows. Names in ``list_blocks()`` and
             ``'none'`` have the same colour in every picture.
+        title: A text above the figure, such as data and seed; default: none.
 
     Returns:
         The figure; keep it with ``figure.savefig(path)``.
@@ -38,16 +43,19 @@ def plot_learning_curves(history: Mapping[str, Sequence[Mapping[str, float]]]) -
     if not curves:
         raise ValueError('history is empty: expected at least one network')
     strangers = [name for name in curves if name not in FIXED_COLORS]
+    columns = min(len(curves), max(1, CHARACTERS // (max(map(len, [*curves, 'no attention'])) + 6)))
     with style(STYLE):
-        figure = figure_class(figsize=(7.6, 3.3), layout=ConstrainedLayoutEngine(w_pad=0.08))
+        height = 3.1 + 0.2 * -(-len(curves) // columns) + (0.25 if title else 0)
+        figure = figure_class(figsize=(7.6, height), layout=ConstrainedLayoutEngine(w_pad=0.08))
         left, right = figure.subplots(1, 2)
         for name, curve in curves.items():
-            color = network_color(name, strangers.index(name) if name in strangers else 0)
+            number = strangers.index(name) if name in strangers else 0
+            color, line = network_color(name, number), LINES[number // len(SPARE_COLORS) % len(LINES)]
             times, losses = curve['train_loss']
             left.plot(times, losses, color=color, alpha=0.25, linewidth=0.8)
-            left.plot(times, _running_mean(losses), color=color, linewidth=1.8)
+            left.plot(times, _running_mean(losses), line, color=color, linewidth=1.8)
             label = 'no attention' if name == 'none' else name
-            right.plot(*curve['acc1'], color=color, linewidth=1.8, marker='o', markersize=4, label=label)
+            right.plot(*curve['acc1'], line, color=color, linewidth=1.8, marker='o', markersize=4, label=label)
         left.set(yscale='log', ylabel='training loss (cross-entropy)')
         left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         left.yaxis.set_major_formatter('{x:g}')
@@ -58,7 +66,9 @@ def plot_learning_curves(history: Mapping[str, Sequence[Mapping[str, float]]]) -
         for axis in (left, right):
             axis.set(xlabel='epoch', xlim=(0, 1.02 * last))
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=2))
-        figure.legend(loc='outside upper center', ncols=len(curves))
+        figure.legend(loc='outside upper center', ncols=columns)
+        if title:
+            figure.suptitle(title, fontsize=9)
     return figure
 
 

@@ -23,6 +23,7 @@ def plot_logits(
     edges: Mapping[str, Sequence[str]],
     epochs: Sequence[float] | None = None,
     decided: Sequence[Mapping[str, bool | None]] | None = None,
+    title: str | None = None,
 ) -> Figure:
     """Draw the probability of each operation over the epochs of a search, one panel per edge and set of logits.
 
@@ -36,6 +37,7 @@ def plot_logits(
         epochs: the times; default: 0, 1, 2, ...
         decided: for each set and edge, whether the search decided it ('decided' of a result's edges). The panel of an
             undecided edge says so and highlights nothing; if no edge was decided, the figure says so above the panels.
+        title: a text above the panels, such as data, seed and epochs; default: none.
 
     Returns:
         The figure; keep it with ``save_figure(figure, path)``.
@@ -91,8 +93,11 @@ def plot_logits(
         first.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         first.yaxis.set_major_locator(MaxNLocator(nbins=4))
         known = [mark for one in marks for mark in one.values() if mark is not None]
+        above = [title] if title else []
         if known and not any(known):
-            figure.suptitle('nothing was decided: no operation leads by more than noise', fontsize=10, color=INK)
+            above.append('nothing was decided: no operation leads by more than noise')
+        if above:
+            figure.suptitle('\n'.join(above), fontsize=10, color=INK)
     return figure
 
 

@@ -25,7 +25,7 @@ COSTS = {
 }
 
 
-def plot_front(result: Mapping[str, Any]) -> Figure:
+def plot_front(result: Mapping[str, Any], title: str | None = None) -> Figure:
     """Draw the Pareto front of a search: held-out accuracy with the supernet's weights against cost.
 
     A ring marks the found network, an operator's marker the pure ones (one operator wherever the space allows), a
@@ -33,6 +33,7 @@ def plot_front(result: Mapping[str, Any]) -> Figure:
 
     Args:
         result: the return value of ``search.trionet.search``, or the content of ``architecture.json``.
+        title: a text above the number of networks, such as data, seed and epochs; default: none.
 
     Returns:
         The figure; ``save_figure(figure, path)`` writes it.
@@ -77,10 +78,10 @@ def plot_front(result: Mapping[str, Any]) -> Figure:
             )  # fmt: skip
         axis.set_xlabel(label)
         axis.set_ylabel('held-out accuracy, weights of the supernet (%)')
-        title = f'{evaluations} networks of the space'
+        text = f'{evaluations} networks of the space'
         if tied is not None:
-            title += ': nothing was decided' if tied == evaluations - 1 else f', {tied} may be as good as the found one'
-        axis.set_title(title, loc='left')
+            text += ': nothing was decided' if tied == evaluations - 1 else f', {tied} may be as good as the found one'
+        axis.set_title(f'{title}\n{text}' if title else text, loc='left')
         # A legend beside the axes covers no network.
         axis.legend(loc='upper left', bbox_to_anchor=(1.0, 1.0), borderaxespad=0.4)
     return figure

@@ -83,13 +83,18 @@ def write_logits(history: list[Tensor], space: SearchSpace, out: Path) -> None:
 
 
 def draw_result(
-    history: list[Tensor], space: SearchSpace, edges: Sequence[Mapping[str, Mapping[str, Any]]], out: Path
+    history: list[Tensor],
+    space: SearchSpace,
+    edges: Sequence[Mapping[str, Mapping[str, Any]]],
+    out: Path,
+    title: str | None = None,
 ) -> None:
     """Write ``logits.png`` and, for each set, ``genotype.png`` or ``genotype-STAGE.png``, with undecided edges marked.
 
     Args:
         history: the logits over time, each (sets, sum of sizes).
         edges: of ``describe_result``.
+        title: of ``logits.png``.
 
     Raises:
         ImportError: matplotlib is missing (extra ``viz``).
@@ -98,9 +103,9 @@ def draw_result(
 
     array = torch.stack(history).double().cpu().numpy()
     decided = [{edge: state['decided'] for edge, state in one.items()} for one in edges]
-    save_figure(plot_logits(array, space.to_dict(), decided=decided), out / 'logits.png')
+    save_figure(plot_logits(array, space.to_dict(), decided=decided, title=title), out / 'logits.png')
     for stage, (row, marks) in enumerate(zip(history[-1], decided, strict=True), start=1):
         undecided = [edge for edge, mark in marks.items() if mark is False]
-        title = f'not decided: {", ".join(undecided)}' if True in marks.values() else 'nothing was decided'
+        verdict = f'not decided: {", ".join(undecided)}' if True in marks.values() else 'nothing was decided'
         name = 'genotype.png' if len(decided) == 1 else f'genotype-{stage}.png'
-        save_figure(draw_block(space.genotype(row), title=title if undecided else None), out / name)
+        save_figure(draw_block(space.genotype(row), title=verdict if undecided else None), out / name)

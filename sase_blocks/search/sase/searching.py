@@ -196,7 +196,7 @@ class _Search(TrainingLoop):
         self.train()
         result = self._write_result()
         if self.accelerator.is_main_process and missing_matplotlib() is None:
-            draw_result(self.history, self.space, result['edges'], self.out)
+            draw_result(self.history, self.space, result['edges'], self.out, self.config.title)
         self.accelerator.wait_for_everyone()
         return result
 

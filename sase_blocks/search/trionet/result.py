@@ -83,13 +83,13 @@ def _verdict(tied: int, others: int, images: int) -> str:
     return f'the found network scores better than each of the {others} others by more than chance {on}'
 
 
-def draw_result(result: Mapping[str, Any], out: Path) -> None:
-    """Write ``front.png`` and ``architecture.png`` to ``out``. Raises ImportError without matplotlib."""
+def draw_result(result: Mapping[str, Any], out: Path, title: str | None = None) -> None:
+    """Write ``front.png``, with a title, and ``architecture.png`` to ``out``. Raises ImportError without matplotlib."""
     from sase_blocks.viz import draw_architecture, plot_front, save_figure
 
-    title = 'nothing was decided' if result['tied'] == result['evaluations'] - 1 else None
-    save_figure(plot_front(result), out / 'front.png')
-    save_figure(draw_architecture(result['architecture'], title=title), out / 'architecture.png')
+    verdict = 'nothing was decided' if result['tied'] == result['evaluations'] - 1 else None
+    save_figure(plot_front(result, title), out / 'front.png')
+    save_figure(draw_architecture(result['architecture'], title=verdict), out / 'architecture.png')
 
 
 def format_result(result: Mapping[str, Any]) -> str:

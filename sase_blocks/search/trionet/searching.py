@@ -95,7 +95,7 @@ def search(
     if is_main():
         write_json(Path(config.out) / RESULT, result)
         if missing_matplotlib() is None:
-            draw_result(result, Path(config.out))
+            draw_result(result, Path(config.out), config.title)
     return result
 
 
