@@ -66,9 +66,7 @@ def plot_learning_curves(history: Mapping[str, Sequence[Mapping[str, float]]], t
         for axis in (left, right):
             axis.set(xlabel='epoch', xlim=(0, 1.02 * last))
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=2))
-        figure.legend(loc='outside upper center', ncols=columns)
-        if title:
-            figure.suptitle(title, fontsize=9)
+        figure.legend(loc='outside upper center', ncols=columns, title=title, title_fontsize=9)
     return figure
 
 
