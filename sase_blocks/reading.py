@@ -1,13 +1,15 @@
-"""Read text that users give on the command line and in files, and show it in messages.
+"""Read text that users give on the command line and in files (JSON, TOML), write TOML, and show text in messages.
 
 Wrong text raises a ValueError of one line that quotes at most a line of the text.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -118,3 +120,47 @@ def parse_json(text: str, what: str) -> Any:
     if level:
         raise ValueError(f'not {what}: {quoted(text)} is nested too deeply')
     return value
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The values of a TOML text.
+
+    Raises:
+        ValueError: no valid TOML.
+        ImportError: Python 3.10 without tomli.
+    """
+    name = 'tomllib' if sys.version_info >= (3, 11) else 'tomli'
+    try:
+        toml: Any = importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f'Python 3.10 needs tomli to read TOML ({error}): pip install "sase-blocks[train]"'
+        ) from error
+    try:
+        values: dict[str, Any] = toml.loads(text)
+        return values
+    except RecursionError:
+        raise ValueError('no valid TOML: nested too deeply') from None
+    except ValueError as error:
+        raise ValueError(f'no valid TOML ({one_line(error, QUOTED)})') from None
+
+
+def format_toml(value: Any) -> str:
+    """A value as TOML: None becomes the text "None", a nested dict an inline table.
+
+    Raises ValueError for a text that is not Unicode (the name of a file may be such), or a value of another type.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str) or value is None:
+        text = str(value)
+        if any('\ud800' <= c <= '\udfff' for c in text):
+            raise ValueError(f'{quoted(text)} is no Unicode text')
+        return json.dumps(text, ensure_ascii=False).replace('\x7f', '\\u007f')
+    if isinstance(value, list | tuple):
+        return f'[{", ".join(map(format_toml, value))}]'
+    if isinstance(value, dict):
+        return '{' + ', '.join(f'{format_toml(key)} = {format_toml(item)}' for key, item in value.items()) + '}'
+    raise ValueError(f'{quoted(value)} has no form in TOML')

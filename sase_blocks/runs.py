@@ -31,10 +31,11 @@ from tqdm import tqdm
 
 from .checkpoint import read_checkpoint
 from .data import Samples, inspect_images, open_data, open_split
-from .reading import one_line, printable, quoted
+from .reading import format_toml, one_line, parse_file, parse_toml, printable, quoted
 
 LOSS_CHECK_STEPS = 20  # steps between reads of the loss, which wait for the GPU
 PROGRESS_LINE_SECONDS = 30.0  # seconds between progress lines where there is no terminal
+CONFIG = 'config.toml'  # in the folder of a run
 LOCK_POLL_SECONDS = 1.0  # seconds between tries for a folder that another run has
 
 
@@ -153,8 +154,12 @@ def shared_settings(config: Any, kind: type[Any], leave_out: Collection[str]) ->
     return {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name in names}
 
 
-def saved_run(config: Any, last: Path, needed: Sequence[str], command: str) -> dict[str, Any] | None:
+def saved_run(
+    config: Any, last: Path, needed: Sequence[str], command: str, hints: Mapping[str, str] | None = None
+) -> dict[str, Any] | None:
     """The checkpoint ``last`` to resume from, None for a new run.
+
+    ``hints`` by setting replace the advice about a run with other settings.
 
     Raises:
         ValueError: there is one without ``config.resume``, it is damaged or lacks a key of ``needed``, or its settings
@@ -180,8 +185,42 @@ def saved_run(config: Any, last: Path, needed: Sequence[str], command: str) -> d
             f'{name} was {quoted(before)} and is {quoted(now)}' for name, before, now in values if before != now
         ]
     if differing:
-        raise ValueError(f'{last} was made with other settings: {"; ".join(differing)}; set them back or change --out')
+        other = [name for name, before, now in values if before != now]
+        advice = (hints or {}).get(other[0], '') if len(other) == 1 else ''
+        advice = advice or 'set them back or change --out'
+        raise ValueError(f'{last} was made with other settings: {"; ".join(differing)}; {advice}')
     return saved
+
+
+def settings_of_run(kind: type[Any], out: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings of the run in a folder, without ``out`` and ``resume``; empty if there is no run.
+
+    They are in the run's checkpoint or, before its first one, in its ``config.toml``.
+
+    Raises:
+        ValueError: a damaged checkpoint or file.
+    """
+    last, written = Path(out) / 'last.pt', Path(out) / CONFIG
+    if last.exists():
+        found = read_checkpoint(last, advice=_start_over(last)).get('config')
+    else:
+        found = parse_file(written, 'settings', parse_toml) if written.exists() else {}
+    names = {entry.name for entry in fields(kind)} - {'out', 'resume'}
+    return {name: value for name, value in found.items() if name in names} if isinstance(found, dict) else {}
+
+
+def write_settings(config: Any, command: str) -> None:
+    """Write ``config.toml`` to the folder of a run: the settings that repeat it in another folder."""
+    lines = [f'# {command} --config {CONFIG} --out ANOTHER_FOLDER repeats this run']
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if entry.name in ('out', 'resume') or value is None:
+            continue
+        try:
+            lines.append(f'{entry.name} = {format_toml(value)}')
+        except ValueError as error:
+            lines.append(f'# {entry.name} must be given as an option: {printable(str(error))}')
+    write_text(Path(config.out) / CONFIG, '\n'.join([*lines, '']))
 
 
 def _start_over(last: Path) -> str:

@@ -54,6 +54,7 @@ from .runs import (
     saved_run,
     setting,
     whole_number,
+    write_settings,
 )
 
 ADVICE = 'Try a lower --lr, a longer --warmup or --clip-grad.'
@@ -107,7 +108,7 @@ def train(config: TrainConfig, data: tuple[Samples, Samples] | None = None) -> d
     """Train a model and keep its checkpoints.
 
     Writes to ``config.out``: ``last.pt`` (everything needed to resume) and ``best.pt`` (weights of the best epoch so
-    far) after each epoch, ``metrics.jsonl`` (one line per epoch) and ``tensorboard/``.
+    far) after each epoch, ``config.toml`` (the settings), ``metrics.jsonl`` (one line per epoch) and ``tensorboard/``.
 
     Args:
         config: the settings.
@@ -115,7 +116,8 @@ def train(config: TrainConfig, data: tuple[Samples, Samples] | None = None) -> d
 
     Returns:
         For the last and the best epoch: 'epochs', 'acc1' (percent), 'loss', 'best_acc1', 'best_epoch'; 'history', the
-        lines of metrics.jsonl; 'checkpoint', the path of last.pt.
+        lines of metrics.jsonl; 'classes', their names; 'confusion', the ``confusion_matrix`` of the last epoch (None if
+        an older version finished the run); 'checkpoint', the path of last.pt.
 
     Raises:
         ImportError: accelerate or tensorboard is missing (extra ``train``).
@@ -139,7 +141,9 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     # Cheap checks first, slow ones last.
     needed = ['config', 'data', 'epoch', 'best', 'scores', 'state_dict', 'optimizer', 'scaler']
     needed += ['state_dict_ema'] if config.ema_decay else []
-    saved = saved_run(config, last, needed, 'sase-blocks train')
+    # The cosine of the learning rate ends with the last epoch, so more epochs are another run from its first step on.
+    longer = f'the learning rate depends on them, so train on from these weights with --checkpoint {last} --out ANOTHER'
+    saved = saved_run(config, last, needed, 'sase-blocks train', {'epochs': longer})
     check_model_name(config.model)
     train_samples, val_samples = data or open_samples(config, accelerator, both=True)
     classes = train_samples.classes
@@ -192,6 +196,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     process = {'rank': accelerator.process_index, 'world': accelerator.num_processes}
 
     start, best, scores = 0, {'acc1': -1.0, 'epoch': 0}, {}
+    confusion: Tensor | None = None
     with resuming(last):
         if saved:
             start = whole_number(saved['epoch'], 'epoch', config.epochs)
@@ -200,6 +205,8 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
             scores = {name: float(value) for name, value in dict(saved['scores']).items()}
             if start == config.epochs:  # only the result is left to report
                 scores['acc1'], scores['val_loss']
+                if saved.get('confusion') is not None:  # older versions kept none
+                    confusion = saved['confusion'].reshape(len(classes), len(classes))
             model.load_state_dict(saved['state_dict'])
             load_optimizer(optimizer, saved['optimizer'])
             if ema:
@@ -209,6 +216,8 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
         if saved and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved['scaler'])
 
+    if main:
+        write_settings(config, 'sase-blocks train')
     log = RunLog(config, accelerator, steps_per_epoch, start * steps_per_epoch)
     parameters = sum(p.numel() for p in model.parameters())
     shape = ' x '.join(str(n) for n in data_config['input_size'])
@@ -276,7 +285,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
                 for buffer in [*model.buffers(), *evaluated.buffers()]:
                     torch.distributed.broadcast(buffer, 0)
             batches = val_batches.once(config.batch_size, **process)
-            scores = evaluate(evaluated, batches, len(val_batches), accelerator)
+            scores, confusion = evaluate(evaluated, batches, len(val_batches), accelerator)
             check_finite([scores['val_loss']], log.step, last, ADVICE)
             row |= scores
             improved = scores['acc1'] > best['acc1']
@@ -298,7 +307,8 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
             if improved:
                 save_checkpoint(weights, best_path)
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            save_checkpoint({**weights, 'optimizer': optimizer.state_dict(), 'scaler': scaler}, last)
+            resumed = {'optimizer': optimizer.state_dict(), 'scaler': scaler}
+            save_checkpoint({**weights, **resumed, 'confusion': confusion}, last)
         accelerator.wait_for_everyone()
         seen = (
             f'validation loss {row["val_loss"]:.4f}, accuracy {row["acc1"]:.2f} % (best {best["acc1"]:.2f} %), '
@@ -317,6 +327,8 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
         'best_acc1': best['acc1'],
         'best_epoch': best['epoch'],
         'history': log.rows,
+        'classes': classes,
+        'confusion': confusion,
         'checkpoint': str(last),
     }
 
@@ -377,11 +389,14 @@ def _outside_of(model: nn.Module, inserted: InsertReport | None) -> tuple[list[n
 @torch.no_grad()
 def evaluate(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], count: int, accelerator: Any
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Tensor]:
     """Mean loss and top-1 (with more than five classes also top-5) accuracy in percent of the first ``count`` images.
 
     Args:
         batches: images and labels, of several processes each its share.
+
+    Returns:
+        'val_loss', 'acc1', 'acc5', and the ``confusion_matrix`` on the CPU.
     """
     model.eval()
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
@@ -391,16 +406,18 @@ def evaluate(
             logits = model(images)
         logits = logits.float()
         losses = F.cross_entropy(logits, labels, reduction='none')
-        rows = torch.stack([hits(logits, labels), hits(logits, labels, 5)], 1)
+        first = logits.sort(dim=1, descending=True, stable=True).indices[:, 0]
+        rows = torch.stack([hits(logits, labels), hits(logits, labels, 5), labels, first], 1)
         losses, rows = accelerator.gather((losses, rows))
         left = count - sum(map(len, right))  # fewer than a full last batch holds
         loss_sum += losses[:left].double().sum()
         right.append(rows[:left])
-    top1, top5 = (100 * torch.cat(right).double().mean(0)).tolist()
+    seen = torch.cat(right).cpu()
+    top1, top5 = (100 * seen[:, :2].double().mean(0)).tolist()
     scores = {'val_loss': loss_sum.item() / sum(map(len, right)), 'acc1': top1}
     if logits.shape[1] > 5:
         scores['acc5'] = top5
-    return scores
+    return scores, confusion_matrix(seen[:, 2], seen[:, 3], logits.shape[1])
 
 
 def hits(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:

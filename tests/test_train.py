@@ -184,7 +184,7 @@ def test_killed_run_resumes_to_the_same_weights(processes, config, tmp_path, dis
     # The number of loading processes may change, and nothing else does.
     assert run(processes, replace(killed, workers=1)) == 0
     assert_same_run(whole, killed)
-    assert sorted(os.listdir(killed.out)) == ['best.pt', 'last.pt', 'metrics.jsonl']
+    assert sorted(os.listdir(killed.out)) == ['best.pt', 'config.toml', 'last.pt', 'metrics.jsonl']
 
 
 def test_damaged_lines_of_a_log_are_left_out(tmp_path):
@@ -504,11 +504,12 @@ def test_a_network_that_tells_nothing_apart_is_at_chance():
 
     accelerator = SimpleNamespace(device='cpu', autocast=contextlib.nullcontext, gather=lambda x: x)
     images, labels = torch.zeros(20, 3, 4, 4), torch.arange(20) % 10
-    scores = evaluate(Constant(), [(images, labels)], 20, accelerator)
+    scores, confusion = evaluate(Constant(), [(images, labels)], 20, accelerator)
     assert (scores['acc1'], scores['acc5']) == (pytest.approx(10), pytest.approx(50))
+    assert confusion.tolist() == [[2, *[0] * 9]] * 10
     assert demo.accuracy(Constant(), images, labels) == pytest.approx(10)
     assert score.accuracy(Constant(), [(images, labels)]) == pytest.approx(10)
-    scores = evaluate(nn.Sequential(Constant(), Poison()), [(images, labels)], 20, accelerator)
+    scores, _ = evaluate(nn.Sequential(Constant(), Poison()), [(images, labels)], 20, accelerator)
     assert (scores['acc1'], scores['acc5']) == (0, 0)
     assert demo.accuracy(nn.Sequential(Constant(), Poison()), images, labels) == 0
 
@@ -526,12 +527,13 @@ def test_evaluate_counts_every_image_once(images):
     model = build_model('resnet20_cifar', 10)
     inputs, labels = torch.randn(7, 3, 12, 12), torch.arange(7)
     filled = [(inputs[i], labels[i]) for i in (slice(0, 4), [4, 5, 6, 0])]  # as several processes get them
-    scores = evaluate(model, filled, 7, accelerator)
+    scores, confusion = evaluate(model, filled, 7, accelerator)
     with torch.no_grad():
         logits = model(inputs)
     top = logits.topk(5).indices
     assert scores['val_loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert scores['acc1'] == pytest.approx(100 * (top[:, 0] == labels).double().mean().item())
+    assert confusion.nonzero().tolist() == [[label, top[label, 0]] for label in range(7)]
     assert scores['acc5'] == pytest.approx(100 * (top == labels[:, None]).any(1).double().mean().item())
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -589,7 +591,10 @@ def test_wrong_setting_is_refused_before_any_work(config, setting, says):
     [
         ({}, 'holds a run already: --resume continues it'),
         ({'resume': True, 'lr': 0.5, 'seed': 3}, r'other settings: lr was 0\.1 and is 0\.5; seed was 0 and is 3'),
-        ({'resume': True, 'epochs': 9}, 'other settings: epochs was 1 and is 9'),
+        (
+            {'resume': True, 'epochs': 9},
+            'epochs was 1 and is 9; the learning rate depends on them, so train on from these',
+        ),
     ],
 )
 def test_run_with_other_settings_is_not_resumed(config, setting, says):
@@ -651,7 +656,11 @@ def test_damaged_checkpoint_is_named_with_what_to_do(config):
     last = Path(config.out, 'last.pt')
     whole, content = read_checkpoint(last), last.read_bytes()
     needed = [name for name in whole if name != 'arch']
-    harms = {f'no {name}': {key: value for key, value in whole.items() if key != name} for name in needed}
+    harms = {
+        f'no {name}': {key: value for key, value in whole.items() if key != name}
+        for name in needed
+        if name != 'confusion'  # older versions kept none
+    }
     harms |= {f'{name} is text': {**whole, name: 'text'} for name in needed if name != 'scaler'}
     harms |= {f'epoch is {epoch}': {**whole, 'epoch': epoch} for epoch in (-1, 2, 0.5)}
     harms |= {

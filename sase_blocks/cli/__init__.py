@@ -23,10 +23,10 @@ from sase_blocks.blocks import BLOCKS
 from sase_blocks.ops import EXTENDED_SETS
 from sase_blocks.ops.options import describe_options
 from sase_blocks.reading import one_line, printable, quoted, shorten
-from sase_blocks.runs import is_main, say
+from sase_blocks.runs import say
 
 from .compare import add_compare
-from .model_args import is_ours, model_arguments
+from .model_args import is_ours
 from .options import add_model_options, add_network_options, add_settings
 from .search_sase import add_sase
 from .search_trionet import add_trionet
@@ -133,7 +133,8 @@ examples:
   sase-blocks train --data DIR --model resnet18 --pretrained --insert se --lr 0.01 --insert-lr 0.1 --freeze-epochs 2
   sase-blocks train --data imagenet --model resnet50_sase --label-smoothing 0.1 --clip-grad 5 \\
       --mixed-precision bf16 --channels-last --compile --workers 12 --out runs/sase50
-  sase-blocks train --data imagenet --model resnet50_sase --out runs/sase50 ... --resume
+  sase-blocks train --resume --out runs/sase50                 after a stop, with the settings of the run
+  sase-blocks train --config runs/sase50/config.toml --out runs/again --seed 1
   sase-blocks train --data . --dataset torch/cifar10 --download --model resnet20_cifar
   sase-blocks train --data DIR --model vit_tiny_patch16_224 --model-args drop_path_rate=0.1 --opt adamw --lr 1e-3
   torchrun --nproc-per-node 8 -m sase_blocks train --data imagenet ...
@@ -299,7 +300,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--seed', type=int, default=0, help='random seed (default: 0)')
 
     sub = command('train', _train, 'train any timm model on your images')
-    add_settings(sub, TrainConfig)
+    sub.add_argument('--config', metavar='FILE', help='.toml file with any of these settings; options replace them')
+    add_settings(sub, TrainConfig, given_only=True)
     add_model_options(sub)
 
     add_compare(command)
@@ -392,16 +394,10 @@ def _demo(**options: Any) -> None:
     run_demo(**options)
 
 
-def _train(model_args: Sequence[str], genotype: str | None, attn_stages: Sequence[int] | None, **settings: Any) -> None:
-    from sase_blocks.train import TrainConfig, train
+def _train(**options: Any) -> None:
+    from .train import run_train
 
-    result = train(TrainConfig(model_args=model_arguments(model_args, genotype, attn_stages), **settings))
-    if is_main():
-        say(
-            f'finished: accuracy {result["acc1"]:.2f} % after epoch {result["epochs"]}, '
-            f'best {result["best_acc1"]:.2f} % after epoch {result["best_epoch"]}; '
-            f'weights in {result["checkpoint"]} and in best.pt in the same folder'
-        )
+    run_train(**options)
 
 
 def _run(script: str, arguments: Sequence[str]) -> None:
