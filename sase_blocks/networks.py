@@ -31,6 +31,7 @@ __all__ = [
     'build_network',
     'check_model_name',
     'load_model',
+    'load_weights',
     'trained_network',
 ]
 
@@ -191,6 +192,19 @@ def load_model(checkpoint: str | os.PathLike[str]) -> TrainedNetwork:
     if inserted and set(inserted.keys) & set(report.added):
         raise ValueError(f'{checkpoint} is damaged: it holds none of the inserted attention that its settings name')
     return TrainedNetwork(model.eval(), config, classes, report)
+
+
+def load_weights(model: nn.Module, config: NetworkConfig, checkpoint: str) -> LoadReport:
+    """``load_checkpoint`` into a network that may have other classes. The error names another insertion in the file."""
+    try:
+        return load_checkpoint(model, checkpoint, keep_head=True)
+    except ValueError as error:
+        saved = trained_network(checkpoint)
+        if saved is None or saved[0].insert == config.insert:
+            raise
+        raise ValueError(
+            f'{error}; it was trained with insert={saved[0].insert!r}, and here it is {config.insert!r}'
+        ) from None
 
 
 def trained_network(checkpoint: str | os.PathLike[str]) -> tuple[NetworkConfig, list[str]] | None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .blocks import compile_blocks
 from .checkpoint import save_checkpoint
-from .convert import classifier_prefixes, load_checkpoint
+from .convert import classifier_prefixes
 from .data import (
     MODEL,
     Batches,
@@ -36,7 +36,7 @@ from .data import (
 )
 from .insertion import InsertReport
 from .insertion.checking import check_inserted
-from .networks import NetworkConfig, build_network, check_model_name
+from .networks import NetworkConfig, build_network, check_model_name, load_weights
 from .ops import no_weight_decay
 from .runs import (
     RunConfig,
@@ -152,7 +152,7 @@ def _train(config: TrainConfig, accelerator: Any, data: tuple[Samples, Samples] 
     data_config = image_config(model, config.img_size)
     channels = data_config['input_size'][0]
     train_samples, val_samples = train_samples.in_channels(channels), val_samples.in_channels(channels)
-    report = load_checkpoint(model, config.checkpoint, keep_head=True) if config.checkpoint and not saved else None
+    report = load_weights(model, config, config.checkpoint) if config.checkpoint and not saved else None
     if config.check and data is None:
         train_samples, val_samples = drop_broken(config.skip_broken, accelerator, train_samples, val_samples)
     steps_per_epoch = len(train_samples) // config.batch_size  # a last partial batch is dropped

@@ -106,6 +106,18 @@ def test_a_checkpoint_alone_rebuilds_its_network(config, settings, expected, cap
     assert train(replace(config, resume=True))['history'] == result['history']
 
 
+def test_weights_with_another_insertion_are_named(config):
+    """A run starts from one with the same insertion or without any."""
+    train(replace(config, epochs=1))
+    for block, says in [
+        (None, "keys not in the model: .*it was trained with insert='cbam', and here it is None"),
+        ('se', "it was trained with insert='cbam', and here it is 'se'"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            train(replace(config, insert=block, checkpoint=f'{config.out}/last.pt', out=f'{config.out}2'))
+    train(replace(config, checkpoint=f'{config.out}/last.pt', out=f'{config.out}2', epochs=1))
+
+
 def test_the_average_is_loaded_if_the_run_kept_one(config):
     config = replace(config, epochs=1, ema_decay=0.5)
     train(config)

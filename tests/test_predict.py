@@ -132,6 +132,17 @@ def test_names_of_classes_from_the_folders(capsys, here, classes, labelled):
     assert (': class ' in out) != labelled
 
 
+def test_names_of_imagenet(capsys, here):
+    """Of timm's pretrained weights, here from a file."""
+    model = timm.create_model('test_resnet')
+    model.fc.bias.data[281] = 1e3
+    torch.save(model.state_dict(), 'plain.pth')
+    options = ['--model', 'test_resnet', '--pretrained', '--model-args', 'pretrained_cfg_overlay={"file": "plain.pth"}']
+    code, out, err = run(capsys, 'data/val/ant/0.png', *options, '--top', '1')
+    assert (code, "timm's pretrained weights" in out) == (0, True), err
+    assert out.splitlines()[-1] == 'data/val/ant/0.png: tabby, tabby cat 1.000'
+
+
 def test_names_that_are_not_utf8(capsys, here):
     Image.new('RGB', (40, 40)).save(here / 'a\udcff\n.png')
     code, _, _ = run(capsys, 'a\udcff\n.png', *BEST, '-o', 'a.csv')
