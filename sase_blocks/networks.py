@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from .checkpoint import read_checkpoint
 from .convert import LoadReport, load_checkpoint
 from .data import image_config
 from .insertion import InsertReport, insert
-from .reading import one_line, quoted, shorten
+from .ops.options import parse_name
+from .reading import one_line, quoted, shorten, some
 from .runs import Settings, require_used, setting
 
 __all__ = [
@@ -30,6 +33,7 @@ __all__ = [
     'build_model',
     'build_network',
     'check_model_name',
+    'is_code',
     'load_model',
     'load_weights',
     'trained_network',
@@ -46,7 +50,9 @@ class NetworkConfig(Settings):
     img_size: int | None = setting(None, "image height and width in px (default: the model's)", expected='at least 1')
 
     insert: str | None = setting(
-        None, "insert this block into the model: its name, maybe with options such as 'se(reduction=8)', or a genotype"
+        None,
+        "insert this block into the model: its name, maybe with options such as 'se(reduction=8)', a genotype, or "
+        'FILE.py:CLASS, a class in a file of yours, whose code then runs',
     )
     where: str | None = setting(
         None, "insert after the modules with such names, for example 'layer*.bn2' (default: the papers' places)"
@@ -131,10 +137,39 @@ def build_network(
     # In the size of the images, on which the attention may depend.
     size = image_config(model, config.img_size)['input_size']
     stages = tuple(config.stages) if isinstance(config.stages, list) else config.stages
-    report = insert(
-        model, config.insert, config.where, config.start, stages=stages, input_size=size, layout=config.layout
-    )
+    block = load_class(config.insert) if is_code(config.insert) else config.insert
+    report = insert(model, block, config.where, config.start, stages=stages, input_size=size, layout=config.layout)
     return model, report
+
+
+def is_code(block: str) -> bool:
+    """Whether a block's text names a class in a file, ``'FILE.py:CLASS'``, maybe with options."""
+    return '.py:' in block.partition('(')[0]
+
+
+def load_class(block: str) -> Callable[..., nn.Module]:
+    """The class that a text ``'FILE.py:CLASS'`` or ``'FILE.py:CLASS(option=value)'`` names, with its options.
+
+    Runs the code in the file, for example a copied block, or your own: a callable of channels that builds a module.
+
+    Raises:
+        ValueError: no such file or class, or the file's code raises an error.
+    """
+    file, _, call = block.partition('.py:')
+    file, (name, options) = f'{file}.py', parse_name(call)
+    if not Path(file).is_file():
+        raise ValueError(f'there is no file {file} for the block {quoted(block)}')
+    spec: Any = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f'{file} cannot be imported: {type(error).__name__}: {one_line(error, 300)}') from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise ValueError(f'{file} has no class {quoted(name)}; it has {some(classes)}')
+    return partial(found, **options) if options else found
 
 
 def _model_args(config: NetworkConfig) -> dict[str, Any]:
@@ -165,7 +200,7 @@ class TrainedNetwork:
     report: LoadReport
 
 
-def load_model(checkpoint: str | os.PathLike[str]) -> TrainedNetwork:
+def load_model(checkpoint: str | os.PathLike[str], insert: str | None = None) -> TrainedNetwork:
     """Build the network of a checkpoint of ``sase-blocks train`` with its inserted attention, and load its weights.
 
     Nothing else is needed, and nothing in the file is run. If the run kept an average of its weights
@@ -173,10 +208,13 @@ def load_model(checkpoint: str | os.PathLike[str]) -> TrainedNetwork:
 
     Args:
         checkpoint: ``best.pt`` or ``last.pt`` of a run.
+        insert: ``'FILE.py:CLASS'``, if the run was trained with such a block. Its code then runs, so a checkpoint alone
+            never decides that. The file may have moved.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, a checkpoint of something else, or weights that do not fit their settings.
+        ValueError: a damaged file, a checkpoint of something else, weights that do not fit their settings, or a block
+            in a file without ``insert``, or the other way round.
     """
     found = trained_network(checkpoint)
     if found is None:
@@ -185,6 +223,15 @@ def load_model(checkpoint: str | os.PathLike[str]) -> TrainedNetwork:
             f'build that one, and load the file with load_checkpoint'
         )
     config, classes = found
+    saved = config.insert or ''
+    if is_code(saved) and insert is None:
+        raise ValueError(
+            f'{checkpoint} was trained with {saved}, code that no checkpoint runs by itself: if you trust that file, '
+            f'name it, --insert {saved}'
+        )
+    if insert is not None and (not is_code(saved) or insert.partition('.py:')[2] != saved.partition('.py:')[2]):
+        raise ValueError(f'{checkpoint} was trained with insert={config.insert!r}, not {insert!r}; leave --insert out')
+    config = replace(config, insert=insert or config.insert)
     with _naming(checkpoint):
         model, inserted = build_network(config, len(classes), weights=False)
     averaged = isinstance(read_checkpoint(checkpoint).get('state_dict_ema'), dict)

@@ -4,15 +4,20 @@ import csv
 import json
 import math
 import re
+import signal
 import statistics
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_data import make_images
 
 from sase_blocks.blocks import SASE_GENOTYPE
+from sase_blocks.checkpoint import read_checkpoint
 from sase_blocks.cli import main
 from sase_blocks.comparing import (
     Candidate,
@@ -28,7 +33,8 @@ from sase_blocks.comparing import (
     write_results,
 )
 from sase_blocks.comparing.significance import holm, paired_test
-from sase_blocks.networks import build_network
+from sase_blocks.copying import copy_blocks
+from sase_blocks.networks import build_network, load_model
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -168,12 +174,56 @@ def test_how_a_block_gets_into_the_model(budget):
         (None, {'genotype': 'none'}), (None, {'genotype': 'se'}), (None, {'attn_stages': [3], 'genotype': 'se'}),
     ]  # fmt: skip
     inserted = check_candidates(candidates('none', 'se'), budget, Rule('insert'))
-    assert [(one.insert, one.model_args) for one in inserted.values()] == [(None, {}), ('se', {})]
+    assert [(one.insert, one.model_args) for one in inserted.values()] == [
+        (None, {'genotype': 'none'}), ('se', {'genotype': 'none'}),
+    ]  # fmt: skip
 
 
 def test_only_networks_with_blocks_are_compiled(budget):
     own = check_candidates(candidates('none', 'se'), replace(budget, compile=True))
     assert [one.compile for one in own.values()] == [False, True]
+
+
+def copied(folder):
+    """SE as one file, and a class of one's own in another."""
+    (folder / 'copied.py').write_text(copy_blocks(['Mine=se'], 'copied.py'))
+    (folder / 'own.py').write_text(
+        'from torch import nn\nclass Own(nn.Conv2d):\n    def __init__(self, channels, *, size=1):\n'
+        '        super().__init__(channels, channels, size, padding=size // 2)\n'
+    )
+    (folder / 'broken.py').write_text('import nowhere_at_all')
+    return [f'{folder}/copied.py:Mine', f'{folder}/own.py:Own(size=3)']
+
+
+def test_classes_in_files(budget, tmp_path):
+    """Inserted with the paper's start into a model that takes a genotype. A copy has the cost of its original."""
+    mine, own = copied(tmp_path)
+    assert split_blocks([f'none,{mine},x={own},se']) == ['none', mine, f'x={own}', 'se']
+    listed = candidates('none', 'se', f'mine={mine}', f'own={own}@start=identity')
+    configs = check_candidates(listed, budget)
+    assert [(one.insert, one.start) for one in configs.values()] == [
+        (None, 'identity'), (None, 'identity'), (mine, 'paper'), (own, 'identity'),
+    ]  # fmt: skip
+    counts = [sum(p.numel() for p in build_network(one)[0].parameters()) for one in configs.values()]
+    assert counts[0] < counts[1] == counts[2] < counts[3]
+    for text, changes, says in (
+        (f'{tmp_path}/nowhere.py:Mine', {}, 'there is no file .*nowhere.py'),
+        (f'{tmp_path}/own.py:Owl', {}, "own.py has no class 'Owl'; it has Own"),
+        (f'{tmp_path}/broken.py:Own', {}, 'broken.py cannot be imported: ModuleNotFoundError: .*nowhere_at_all'),
+        (f'{tmp_path}/own.py:Own(sizes=3)', {}, 'sizes'),
+        (mine, {'compile': True}, 'compile must be off for a class in a file'),
+    ):
+        with pytest.raises(ValueError, match=says):
+            check_candidates(candidates('none', text), replace(budget, **changes))
+
+
+def test_a_changed_file_is_another_block(budget, trained, tmp_path):
+    listed = candidates('none', f'mine={copied(tmp_path)[0]}')
+    compare(listed, budget, seeds=[0])
+    with (tmp_path / 'copied.py').open('a') as file:
+        file.write('# changed')
+    with pytest.raises(ValueError, match='another job: cost of mine was'):
+        compare(listed, budget, seeds=[0, 1])
 
 
 @pytest.mark.parametrize(
@@ -294,6 +344,7 @@ def test_trainings_that_fail(budget, trained):
     ('options', 'says'),
     [
         ({'seeds': []}, 'needs at least one seed'),
+        ({'seeds': [0, -1]}, 'seed must be at least 0 and below .*, got -1'),
         ({'hours': 0}, 'hours must be above 0, got 0'),
         ({'difference': -1}, 'difference must be above 0, got -1'),
         ({'reference': 'eca'}, r"the reference 'eca' is not one of the blocks \('none', 'se'\); add it, or"),
@@ -303,6 +354,60 @@ def test_wrong_arguments(budget, trained, options, says):
     with pytest.raises(ValueError, match=says):
         compare(candidates('none', 'se'), budget, **options)
     assert not Path(budget.out).exists()
+
+
+def test_code_runs_only_if_it_is_named(images, tmp_path, capsys):
+    """A checkpoint names its class in a file, but nothing runs that file without the user's word."""
+    _, own = copied(tmp_path)
+    out = tmp_path / 'out'
+    command = f'train --data {images} --model resnet20_cifar --img-size 12 --batch-size 4 --epochs 1 --cpu --workers 0'
+    command = [*command.split(), '--no-tensorboard', '--out', str(out), '--insert', own]
+    assert main(command) == 0
+    checkpoint, image = str(out / 'last.pt'), f'{images}/val/cat/0.png'
+    says = 'code that no checkpoint runs by itself: if you trust that file, name it, --insert'
+    with pytest.raises(ValueError, match=says):
+        load_model(checkpoint)
+    trained = load_model(checkpoint, own)
+    assert trained.config.insert == own
+    state = read_checkpoint(checkpoint)['state_dict']
+    assert any('Own' in type(module).__name__ for module in trained.model.modules())
+    assert all(torch.equal(value, state[key]) for key, value in trained.model.state_dict().items())
+    (tmp_path / 'own.py').rename(tmp_path / 'moved.py')
+    moved = own.replace('own.py', 'moved.py')
+    capsys.readouterr()
+    for options, code, text in (
+        (['predict', '--checkpoint', checkpoint, image], 2, says),
+        (['predict', '--checkpoint', checkpoint, image, '--insert', moved], 0, '0.png'),
+        (['predict', '--checkpoint', checkpoint, image, '--insert', own], 2, 'there is no file'),
+        (['predict', '--checkpoint', checkpoint, image, '--insert', 'se'], 2, "not 'se'; leave --insert out"),
+        (['train', '--resume', '--out', str(out)], 2, says),
+    ):
+        assert main(options) == code
+        said = capsys.readouterr()
+        assert text in (said.err if code else said.out)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(budget, tmp_path):
+    """The same results as without a kill, and no training is repeated."""
+    compare(candidates('none', 'se'), budget, seeds=[0, 1])
+    whole, out = Path(budget.out), tmp_path / 'killed'
+    command = [sys.executable, '-m', 'sase_blocks', 'compare', '--data', budget.data, '--model', budget.model]
+    command += ['--img-size', '12', '--batch-size', '4', '--epochs', '2', '--workers', '0', '--cpu', '--no-tensorboard']
+    command += ['--blocks', 'none,se', '--seeds', '0,1', '--out', str(out)]
+    first, second = out / 'none_seed_0', out / 'se_seed_0'
+    with subprocess.Popen(command) as process:
+        while not (second / 'last.pt').exists():  # one training is done, and one is under way or done
+            assert process.poll() is None
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    before = (first / 'result.json').stat().st_mtime_ns
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 'of 6 jobs are done already' in done.stdout
+    assert (first / 'result.json').stat().st_mtime_ns == before
+    for name in ('none_seed_0', 'se_seed_0', 'none_seed_1', 'se_seed_1'):
+        results = [json.loads((root / name / 'result.json').read_text())['result'] for root in (whole, out)]
+        assert results[0] == results[1]
 
 
 # ---- the command ----

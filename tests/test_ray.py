@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from test_search_run import SPACE as SASE_SPACE
 from test_trionet_search import SPACE, pictures
 
 from sase_blocks.cli import main
+from sase_blocks.comparing import CompareConfig, compare, parse_candidate
 from sase_blocks.jobs import Ray, job_folder, run_jobs
 from sase_blocks.search.sase import SearchConfig, campaign
 from sase_blocks.search.sase.campaigns import evaluation_budget
@@ -232,6 +234,27 @@ def test_searches_and_their_evaluation(address, tmp_path):
         times = ('seconds_per_step', 'seconds', 'images_per_second')
         here, there = ([{k: v for k, v in json.loads(r).items() if k not in times} for r in part] for part in rows)
         assert here == there
+
+
+def test_a_comparison(address, tmp_path):
+    data = str(make_images(tmp_path / 'images', train=8, val=2, classes=('cat', 'dog')))
+    budget = CompareConfig(
+        data=data, out=str(tmp_path / 'here'), model='test_resnet', img_size=32, batch_size=4, epochs=2, cpu=True,
+        tensorboard=False, workers=0,
+    )  # fmt: skip
+    candidates = [parse_candidate(text) for text in ('none', 'p=se@start=paper')]
+    here = compare(candidates, budget, seeds=[0, 1])
+    there = compare(candidates, replace(budget, out=str(tmp_path / 'there')), seeds=[0, 1], ray=Ray(address))
+    for key in ('accuracies', 'epochs', 'difference', 'interval', 'parameters', 'macs', 'kept_ratio'):
+        assert [row[key] for row in there['candidates']] == [row[key] for row in here['candidates']]
+    assert there['summary'] == here['summary']
+    # A stop ends the trainings that run; later they go on from their files.
+    out = str(tmp_path / 'stopped')
+    options = {'hours': 1, 'clock': count(0, 3600).__next__}
+    stopped = compare(candidates, replace(budget, out=out), seeds=[0, 1], ray=Ray(address), **options)
+    assert len(stopped['seeds']) < 2
+    ended = compare(candidates, replace(budget, out=out), seeds=[0, 1], ray=Ray(address))
+    assert [row['accuracies'] for row in ended['candidates']] == [row['accuracies'] for row in here['candidates']]
 
 
 @pytest.mark.parametrize('files', [False, True], ids=['images', 'files'])

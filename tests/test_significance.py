@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from sase_blocks.comparing.significance import holm, load_stats, not_worse, paired_test, shown_from
+from sase_blocks.comparing.significance import holm, load_stats, not_worse, paired_test, seeds_needed, shown_from
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,26 @@ def test_from_where_a_difference_is_shown():
         spread /= spread.std(ddof=1)
         p, *_ = paired_test(spread + shown_from(seeds, comparisons))
         assert p * comparisons == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ('difference', 'spread', 'comparisons'),
+    [(0.5, 0.1, 1), (0.5, 0.5, 1), (0.5, 0.5, 5), (1.0, 3.0, 3), (9.0, 0.01, 20)],
+)
+def test_seeds_that_show_a_difference(difference, spread, comparisons):
+    """So many show it in 80 of 100 simulated comparisons, and one seed less does not."""
+    rng, runs, needed = np.random.default_rng(0), 20_000, seeds_needed(difference, spread, comparisons)
+    shown = {}
+    for seeds in (needed, needed - 1):
+        p, *_ = paired_test(rng.normal(difference, spread, (runs, seeds)))
+        shown[seeds] = (p * comparisons <= 0.05).mean()
+    slack = 3 * math.sqrt(0.8 * 0.2 / runs)
+    assert shown[needed] > 0.8 - slack
+    assert shown[needed - 1] < 0.8 + slack
+
+
+def test_seeds_for_a_difference_that_is_far_too_small():
+    assert seeds_needed(1e-3, 1.0, 1) == pytest.approx(((1.959964 + 0.841621) * 1e3) ** 2, rel=1e-4)
 
 
 @pytest.mark.parametrize(

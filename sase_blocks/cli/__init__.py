@@ -27,7 +27,7 @@ from sase_blocks.runs import say
 
 from .compare import add_compare
 from .model_args import is_ours
-from .options import add_model_options, add_network_options, add_settings
+from .options import add_model_options, add_network_options, add_settings, numbers
 from .search_sase import add_sase
 from .search_trionet import add_trionet
 
@@ -125,7 +125,7 @@ written, its outputs are compared with torch at the exported size and at another
     'demo': """
 examples:
   sase-blocks demo
-  sase-blocks demo --epochs 10 --out my_demo
+  sase-blocks demo --seeds 0,1,2,3,4 --out my_demo
 """,
     'train': """
 examples:
@@ -296,8 +296,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command('demo', _demo, 'train ResNet-20 with four kinds of attention on real images, and draw the results')
     sub.add_argument('--out', default='demo_out', help='folder for the pictures (default: demo_out)')
-    sub.add_argument('--epochs', type=int, default=argparse.SUPPRESS, help='passes over the images (default: 2)')
-    sub.add_argument('--seed', type=int, default=0, help='random seed (default: 0)')
+    sub.add_argument('--epochs', type=int, default=argparse.SUPPRESS, help='passes over the images (default: 6)')
+    sub.add_argument('--seeds', default='0', metavar='N,N,...', help='seeds of the trainings (default: 0)')
 
     sub = command('train', _train, 'train any timm model on your images')
     sub.add_argument('--config', metavar='FILE', help='.toml file with any of these settings; options replace them')
@@ -388,10 +388,10 @@ def _export(**options: Any) -> None:
     export(**options)
 
 
-def _demo(**options: Any) -> None:
+def _demo(seeds: str, **options: Any) -> None:
     from sase_blocks.demo import run_demo
 
-    run_demo(**options)
+    run_demo(seeds=numbers(seeds), **options)
 
 
 def _train(**options: Any) -> None:

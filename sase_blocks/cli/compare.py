@@ -25,8 +25,9 @@ examples:
   sase-blocks compare --data DIR ... --ray auto                  the trainings on many GPUs and machines
 
 All blocks have the same budget, seeds and batches, and are compared seed by seed. A block is a name, maybe with
-options, a genotype as text, a search's genotype.json, or model:NAME, another model as it is. LABEL=BLOCK gives it a
-name, and BLOCK@SETTING=VALUE a setting of its own: start, where, stages, layout, insert_lr or model_args.
+options, a genotype as text, a search's genotype.json, FILE.py:CLASS, whose code then runs, or model:NAME, another model
+as it is. LABEL=BLOCK gives it a name, and BLOCK@SETTING=VALUE a setting of its own: start, where, stages, layout,
+insert_lr or model_args.
 """
 
 
@@ -84,6 +85,7 @@ def _compare(
         INSERTION,
         CompareConfig,
         Rule,
+        check_errors,
         compare,
         format_comparison,
         parse_candidate,
@@ -107,6 +109,4 @@ def _compare(
     if is_main():
         files = write_results(result, budget.out)
         say(f'{format_comparison(result)}\n\nwritten: {", ".join(map(str, files))}')
-    if errors := result['errors']:
-        key, text = next(iter(errors.items()))
-        raise RuntimeError(f'{len(errors)} jobs of the comparison failed; the first one, {key}: {text}')
+    check_errors(result)

@@ -10,7 +10,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from sase_blocks.convert import load_checkpoint
-from sase_blocks.networks import NetworkConfig, build_network, load_model, trained_network
+from sase_blocks.networks import NetworkConfig, build_network, is_code, load_model, trained_network
 
 from .model_args import model_arguments
 
@@ -46,13 +46,14 @@ def open_network(given: Mapping[str, Any], checkpoint: str | None) -> OpenedNetw
     saved = trained_network(checkpoint) if checkpoint else None
     if checkpoint and saved and given.get('model', saved[0].model) == saved[0].model:
         config, classes = saved
-        extra = [f'--{name.replace("_", "-")}' for name in given if name not in ('model', 'img_size')]
+        own = ('insert',) if is_code(config.insert or '') else ()  # whose code runs only if named
+        extra = [f'--{name.replace("_", "-")}' for name in given if name not in ('model', 'img_size', *own)]
         if extra:
             raise ValueError(
                 f'{checkpoint} is of `sase-blocks train` and says how its network is built (insert={config.insert!r}): '
                 f'leave out {", ".join(extra)} (--model-args includes --genotype and --attn-stages)'
             )
-        trained = load_model(checkpoint)
+        trained = load_model(checkpoint, given.get('insert'))
         size = given.get('img_size', config.img_size)
         return OpenedNetwork(trained.model, config, size, classes, str(trained.report))
     config = NetworkConfig(**given)

@@ -8,7 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from sase_blocks.reading import parse_file, parse_toml, printable, quoted
+from sase_blocks.networks import is_code
+from sase_blocks.reading import parse_file, parse_toml, printable, quoted, shorten
 from sase_blocks.runs import is_main, say, settings_of_run
 from sase_blocks.train import TrainConfig, train
 from sase_blocks.viz import missing_matplotlib, plot_confusion, plot_learning_curves, save_figure
@@ -41,6 +42,11 @@ def run_train(config: str | None, **options: Any) -> None:
         # The run's settings. A given one that differs is an error of `train`.
         out = given.get('out', next(entry.default for entry in fields(TrainConfig) if entry.name == 'out'))
         saved = settings_of_run(TrainConfig, out)
+        if is_code(saved.get('insert') or '') and 'insert' not in given:
+            raise ValueError(
+                f'the run in {out} inserts {saved["insert"]}, code that no checkpoint runs by itself: if you trust '
+                f'that file, name it, --insert {saved["insert"]}'
+            )
         given = {**saved, 'model_args': _words(saved.get('model_args', {})), **given}
         missing = f', and there is no run to resume in {out}'
     if 'data' not in given:
@@ -89,7 +95,9 @@ def _draw(config: TrainConfig, result: Mapping[str, Any]) -> str:
     """Draw the learning curves and the confusion matrix. -> the end of a message about it."""
     if missing_matplotlib() is not None:
         return '; for curves.png and confusion.png, pip install "sase-blocks[viz]" and run it again with --resume'
-    what = config.model + (f' with {config.insert}' if config.insert else '')
+    block = config.insert or ''
+    block = Path(block).name if is_code(block) else block
+    what = config.model + (f' with {shorten(block, 60)}' if block else '')
     figures = {'curves.png': plot_learning_curves({f'{what}, seed {config.seed}': result['history']})}
     if result['confusion'] is not None:
         data = printable(Path(config.data).name or config.data)

@@ -2,7 +2,7 @@
 
 from .candidates import INSERTION, Candidate, Rule, check_candidates, parse_candidate, split_blocks, takes_genotype
 from .comparison import CompareConfig, compare, open_comparison
-from .report import format_comparison, judge, write_results
+from .report import check_errors, format_comparison, judge, write_results
 
 __all__ = [
     'INSERTION',
@@ -10,6 +10,7 @@ __all__ = [
     'CompareConfig',
     'Rule',
     'check_candidates',
+    'check_errors',
     'compare',
     'format_comparison',
     'judge',

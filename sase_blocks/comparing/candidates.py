@@ -10,9 +10,10 @@ import timm
 import torch
 
 from sase_blocks.blocks import BLOCKS, Genotype, split_stages
-from sase_blocks.networks import build_network, check_model_name
+from sase_blocks.networks import build_network, check_model_name, is_code
 from sase_blocks.ops.options import split_names
 from sase_blocks.reading import parse_json, quoted, shorten
+from sase_blocks.runs import require
 from sase_blocks.train import TrainConfig
 
 NONE = 'none'  # no attention
@@ -28,7 +29,8 @@ class Candidate:
     Attributes:
         name: its own name.
         block: 'none', a name of ``list_blocks()``, maybe with options, a genotype as text, several with semicolons
-            between them (one for each stage), or ``'model:NAME'``, another timm model as it is.
+            between them (one for each stage), ``'FILE.py:CLASS'``, a class in a file, or ``'model:NAME'``, another timm
+            model as it is.
         settings: settings of ``TrainConfig`` that only this candidate has, of ``OWN``.
         kind: for the reader of the results.
         tested: whether its difference to the reference is tested.
@@ -47,7 +49,8 @@ class Rule:
 
     Attributes:
         how: 'genotype': as the model's argument ``genotype=``. 'insert': by ``insert``, after the model is built. None:
-            as genotype if the model takes one, which only models of this package do, else by ``insert``.
+            as genotype if the model takes one, which only models of this package do, else by ``insert``. A class in a
+            file is always inserted, into a model that takes a genotype with the paper's start, which a genotype has.
         insertion: settings of ``INSERTION`` for all inserted blocks.
 
     Raises:
@@ -98,7 +101,7 @@ def parse_candidate(text: str) -> Candidate:
 def split_blocks(items: Sequence[str]) -> list[str]:
     """Split the arguments of an option at commas, except those of a genotype.
 
-    A part that is no block, no file and no model begins a genotype of six parts. An argument with a semicolon is one
+    A part that is no block, file or model begins a genotype of six parts. An argument with a semicolon is one
     genotype for each stage.
     """
     out: list[str] = []
@@ -113,7 +116,8 @@ def split_blocks(items: Sequence[str]) -> list[str]:
 
 def _is_block(text: str) -> bool:
     block = split_names(split_names(text, '@')[0], '=')[-1]
-    return block.partition('(')[0] in (NONE, *BLOCKS) or block.endswith('.json') or block.startswith(MODEL)
+    known = block.partition('(')[0] in (NONE, *BLOCKS)
+    return known or block.endswith('.json') or block.startswith(MODEL) or is_code(block)
 
 
 def _is_genotype(parts: Sequence[str]) -> bool:
@@ -135,13 +139,18 @@ def configure(candidate: Candidate, budget: TrainConfig, rule: Rule) -> TrainCon
     check_model_name(model)
     try:
         config = replace(budget, model=model, **{key: settings.pop(key) for key in ('model_args',) if key in settings})
+        ours = takes_genotype(config)
         if block.startswith(MODEL):
             how = 'model'
-        elif rule.how is not None:
-            how = rule.how
+        elif is_code(block):
+            how = 'insert'
+            settings = {'start': 'paper', **settings} if ours and rule.how is None else settings
         else:
-            how = 'genotype' if takes_genotype(config) else 'insert'
+            how = rule.how or ('genotype' if ours else 'insert')
+        if how == 'insert' and ours:  # without the model's own attention
+            config = replace(config, model_args={**config.model_args, 'genotype': NONE})
         if how == 'insert' and block != NONE:
+            require(config, not (config.compile and is_code(block)), 'compile', 'off for a class in a file')
             return replace(config, insert=block, **{**rule.insertion, **settings})
         wrong = {**settings, **(rule.insertion if how == 'genotype' else {})}
         if wrong:

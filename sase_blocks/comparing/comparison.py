@@ -7,6 +7,7 @@ accuracy after the last epoch counts, never the best one, and nothing is chosen 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ import torch
 from sase_blocks.blocks import compile_blocks
 from sase_blocks.data import Samples, image_config, name_data
 from sase_blocks.jobs import Ray, check_jobs, job_folder, run_jobs
-from sase_blocks.networks import build_network
+from sase_blocks.networks import build_network, is_code
 from sase_blocks.profiling import count_macs, kept_bytes, milliseconds_per_image
 from sase_blocks.reading import quoted
 from sase_blocks.runs import (
@@ -97,6 +98,8 @@ def compare(
     began, rule, asked = clock(), rule or Rule(), list(dict.fromkeys(seeds))
     if not asked:
         raise ValueError('seeds is empty: a comparison needs at least one seed')
+    for seed in asked:
+        replace(budget, seed=seed)  # checks it
     if hours is not None and not hours > 0:
         raise ValueError(f'hours must be above 0, got {hours:g}')
     if not difference > 0:
@@ -112,7 +115,8 @@ def compare(
     # What a training does follows from its candidate, so a later call with another rule is another comparison.
     shared = {'how': rule.how, **rule.insertion}
     held: list[dict[str, Any]] = [
-        {'name': one.name, 'block': one.block, 'settings': {**shared, **one.settings}} for one in candidates
+        {'name': one.name, 'block': one.block, 'settings': {**shared, **one.settings}, **_code_of(one.block)}
+        for one in candidates
     ]
     jobs: list[dict[str, Any]] = [{'key': f'cost of {one["name"]}', **one} for one in held]
     jobs += [
@@ -189,6 +193,13 @@ def open_comparison(budget: TrainConfig, ray: Ray | None = None) -> tuple[Sample
 
 def _key(name: str, seed: int) -> str:
     return f'{name}, seed {seed}'
+
+
+def _code_of(block: str) -> dict[str, str]:
+    """A hash of the code of a class in a file, so that a changed one is another block."""
+    if not is_code(block):
+        return {}
+    return {'code': hashlib.sha256(Path(f'{block.partition(".py:")[0]}.py').read_bytes()).hexdigest()[:16]}
 
 
 def _settings(budget: TrainConfig) -> dict[str, Any]:

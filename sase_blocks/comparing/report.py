@@ -226,7 +226,7 @@ def format_comparison(result: Mapping[str, Any]) -> str:
     ]
     images = result.get('images')
     of = f' of {images:,} images (one image is {100 / images:.2g} points)' if images else ''
-    named = [row for row in rows if row.get('block', row['name']) != row['name']]
+    named = [row for row in rows if row.get('block', '') not in row['name']]
     return '\n'.join(
         [
             *table(cells, left=['block']),
@@ -299,6 +299,13 @@ def write_results(result: Mapping[str, Any], out: str | Path) -> list[Path]:
     if missing_matplotlib() is None and any(row['difference'] is not None for row in rows):
         written.append(save_figure(plot_comparison(result), out / 'comparison.png'))
     return written
+
+
+def check_errors(result: Mapping[str, Any]) -> None:
+    """Raise RuntimeError with the first failed job of a comparison and its error, if there is one."""
+    if errors := result['errors']:
+        key, text = next(iter(errors.items()))
+        raise RuntimeError(f'{len(errors)} jobs of the comparison failed; the first one, {key}: {text}')
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from sase_blocks.runs import import_extra
 
 LEVEL = 0.05
 POWER = 0.8  # probability to show a difference of a given size, see seeds_needed
-MANY_SEEDS = 1000  # from so many on, the normal distribution replaces Student's
+QUANTILES = (np.arange(500) + 0.5) / 500
 SAME = 1e-9  # largest difference of equal accuracies in percent, by rounding
 
 
@@ -70,11 +70,16 @@ def seeds_needed(difference: float, spread: float, comparisons: int) -> int:
         ImportError: SciPy is missing (extra ``search``).
     """
     stats, level = load_stats(), LEVEL / (2 * comparisons)
-    seeds = np.arange(2, MANY_SEEDS)
-    power = stats.nct.sf(stats.t.isf(level, seeds - 1), seeds - 1, difference * np.sqrt(seeds) / spread)
-    if (enough := np.flatnonzero(power >= POWER)).size:
-        return int(seeds[enough[0]])
-    return math.ceil(((stats.norm.isf(level) + stats.norm.ppf(POWER)) * spread / difference) ** 2)
+    # With a known spread. An estimated one needs some more.
+    known = ((stats.norm.isf(level) + stats.norm.ppf(POWER)) * spread / difference) ** 2
+    seeds = max(2, math.floor(known))
+    while True:
+        # The noncentral t distribution, as a mean over quantiles of the estimated spread: scipy's own overflows.
+        estimated = np.sqrt(stats.chi2.ppf(QUANTILES, seeds - 1) / (seeds - 1))
+        ahead = difference * seeds**0.5 / spread
+        if stats.norm.sf(stats.t.isf(level, seeds - 1) * estimated - ahead).mean() >= POWER:
+            return seeds
+        seeds += 1
 
 
 def holm(p: Any) -> Any:

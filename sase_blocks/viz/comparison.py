@@ -15,6 +15,7 @@ __all__ = ['plot_comparison']
 COSTS = {'time_ratio': 'time of a forward pass', 'kept_ratio': 'memory for the backward pass'}
 MARKERS = 'osD^v'
 CAPTION = 'dot: mean difference, filled if beyond chance; line: its 95 % interval'
+ALONE = 'dot: difference on one seed, or equal on all seeds, which decides nothing'
 LONGEST = 24  # characters of a name
 NAMED = 16  # so many names fit beside the panels
 
@@ -63,6 +64,7 @@ def plot_comparison(result: Mapping[str, Any]) -> Figure:
         axes[0].set(ylabel=f'accuracy relative to {_name(reference)} (points)')
         if len(named) <= NAMED:
             _add_names(axes[-1], named, strangers)
+        known = any(row['interval'] is not None for row in named)
         seeds = len(result.get('seeds', ()))
         epochs = result.get('budget', {}).get('epochs')
         facts = [
@@ -70,7 +72,7 @@ def plot_comparison(result: Mapping[str, Any]) -> Figure:
             f'{epochs} epoch{"s"[: epochs != 1]}' if epochs else '',
             f'{seeds} seed{"s"[: seeds != 1]}' if seeds else '',
         ]
-        figure.suptitle(', '.join(filter(None, facts)) + '\n' + CAPTION, fontsize=9)
+        figure.suptitle(', '.join(filter(None, facts)) + f'\n{CAPTION if known else ALONE}', fontsize=9)
     return figure
 
 

@@ -60,7 +60,8 @@ def plot_learning_curves(history: Mapping[str, Sequence[Mapping[str, float]]], t
         left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         left.yaxis.set_major_formatter('{x:g}')
         left.yaxis.set_minor_formatter(NullFormatter())
-        left.text(0.03, 0.05, 'thick: running mean\nthin: every value', transform=left.transAxes, fontsize=8)
+        if any(_window(curve['train_loss'][0]) > 1 for curve in curves.values()):
+            left.text(0.03, 0.05, 'thick: running mean\nthin: every value', transform=left.transAxes, fontsize=8)
         right.set(ylabel='accuracy on held-out images (%)')
         last = max(time for curve in curves.values() for times, _ in curve.values() for time in times)
         for axis in (left, right):
@@ -82,5 +83,9 @@ def _curve(name: str, rows: Sequence[Mapping[str, float]], key: str) -> tuple[li
 
 def _running_mean(values: Sequence[float]) -> list[float]:
     """Trailing mean over a fifteenth of all values; over fewer at the start."""
-    window = max(1, len(values) // 15)
+    window = _window(values)
     return [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
+
+
+def _window(values: Sequence[float]) -> int:
+    return max(1, len(values) // 15)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sase_blocks.comparing import check_candidates, format_comparison, open_comparison
+from sase_blocks.comparing import check_candidates, check_errors, format_comparison, open_comparison
 from sase_blocks.comparing.significance import load_stats
 from sase_blocks.data import Samples, name_data
 from sase_blocks.jobs import Ray, job_folder, run_jobs
@@ -135,9 +135,7 @@ def campaign(
             say(format_comparison(evaluation))
             if missing_matplotlib() is None:  # which the searches have said
                 save_figure(plot_comparison(evaluation), out / 'evaluation.png')
-        if errors := evaluation['errors']:
-            key, text = next(iter(errors.items()))
-            raise RuntimeError(f'{len(errors)} jobs of the evaluation failed; the first one, {key}: {text}')
+        check_errors(evaluation)
     return {
         'genotype': result['genotype'],
         'verdict': result['verdict'],
