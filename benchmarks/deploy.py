@@ -58,13 +58,21 @@ def digits(block: str, epochs: int, limit: int | None = None) -> Subject:
     """resnet20_cifar with a block, trained on handwritten digits."""
     from tqdm import tqdm
 
-    from sase_blocks.demo import load_digits, train
+    from sase_blocks.demo import load_digits
 
     data = load_digits(limit)
     torch.manual_seed(0)
-    model = timm.create_model('resnet20_cifar', in_chans=1, genotype=block)
-    with tqdm(desc=f'training digits:{block}', unit='step', mininterval=5) as bar:
-        train(model, data, epochs, 0, bar)
+    model = timm.create_model('resnet20_cifar', in_chans=1, genotype=block).to(memory_format=torch.channels_last)
+    order, count = torch.Generator().manual_seed(0), len(data.train_labels)
+    batches = [batch for _ in range(epochs) for batch in torch.randperm(count, generator=order).split(32)]
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=len(batches))
+    for batch in tqdm(batches, desc=f'training digits:{block}', unit='step', mininterval=5):
+        loss = torch.nn.functional.cross_entropy(model(data.train_images[batch]), data.train_labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     calibration, images = data.train_images[:CALIBRATION].contiguous(), data.test_images.contiguous()
     return Subject(f'digits:{block}', model.eval(), calibration, images, data.test_labels)
 

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -203,6 +204,24 @@ def test_what_stays_whole_in_a_trace_is_decorated_where_it_is_defined():
 def test_the_map_names_every_room():
     text = (PACKAGE.parent / 'CONTRIBUTING.md').read_text(encoding='utf-8')
     missing = [name for name in ROOMS if not name.startswith('__') and f'`{name}' not in text]
+    assert missing == []
+
+
+@pytest.mark.parametrize('folder', ['benchmarks', 'examples'])
+def test_scripts_import_what_exists(folder):
+    """Also within their functions, which the tests do not all run."""
+    missing = []
+    for path in (PACKAGE.parent / folder).glob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if not isinstance(node, ast.ImportFrom) or (node.module or '').partition('.')[0] != PACKAGE.name:
+                continue
+            if node.module.rpartition('.')[2] in ('ultralytics', 'mmengine'):  # they import what they are named after
+                continue
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                room = hasattr(module, '__path__') and importlib.util.find_spec(f'{node.module}.{alias.name}')
+                if not room and not hasattr(module, alias.name):
+                    missing.append(f'{path.name}: {node.module}.{alias.name}')
     assert missing == []
 
 
