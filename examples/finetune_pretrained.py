@@ -97,7 +97,8 @@ def table(curves: list[dict[str, list[tuple]]]) -> str:
             for column, unit in ((1, ' %'), (2, '')):
                 values = [run[way][at][column] for run in curves]
                 digits = 1 if unit else 3
-                line += f'{f"{fmean(values):.{digits}f} ± {pstdev(values):.{digits}f}{unit}":>17}'
+                spread = f' ± {pstdev(values):.{digits}f}' if len(values) > 1 else ''
+                line += f'{f"{fmean(values):.{digits}f}{spread}{unit}":>17}'
         lines.append(line)
     return '\n'.join(lines)
 

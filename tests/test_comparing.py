@@ -478,6 +478,12 @@ def row(name, *accuracies, kind='block', **more):
     }  # fmt: skip
 
 
+def test_one_seed_has_no_deviation():
+    text = format_comparison({**judge([row('none', 90.0), row('se', 91.0)], 'none'), 'reference': 'none'})
+    assert '±' not in text
+    assert 'standard deviation over the seeds;' not in text
+
+
 def test_statistics_by_hand():
     result = judge([row('found', 90, 91, 92), row('se', 88, 90), row('none', 80), row('cbam', 1, 4, 4)], 'found')
     found, se, none, cbam = result['candidates']
@@ -515,7 +521,9 @@ def test_statistics_by_hand():
     around = math.tan(0.475 * math.pi)
     assert se['mean_interval'] == pytest.approx([89 - around, 89 + around])
     assert none['mean_interval'] is None
-    lines = format_comparison({**result, 'images': 400, 'reference': 'found'}).splitlines()
+    text = format_comparison({**result, 'images': 400, 'reference': 'found'})
+    assert '±' in text
+    lines = text.splitlines()
     assert [line.split()[0] for line in lines[2:6]] == ['found', 'se', 'none', 'cbam']
     assert lines[3].split() == [
         'se', '89.00', '±', '1.41', '76.29', 'to', '101.71', '2', '-1.50', '-7.85', 'to', '+4.85', '0.410', '272,474',

@@ -226,14 +226,15 @@ def format_comparison(result: Mapping[str, Any]) -> str:
     ]
     images = result.get('images')
     of = f' of {images:,} images (one image is {100 / images:.2g} points)' if images else ''
+    several = any(row['spread'] is not None for row in rows)
     named = [row for row in rows if row.get('block', '') not in row['name']]
     return '\n'.join(
         [
             *table(cells, left=['block']),
             '',
             *([*table(by_epoch, left=['accuracy % after epoch']), ''] if by_epoch else []),
-            f'accuracy: after the last epoch, on the validation split{of},',
-            'mean ± standard deviation over the seeds; of the mean: its 95 % interval;',
+            f'accuracy: after the last epoch, on the validation split{of}{"," if several else ";"}',
+            *(['mean ± standard deviation over the seeds; of the mean: its 95 % interval;'] if several else []),
             f'to {result["reference"]}: mean difference seed by seed, with its 95 % interval; the intervals are not '
             f'adjusted;',
             'p: of a paired t-test, adjusted for the number of comparisons (Holm); ms: of a forward pass, per image;',
