@@ -73,8 +73,8 @@ def run_demo(
     """Compare four networks on handwritten digits. Prints a table, and writes it and two pictures to ``out``.
 
     The networks are ``resnet20_cifar`` with no attention, ``'se'``, ``'cbam'`` and ``'sase'``, with the same seeds and
-    batches. The data are scikit-learn's 1,797 digits, enlarged from 8 x 8 to
-    12 x 12 in images of 16 x 16. The same 360 of them are always the test images. Runs on the CPU.
+    batches. The data are scikit-learn's 1,797 digits, enlarged from 8 x 8 to 12 x 12 in images of 16 x 16. The same 360
+    of them are always the test images. Runs on the CPU.
 
     Args:
         out: Folder for ``learning_curves.png``, ``attention_maps.png`` and the files of ``write_results``; created if
