@@ -86,9 +86,14 @@ class Settings:
                 require(self, EXPECTED[expected](value), entry.name, expected)
 
 
+def data_title(data: str) -> str:
+    """The name of a data set, or of its folder, for pictures."""
+    return printable(Path(data).resolve().name or data)
+
+
 def run_title(data: str, seed: int, epochs: int) -> str:
     """Data, seed and epochs of a run, for pictures."""
-    return f'{printable(Path(data).resolve().name or data)}, seed {seed}, {epochs} epoch{"s"[: epochs != 1]}'
+    return f'{data_title(data)}, seed {seed}, {epochs} epoch{"s"[: epochs != 1]}'
 
 
 @dataclass(frozen=True)

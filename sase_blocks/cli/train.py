@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sase_blocks.networks import is_code
-from sase_blocks.reading import parse_file, parse_toml, printable, quoted, shorten
-from sase_blocks.runs import is_main, say, settings_of_run
+from sase_blocks.reading import parse_file, parse_toml, quoted, shorten
+from sase_blocks.runs import data_title, is_main, say, settings_of_run
 from sase_blocks.train import TrainConfig, train
 from sase_blocks.viz import missing_matplotlib, plot_confusion, plot_learning_curves, save_figure
 
@@ -100,7 +100,7 @@ def _draw(config: TrainConfig, result: Mapping[str, Any]) -> str:
     what = config.model + (f' with {shorten(block, 60)}' if block else '')
     figures = {'curves.png': plot_learning_curves({f'{what}, seed {config.seed}': result['history']})}
     if result['confusion'] is not None:
-        data = printable(Path(config.data).name or config.data)
+        data = data_title(config.dataset or config.data)
         title = (
             f'{what}, seed {config.seed}, after epoch {result["epochs"]}\n'
             f'validation images of {data}, accuracy {result["acc1"]:.2f} %'

@@ -26,6 +26,7 @@ from sase_blocks.profiling import count_macs, kept_bytes, milliseconds_per_image
 from sase_blocks.reading import quoted
 from sase_blocks.runs import (
     check_writable,
+    data_title,
     environment,
     fixed_settings,
     is_main,
@@ -85,8 +86,8 @@ def compare(
         - 'candidates', a list of dicts with 'name', 'block', 'settings', 'kind', the costs of ``COSTS``, 'accuracies'
           (percent, after the last epoch) and 'epochs' (the validated epochs' accuracies) by seed, and the statistics of
           ``judge``; 'verdicts' and 'test', see there.
-        - 'reference', 'model', 'budget', 'rule', 'seeds' (those that count), 'asked' (all), 'images' (validation
-          images), 'errors' (failed jobs), 'versions', 'machine'.
+        - 'reference', 'model', 'data' (its name), 'budget', 'rule', 'seeds' (those that count), 'asked' (all), 'images'
+          (validation images), 'errors' (failed jobs), 'versions', 'machine'.
 
     Raises:
         ImportError: the extra ``train`` or ``search`` is missing.
@@ -163,6 +164,7 @@ def compare(
     return {
         'reference': reference,
         'model': budget.model,
+        'data': data_title(budget.dataset or budget.data),
         'budget': _settings(budget),
         'rule': shared,
         'seeds': complete,

@@ -69,6 +69,7 @@ def plot_comparison(result: Mapping[str, Any]) -> Figure:
         epochs = result.get('budget', {}).get('epochs')
         facts = [
             str(result.get('model', '')),
+            str(result.get('data', '')),
             f'{epochs} epoch{"s"[: epochs != 1]}' if epochs else '',
             f'{seeds} seed{"s"[: seeds != 1]}' if seeds else '',
         ]
