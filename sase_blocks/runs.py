@@ -403,6 +403,17 @@ def open_samples(config: Any, accelerator: Any, *, both: bool) -> list[Samples]:
         return list(open_data(config.data, config.dataset, **splits, **options))
 
 
+def report_broken(broken: Sequence[str], skip: bool) -> None:
+    """Raise a ValueError that names the first of these broken images. With ``skip``, print a warning instead."""
+    if not broken:
+        return
+    if not skip:
+        more = f' (and {len(broken) - 1} more)' if len(broken) > 1 else ''
+        raise ValueError(f'broken image {broken[0]}{more}; replace or remove it, or leave it out with --skip-broken')
+    shown = '\n'.join(f'  {text}' for text in broken[:10]) + ('\n  ...' if len(broken) > 10 else '')
+    say(f'warning: {len(broken)} broken image{"s"[: len(broken) > 1]} left out:\n{shown}')
+
+
 def drop_broken(skip: bool, accelerator: Any, *splits: Samples) -> list[Samples]:
     """Decode all images in the main process. All processes then raise the same error, or leave out the same images.
 
@@ -414,12 +425,8 @@ def drop_broken(skip: bool, accelerator: Any, *splits: Samples) -> list[Samples]
     found = [inspect_images(samples) if accelerator.is_main_process else ({}, '') for samples in splits]
     broadcast_object_list(found)
     broken = [text for positions, _ in found for text in positions.values()]
-    if broken and not skip:
-        more = f' (and {len(broken) - 1} more)' if len(broken) > 1 else ''
-        raise ValueError(f'broken image {broken[0]}{more}; replace or remove it, or leave it out with --skip-broken')
-    if broken and accelerator.is_main_process:
-        shown = '\n'.join(f'  {text}' for text in broken[:10]) + ('\n  ...' if len(broken) > 10 else '')
-        say(f'warning: {len(broken)} broken image{"s"[: len(broken) > 1]} left out:\n{shown}')
+    if not skip or accelerator.is_main_process:
+        report_broken(broken, skip)
     kept = [
         replace(
             samples.part([i for i in range(len(samples)) if i not in positions]) if positions else samples,

@@ -157,6 +157,7 @@ def test_names_that_are_not_utf8(capsys, here):
         (['data', *BEST], 'data holds the splits train, val; pass one of them, such as data/val'),
         (['empty', *BEST], 'empty holds no images'),
         (['text.png', *BEST], 'broken image text.png: cannot identify image file; replace or remove it'),
+        (['text.png', *BEST, '--skip-broken'], 'every image is broken, the first one: text.png: cannot identify image'),
         (['broken', *BEST], 'broken image broken/ant/1.png'),
         (['strange', *BEST], 'strange has folders that are no class of the network: zebra; 9, 10, ant'),
         (['loose', *BEST], 'loose holds images outside any class folder'),

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sase_blocks.data import Batches, Samples, TransformedSamples, create_transforms, image_config, inspect_images
 from sase_blocks.images import TRAIN_FOLDERS, VAL_FOLDERS, ImageFiles, find_images, images_below, subfolders
 from sase_blocks.reading import printable, quoted, some, table
-from sase_blocks.runs import check_writable, say, write_json, write_text
+from sase_blocks.runs import check_writable, report_broken, say, write_json, write_text
 from sase_blocks.train import confusion_matrix, hits
 from sase_blocks.viz import check_picture, plot_confusion, save_figure
 
@@ -136,14 +136,9 @@ def _find(place: str, classes: list[str], outputs: int) -> tuple[list[tuple[str,
 def _without_broken(samples: Samples, skip: bool) -> Samples:
     """Decode all images once. Raise a ValueError that names a broken one, or leave them out."""
     broken, _ = inspect_images(samples)
-    if not broken:
-        return samples
-    first = next(iter(broken.values()))
-    if not skip or len(broken) == len(samples):
-        more = f' (and {len(broken) - 1} more)' if len(broken) > 1 else ''
-        raise ValueError(f'broken image {first}{more}; replace or remove it, or leave it out with --skip-broken')
-    shown = '\n'.join(f'  {text}' for text in list(broken.values())[:10]) + ('\n  ...' if len(broken) > 10 else '')
-    say(f'warning: {len(broken)} broken image{"s"[: len(broken) > 1]} left out:\n{shown}')
+    if skip and len(broken) == len(samples):
+        raise ValueError(f'every image is broken, the first one: {next(iter(broken.values()))}')
+    report_broken(list(broken.values()), skip)
     return samples.part([position for position in range(len(samples)) if position not in broken])
 
 
