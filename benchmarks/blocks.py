@@ -44,14 +44,14 @@ from meter import (
     cpu_name,
     inductor_bytes,
     interleaved,
-    kept_bytes,
     peak_bytes,
     progress,
     relative_error,
     spread,
-    storages_of,
 )
 from torch import Tensor, nn
+
+from sase_blocks.profiling import kept_bytes, storages_of
 
 RESNET50 = ('256x56x56', '512x28x28', '1024x14x14', '2048x7x7')  # the attention's places in a ResNet-50 at 224 x 224
 TIMM = ('se', 'eca', 'cbam', 'gc')

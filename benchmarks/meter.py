@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import platform
 import statistics
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # ---------------------------------------------------------------------------------------------------------- clocks
@@ -158,27 +157,6 @@ def inductor_bytes() -> Iterator[Callable[[], int | None]]:
             yield lambda: metrics.num_bytes_accessed or None
     finally:
         logger.level, logger.propagate, logger.handlers = before[0], before[1], before[2]
-
-
-def kept_bytes(call: Callable[[], object], excluded: set[int]) -> int:
-    """Bytes that autograd keeps between forward and backward: distinct storages, with x, without parameters."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in excluded:  # on the meta device, every address is 0
-            storages[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()  # keep it alive while counting, or a new storage could reuse a freed address
-    del result
-    return sum(storages.values())
-
-
-def storages_of(module: nn.Module) -> set[int]:
-    """What ``kept_bytes`` leaves out: the parameters and buffers."""
-    return {t.untyped_storage()._cdata for t in itertools.chain(module.parameters(), module.buffers())}
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

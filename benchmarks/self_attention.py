@@ -47,7 +47,6 @@ from meter import (
     copy_bandwidth,
     cpu_name,
     interleaved,
-    kept_bytes,
     peak_bytes,
     progress,
     spread,
@@ -57,6 +56,7 @@ from timm.layers.halo_attn import HaloAttn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sase_blocks.profiling import kept_bytes
 from sase_blocks.selfattention import (
     AXIAL_ROUTES,
     LOCAL_ROUTES,

@@ -26,8 +26,10 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
-from meter import CountBytes, kept_bytes, storages_of
+from meter import CountBytes
 from torch import nn
+
+from sase_blocks.profiling import kept_bytes, storages_of
 
 SHAPES = ('256x56x56', '512x28x28', '1024x14x14', '2048x7x7')
 

@@ -123,24 +123,29 @@ def milliseconds_per_image(
 
 
 def kept_bytes(call: Callable[[], object], excluded: set[int]) -> int:
-    """Bytes that autograd keeps between forward and backward: distinct storages, with x, without parameters.
+    """Bytes that autograd keeps between forward and backward: distinct storages, with x.
 
     Args:
         call: the forward.
-        excluded: addresses of storages to leave out.
+        excluded: storages to leave out, such as ``storages_of`` the network.
     """
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in excluded:
-            storages[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in excluded:  # on the meta device, every address is 0
+            storages[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()  # keep it alive while counting, or a new storage could reuse a freed address
+        result = call()  # keep it alive while counting, or a new storage could reuse a freed one's place
     del result
     return sum(storages.values())
+
+
+def storages_of(module: nn.Module) -> set[int]:
+    """The storages of the parameters and buffers, for ``kept_bytes``."""
+    return {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
 
 
 @contextmanager

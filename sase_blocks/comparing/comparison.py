@@ -22,7 +22,7 @@ from sase_blocks.blocks import compile_blocks
 from sase_blocks.data import Samples, image_config, name_data
 from sase_blocks.jobs import Ray, check_jobs, job_folder, run_jobs
 from sase_blocks.networks import build_network, is_code
-from sase_blocks.profiling import count_macs, kept_bytes, milliseconds_per_image
+from sase_blocks.profiling import count_macs, kept_bytes, milliseconds_per_image, storages_of
 from sase_blocks.reading import quoted
 from sase_blocks.runs import (
     check_writable,
@@ -256,8 +256,7 @@ def measure(base: TrainConfig, config: TrainConfig, samples: tuple[Samples, Samp
         step = milliseconds_per_image(networks, images, rounds=7, training=True)
         kept = {}
         for name, network in networks.items():
-            excluded = {p.untyped_storage().data_ptr() for p in (*network.parameters(), *network.buffers())}
-            kept[name] = kept_bytes(partial(network.train(), images), excluded) // batch
+            kept[name] = kept_bytes(partial(network.train(), images), storages_of(network)) // batch
     return {
         **found,
         'ms_per_image': forward[name],
