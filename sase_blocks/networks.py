@@ -25,7 +25,7 @@ from .data import image_config
 from .insertion import InsertReport, insert
 from .ops.options import parse_name
 from .reading import one_line, quoted, shorten, some
-from .runs import Settings, require_used, setting
+from .settings import Settings, require_used, setting
 
 __all__ = [
     'NetworkConfig',

@@ -39,7 +39,6 @@ from .insertion.checking import check_inserted
 from .networks import NetworkConfig, build_network, check_model_name, load_weights
 from .ops import no_weight_decay
 from .runs import (
-    RunConfig,
     RunLog,
     be_deterministic,
     check_finite,
@@ -47,15 +46,13 @@ from .runs import (
     load_optimizer,
     open_accelerator,
     open_samples,
-    require,
-    require_used,
     resuming,
     run_lock,
     saved_run,
-    setting,
     whole_number,
     write_settings,
 )
+from .settings import RunConfig, require, require_used, setting
 
 ADVICE = 'Try a lower --lr, a longer --warmup or --clip-grad.'
 

@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).parent.parent / 'sase_blocks'
 # and `__init__` is what `import sase_blocks` runs.
 ROOMS = (
     'reading', 'checks', 'numerics', 'profiling', 'checkpoint', 'ops', 'blocks', 'selfattention', 'convert', 'models',
-    'insertion', 'deploy', '__init__', 'mmengine', 'ultralytics', 'copying', 'images', 'data', 'runs', 'networks',
-    'jobs', 'viz', 'train', 'comparing', 'search', 'demo', 'cli', '__main__',
+    'insertion', 'deploy', '__init__', 'mmengine', 'ultralytics', 'copying', 'images', 'data', 'settings', 'runs',
+    'networks', 'jobs', 'viz', 'train', 'comparing', 'search', 'demo', 'cli', '__main__',
 )  # fmt: skip
 
 # What every installation has, by the name it is imported by: the three dependencies and what these bring along (tqdm

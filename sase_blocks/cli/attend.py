@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from sase_blocks.checkpoint import read_checkpoint
 from sase_blocks.networks import NetworkConfig
 from sase_blocks.reading import printable
-from sase_blocks.runs import check_writable, run_title, say
+from sase_blocks.runs import check_writable, say
+from sase_blocks.settings import run_title
 from sase_blocks.viz import missing_matplotlib, plot_attention, read_images, save_figure
 
 from .network import open_network, take_network

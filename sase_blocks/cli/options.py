@@ -10,7 +10,7 @@ from typing import Any
 from sase_blocks.jobs import Ray
 from sase_blocks.networks import NetworkConfig
 from sase_blocks.reading import quoted
-from sase_blocks.runs import RunConfig
+from sase_blocks.settings import RunConfig
 
 __all__ = [
     'add_model_options',

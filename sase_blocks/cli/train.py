@@ -10,7 +10,8 @@ from typing import Any
 
 from sase_blocks.networks import is_code
 from sase_blocks.reading import parse_file, parse_toml, quoted, shorten
-from sase_blocks.runs import data_title, is_main, say, settings_of_run
+from sase_blocks.runs import is_main, say, settings_of_run
+from sase_blocks.settings import data_title
 from sase_blocks.train import TrainConfig, train
 from sase_blocks.viz import missing_matplotlib, plot_confusion, plot_learning_curves, save_figure
 

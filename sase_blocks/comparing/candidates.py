@@ -13,7 +13,7 @@ from sase_blocks.blocks import BLOCKS, Genotype, split_stages
 from sase_blocks.networks import build_network, check_model_name, is_code
 from sase_blocks.ops.options import split_names
 from sase_blocks.reading import parse_json, quoted, shorten
-from sase_blocks.runs import require
+from sase_blocks.settings import require
 from sase_blocks.train import TrainConfig
 
 NONE = 'none'  # no attention

@@ -24,15 +24,8 @@ from sase_blocks.jobs import Ray, check_jobs, job_folder, run_jobs
 from sase_blocks.networks import build_network, is_code
 from sase_blocks.profiling import count_macs, kept_bytes, milliseconds_per_image, storages_of
 from sase_blocks.reading import quoted
-from sase_blocks.runs import (
-    check_writable,
-    data_title,
-    environment,
-    fixed_settings,
-    is_main,
-    open_accelerator,
-    setting,
-)
+from sase_blocks.runs import check_writable, environment, is_main, open_accelerator
+from sase_blocks.settings import data_title, fixed_settings, setting
 from sase_blocks.train import ADVICE, TrainConfig, checked_samples, train
 
 from .candidates import INSERTION, NONE, Candidate, Rule, check_candidates, configure

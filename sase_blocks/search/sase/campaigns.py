@@ -17,18 +17,9 @@ from sase_blocks.comparing.significance import load_stats
 from sase_blocks.data import Samples, name_data
 from sase_blocks.jobs import Ray, job_folder, run_jobs
 from sase_blocks.networks import build_model
-from sase_blocks.runs import (
-    check_writable,
-    drop_broken,
-    fixed_settings,
-    is_main,
-    open_accelerator,
-    open_samples,
-    say,
-    shared_settings,
-    write_json,
-)
+from sase_blocks.runs import check_writable, drop_broken, is_main, open_accelerator, open_samples, say, write_json
 from sase_blocks.search.data import Arrays
+from sase_blocks.settings import fixed_settings, shared_settings
 from sase_blocks.train import TrainConfig
 from sase_blocks.viz import missing_matplotlib, plot_comparison, save_figure
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sase_blocks.runs import RunConfig, require, setting
+from sase_blocks.settings import RunConfig, require, setting
 
 from .bilevel import ORDERS
 from .mixed import FORMS

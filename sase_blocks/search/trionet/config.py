@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from sase_blocks.runs import RunConfig, require, require_used, setting
 from sase_blocks.search.evolution import ALGORITHMS
+from sase_blocks.settings import RunConfig, require, require_used, setting
 
 from .cost import SETTINGS, count_number
 from .slicing import SHARINGS

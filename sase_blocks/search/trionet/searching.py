@@ -32,17 +32,16 @@ from sase_blocks.runs import (
     be_deterministic,
     check_writable,
     drop_broken,
-    fixed_settings,
     is_main,
     open_accelerator,
     open_samples,
     run_lock,
     say,
-    shared_settings,
     write_json,
 )
 from sase_blocks.search.data import Arrays, check_arrays, describe_data, split_data
 from sase_blocks.search.evolution import Candidate, Problem, evolve, load_optuna
+from sase_blocks.settings import fixed_settings, shared_settings
 from sase_blocks.train import TrainConfig, train
 from sase_blocks.viz import missing_matplotlib
 
