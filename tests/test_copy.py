@@ -128,7 +128,7 @@ def test_every_copied_primitive_gives_the_same(folder):
 )
 def test_copies_with_an_older_torch(folder):
     """What the headers say: the lowest torch, and the lowest for TorchScript."""
-    python = os.environ['OLD_TORCH_PYTHON']
+    python = str(Path(os.environ['OLD_TORCH_PYTHON']).absolute())  # the copies run in another folder
     version = subprocess.run(
         [python, '-c', 'import torch; print(torch.__version__)'], capture_output=True, text=True, check=True
     )
