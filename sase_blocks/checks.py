@@ -35,7 +35,7 @@ def check_channels(channels: Any, owner: str) -> int:
 
 
 def check_reduction(reduction: Any, channels: int, owner: str, default: int = 16) -> int:
-    """The factor by which ``owner`` reduces the channels, or a ValueError unless it is an int from 1 to the channels.
+    """The factor by which ``owner`` reduces its channels, or a ValueError unless it is an int from 1 to C.
 
     Fewer channels than ``default`` also accept any reduction up to it, and leave the least hidden width.
     """

@@ -6,24 +6,13 @@ from torch import Tensor
 
 def widen(x: Tensor) -> Tensor:
     """fp16 and bf16 to fp32, where powers of activations fit. Other dtypes are unchanged."""
-    if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
-        return x.float()
-    return x
-
-
-@torch.fx.wrap
-def saturate(y: Tensor) -> Tensor:
-    """In fp16, replace inf by the dtype's largest number, because a later convolution would turn inf - inf into NaN."""
-    if y.dtype == torch.float16:
-        return y.clamp(-65504.0, 65504.0)
-    return y
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
 @torch.fx.wrap
 def narrow(y: Tensor, like: Tensor) -> Tensor:
-    """``y`` in the dtype of ``like``. Values beyond fp16 saturate."""
-    if like.dtype == torch.float16:
-        return y.clamp(-65504.0, 65504.0).to(like.dtype)
+    """``y`` in the dtype of ``like``. Values beyond fp16 saturate, because a later inf - inf would be NaN."""
+    y = y.clamp(-65504.0, 65504.0) if like.dtype == torch.float16 else y
     return y.to(like.dtype)
 
 

@@ -29,6 +29,7 @@ from sase_blocks.ops import (
     SpatialSqueeze,
     resolve_primitive,
 )
+from sase_blocks.ops.eager import times_sum
 from sase_blocks.ops.normalization import ChannelShift, scale_and_shift
 from sase_blocks.ops.primitive import mix
 
@@ -36,7 +37,8 @@ from .base import AttentionModule, fade_sum
 from .genotype import SASE_GENOTYPE, Genotype
 from .graph import CHANNEL, MAP, SPATIAL, Edge, Graph
 
-torch.fx.wrap('fade_sum')  # must be wrapped in each module that calls it
+for _function in ('fade_sum', 'times_sum'):
+    torch.fx.wrap(_function)  # must be wrapped in each module that calls it
 
 
 class SixEdges(AttentionModule):
@@ -90,14 +92,20 @@ class SixEdges(AttentionModule):
         a = self.spatial_excite(torch.relu(s))
         return c, a
 
+    # The gate has the size of x, so these halve and shift the small c and a.
+
     def gate(self, x: Tensor) -> Tensor:
         c, a = self.gates(x)
-        # Halve and shift the small gates, because their sum has the size of x.
         return (1 + c / 2) + a / 2
 
-    def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+    def attend(self, x: Tensor) -> Tensor:
         c, a = self.gates(x)
-        return fade_sum(1 + c / 2, a / 2, alpha)
+        return times_sum(x, 1 + c / 2, a / 2)
+
+    def faded(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        c, a = self.gates(x)
+        c, a = fade_sum(1 + c / 2, a / 2, alpha)
+        return times_sum(x, c, a)
 
 
 class AttentionBlock(SixEdges):

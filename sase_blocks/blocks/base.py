@@ -25,12 +25,12 @@ def fade(gate: Tensor, alpha: Tensor | None) -> Tensor:
 
 
 @torch.fx.wrap
-def fade_sum(a: Tensor, b: Tensor, alpha: Tensor | None) -> Tensor:
-    """``fade(a + b, alpha)`` for two that broadcast. Applies alpha while they are small."""
+def fade_sum(a: Tensor, b: Tensor, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Two whose sum is ``fade(a + b, alpha)``, for two that broadcast. Applies alpha while they are small."""
     if alpha is None:
-        return a + b
+        return a, b
     alpha = alpha.to(a.dtype)
-    return torch.lerp(torch.ones_like(alpha), a, alpha) + alpha * b
+    return torch.lerp(torch.ones_like(alpha), a, alpha), alpha * b
 
 
 @torch.fx.wrap

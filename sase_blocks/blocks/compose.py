@@ -22,12 +22,13 @@ from sase_blocks.ops import (
     primitive_names,
     resolve_primitive,
 )
+from sase_blocks.ops.eager import times_sum
 from sase_blocks.ops.options import parse_name
 
 from .base import AttentionModule, fade, fade_sum, fade_value
 from .graph import CHANNEL, MAP, SPATIAL, Edge, Graph
 
-for _function in ('fade', 'fade_sum', 'fade_value'):
+for _function in ('fade', 'fade_sum', 'fade_value', 'times_sum'):
     torch.fx.wrap(_function)  # must be wrapped in each module that calls it
 
 
@@ -264,9 +265,16 @@ class ParallelGate(AttentionModule):
         c, s = self.gates(x)
         return 1 + torch.sigmoid(c + s) if self.joint else c + s
 
-    def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+    def attend(self, x: Tensor) -> Tensor:
         c, s = self.gates(x)
-        return fade(1 + torch.sigmoid(c + s), alpha) if self.joint else fade_sum(c, s, alpha)
+        return x * (1 + torch.sigmoid(c + s)).to(x.dtype) if self.joint else times_sum(x, c, s)
+
+    def faded(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        c, s = self.gates(x)
+        if self.joint:
+            return x * fade(1 + torch.sigmoid(c + s), alpha).to(x.dtype)
+        c, s = fade_sum(c, s, alpha)
+        return times_sum(x, c, s)
 
 
 class ParallelAttention(ParallelGate):

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from sase_blocks.numerics import narrow, widen
 from sase_blocks.ops import Linear
 from sase_blocks.ops.channel_squeeze import ChannelAttentionPool
+from sase_blocks.ops.eager import times_sum
 
 from .base import AttentionModule, fade_product, fade_sum
 from .graph import CHANNEL, MAP, SPATIAL, Edge, Graph
 
-for _function in ('fade_product', 'fade_sum'):
+for _function in ('fade_product', 'fade_sum', 'times_sum'):
     torch.fx.wrap(_function)  # must be wrapped in each module that calls it
 
 
@@ -103,9 +104,16 @@ class PolarizedSelfAttention(AttentionModule):
         c, s = self.gates(x)
         return c + s if self.parallel else c * s
 
-    def faded_gate(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+    def attend(self, x: Tensor) -> Tensor:
         c, s = self.gates(x)
-        return fade_sum(c, s, alpha) if self.parallel else fade_product(c, s, alpha)
+        return times_sum(x, c, s) if self.parallel else x * (c * s).to(x.dtype)
+
+    def faded(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        c, s = self.gates(x)
+        if not self.parallel:
+            return x * fade_product(c, s, alpha).to(x.dtype)
+        c, s = fade_sum(c, s, alpha)
+        return times_sum(x, c, s)
 
     def graph(self) -> Graph:
         nodes = {'x': MAP, 'q': CHANNEL, 'a_c': CHANNEL, 'p': 'C/2 x 1 x 1', 'a_s': SPATIAL, 'y': MAP}

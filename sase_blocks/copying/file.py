@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,7 @@ INSTEAD = {'local_attention': 'torch_attention', 'LOCAL_ROUTES': 'TORCH_ROUTES'}
 LEFT_OUT = ('extra_repr', 'multiply_adds', 'no_weight_decay')
 # The first version of torch with what a copy uses, where that is later than 2.1 (for channel_shuffle, its gradient).
 FIRST_TORCH = {
+    'torch.compiler.is_compiling(': (2, 3),
     'torch.is_autocast_enabled(': (2, 4),
     'torch.channel_shuffle(': (2, 5),
     'bool(torch.compiler.is_exporting())': (2, 7),
@@ -137,9 +138,10 @@ class Copy:
         node = src.defs[there]
         cls = flat(module, there)
         if cls is not None:
-            self.add(there, write_flat(cls, there).text, [src.module for src, _ in cls.classes])
+            text = write_flat(cls, there, doc=brief(cls.doc)).text
+            self.add(there, text, [src.module for src, _ in cls.classes])
         else:
-            self.add(there, plain(src, node), [module])
+            self.add(there, plain(src, node, brief), [module])
 
     def export(self, name: str, block: str) -> list[str]:
         """Add a block as a class of this name. Returns its papers."""
@@ -268,12 +270,26 @@ def papers_of(doc: str, module: str = __name__) -> list[str]:
     return re.findall(PAPER, doc) or re.findall(PAPER, inspect.getdoc(sys.modules[module]) or '')
 
 
-def plain(src: Source, node: ast.stmt) -> str:
-    """The text of a function, a constant or a class that is not flat, without what only the library calls."""
+def brief(doc: str) -> str:
+    """The first paragraph of a docstring, for what only supports the copied blocks."""
+    return doc.partition('\n\n')[0]
+
+
+def plain(src: Source, node: ast.stmt, shorten: Callable[[str], str] = str) -> str:
+    """The text of a function, a constant or a class that is not flat, without what only the library calls.
+
+    Args:
+        shorten: applied to its docstring.
+    """
     text = segment(src, node)
+    doc = ast.get_docstring(node) if isinstance(node, ast.FunctionDef | ast.ClassDef) else None
+    doc = doc and shorten(doc)
+    if isinstance(node, ast.FunctionDef) and doc:
+        lines = slice(node.body[0].lineno - 1, node.body[0].end_lineno)
+        long = textwrap.dedent('\n'.join(src.lines[lines]))
+        return text.replace(textwrap.indent(long, '    '), textwrap.indent(docstring(doc), '    '), 1)
     if not isinstance(node, ast.ClassDef):
         return text
-    doc = ast.get_docstring(node)
     members = [member for member in members_of(src, node) if member.name not in LEFT_OUT]
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     head = textwrap.dedent('\n'.join(src.lines[first - 1 : node.lineno]))

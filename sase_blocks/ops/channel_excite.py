@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sase_blocks.checks import check_features, check_int, check_kernel_size, check_reduction
-from sase_blocks.numerics import narrow, saturate, widen
+from sase_blocks.numerics import narrow, widen
 
 from .layers import Linear
 from .normalization import BatchNorm2d
 from .primitive import BOTH, Primitive, round_width, turn_positive_
 
-torch.fx.wrap('saturate')
+torch.fx.wrap('narrow')
 torch.fx.wrap('check_features')  # must be wrapped in each module that calls it
 
 
@@ -107,7 +107,8 @@ class ChannelConv(ChannelExcite):
         z = q.flatten(1).unsqueeze(1)  # b c 1 1 -> b 1 c
         for i, conv in enumerate(self.convs):
             if i > 0:
-                z = saturate(torch.relu(z))
+                z = torch.relu(z)
+                z = narrow(z, z)
             z = conv(z)
         return torch.sigmoid(z).transpose(1, 2).unsqueeze(3)
 
@@ -351,7 +352,8 @@ class ChannelConvMLP(ChannelExcite):
         self.conv2.reset_parameters()
 
     def excite(self, q: Tensor) -> Tensor:
-        z = saturate(torch.relu(self.conv1(q.flatten(1).unsqueeze(1))))
+        z = torch.relu(self.conv1(q.flatten(1).unsqueeze(1)))
+        z = narrow(z, z)
         return torch.sigmoid(self.conv2(z)).transpose(1, 2).unsqueeze(3)
 
 

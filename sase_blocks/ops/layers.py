@@ -5,17 +5,14 @@ biases (VoVNet fails if there is none). Most call nothing afterwards that could 
 they must not recognise these layers.
 """
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.utils import _pair
 
 
-class Conv2d(_ConvNd):
+class Conv2d(nn.modules.conv._ConvNd):
     """Has the arguments, the initialisation and the results of ``nn.Conv2d`` with zero padding.
 
     Shape: (B, in_channels, H, W) -> (B, out_channels, H', W').
@@ -31,12 +28,10 @@ class Conv2d(_ConvNd):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        *,
-        device: Any = None,
-        dtype: Any = None,
+        **factory: Any,
     ) -> None:
-        sizes = _pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation)
-        super().__init__(in_channels, out_channels, *sizes, False, _pair(0), groups, bias, 'zeros', device, dtype)
+        sizes = map(nn.modules.utils._pair, (kernel_size, stride, padding, dilation))
+        super().__init__(in_channels, out_channels, *sizes, False, (0, 0), groups, bias, 'zeros', **factory)  # type: ignore[call-arg]
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -45,23 +40,13 @@ class Conv2d(_ConvNd):
 class Linear(nn.Module):
     """Initialises and computes like ``nn.Linear``. Shape: (..., in_features) -> (..., out_features)."""
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, device: Any = None, dtype: Any = None
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, **factory: Any) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
+        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features)
-            nn.init.uniform_(self.bias, -bound, bound)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return f'{self.in_features}, {self.out_features}, bias={self.bias is not None}'
+    reset_parameters: Any = nn.Linear.reset_parameters
+    forward: Any = nn.Linear.forward
+    extra_repr: Any = nn.Linear.extra_repr

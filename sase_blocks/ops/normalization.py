@@ -10,36 +10,27 @@ from sase_blocks.numerics import narrow, widen
 
 @torch.fx.wrap
 def batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    training: bool,
-    momentum: float,
-    eps: float,
+    x: Tensor, mean: Tensor | None, var: Tensor | None, w: Tensor, b: Tensor, train: bool, momentum: float, eps: float
 ) -> Tensor:
-    """``F.batch_norm`` in fp32 (or fp64) whatever the parameters' dtype, with the result in the dtype of ``weight``.
+    """``F.batch_norm`` in fp32 (or fp64) whatever the parameters' dtype, with the result in the dtype of ``w``.
 
     A covariance of large activations does not fit fp16, but its normalised form does. A single value per channel has no
     variance, so the running statistics normalise it. Without running statistics (test-time adaptation and
     ``torch.func.replace_all_batch_norm_modules_`` remove them), both modes use the batch, as in torch. A single value
     per channel is then its own mean, and becomes the bias.
     """
-    x, w, b = widen(x), widen(weight), widen(bias)
-    if running_mean is None or running_var is None:
-        if x.numel() > x.shape[1]:
-            return narrow(F.batch_norm(x, None, None, w, b, True, momentum, eps), weight)
-        return narrow(0 * w.reshape(x.shape) * x + b.reshape(x.shape), weight)
-    mean, var = widen(running_mean), widen(running_var)
-    if training and x.numel() > x.shape[1]:
-        y = F.batch_norm(x, mean, var, w, b, True, momentum, eps)
-        if running_mean.dtype != mean.dtype:  # half parameters: only copies of the statistics were updated
-            running_mean.copy_(mean)
-            running_var.copy_(narrow(var, running_var))
-    else:
-        y = F.batch_norm(x, mean, var, w, b, False, momentum, eps)
-    return narrow(y, weight)
+    x, weight, bias = widen(x), widen(w), widen(b)
+    several = x.numel() > x.shape[1]
+    if mean is None or var is None:
+        if several:
+            return narrow(F.batch_norm(x, None, None, weight, bias, True, momentum, eps), w)
+        return narrow(0 * weight.reshape(x.shape) * x + bias.reshape(x.shape), w)
+    wide_mean, wide_var = widen(mean), widen(var)
+    y = F.batch_norm(x, wide_mean, wide_var, weight, bias, train and several, momentum, eps)
+    if train and several and mean.dtype != wide_mean.dtype:  # half statistics, of which only a copy was updated
+        mean.copy_(wide_mean)
+        var.copy_(narrow(wide_var, var))
+    return narrow(y, w)
 
 
 class BatchNorm2d(nn.BatchNorm2d):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sase_blocks.checks import check_features, check_kernel_size
-from sase_blocks.numerics import saturate
+from sase_blocks.numerics import narrow
 
 from .layers import Conv2d
 from .normalization import BatchNorm2d
@@ -22,7 +22,7 @@ from .spatial_squeeze import resize_map
 
 torch.fx.wrap('check_features')  # must be wrapped in each module that calls it
 torch.fx.wrap('resize_map')
-torch.fx.wrap('saturate')
+torch.fx.wrap('narrow')
 
 
 def spatial_affine(s: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -76,7 +76,8 @@ class SpatialConv(SpatialExcite):
     def excite(self, s: Tensor) -> Tensor:
         for i, conv in enumerate(self.convs):
             if i > 0:
-                s = saturate(torch.relu(s) if self.with_relu else s)
+                s = torch.relu(s) if self.with_relu else s
+                s = narrow(s, s)
             s = conv(s)
         return torch.sigmoid(s)
 

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from sase_blocks.checks import check_features, check_int, check_reduction
 from sase_blocks.numerics import narrow, safe_sqrt, widen
 
+from .eager import fourth_powers
 from .layers import Conv2d, Linear
 from .normalization import BatchNorm2d
 from .primitive import Primitive, adaptive_avg_pool, contract_rows, project, scaled_gram, turn_positive_
-from .statistics import avg_max, avg_plus_max, avg_skew, avg_std
+from .statistics import avg_max, avg_plus_max, avg_skew, avg_std, channel_mean
 
+torch.fx.wrap('channel_mean')
+torch.fx.wrap('fourth_powers')
 torch.fx.wrap('narrow')
 torch.fx.wrap('project')
 torch.fx.wrap('check_features')  # must be wrapped in each module that calls it
@@ -56,17 +59,9 @@ def spatial_l2_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) 
     return narrow(safe_sqrt(normed.square().sum(1, keepdim=True)), x)
 
 
-@torch.fx.wrap
 def spatial_p_norm(x: Tensor, gate: Tensor | None = None) -> Tensor:
     """4-norm over C of x, or of gate * x as (sum gate^4 x^4)^(1/4). gate: (B, C, 1, 1)."""
-    # The fourth power fits bf16's range, so only its sum needs fp32. fp16 needs fp32 throughout.
-    square = x.float().square() if x.dtype == torch.float16 else x.square()
-    fourth = square * square
-    if gate is not None:
-        gate2 = widen(gate).square()
-        fourth = fourth * (gate2 * gate2)
-    total = widen(fourth).sum(1, keepdim=True)
-    return narrow(safe_sqrt(safe_sqrt(total)), x)
+    return narrow((fourth_powers(x, gate) + 1e-30) ** 0.25, x)  # with a finite gradient at 0
 
 
 @torch.fx.wrap
@@ -107,7 +102,7 @@ class SpatialAvg(SpatialSqueeze):
     paper_key = 'GAP'
 
     def squeeze(self, x: Tensor) -> Tensor:
-        return x.mean(1, keepdim=True)
+        return channel_mean(x)
 
 
 class SpatialL2Norm(SpatialSqueeze):

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from sase_blocks.numerics import narrow, safe_sqrt, widen
 
+from .eager import mean_max
 from .primitive import mix
+
+torch.fx.wrap('mean_max')  # must be wrapped in each module that calls it
 
 
 def squeezed_size(x: Tensor, dims: list[int]) -> int:
@@ -21,9 +24,15 @@ def squeezed_size(x: Tensor, dims: list[int]) -> int:
 
 
 @torch.fx.wrap
+def channel_mean(x: Tensor) -> Tensor:
+    """Mean over C. The gradient of a sum is a view, that of a mean is written out. But fp16 sums may be infinite."""
+    return x.mean(1, keepdim=True) if x.dtype == torch.float16 else x.sum(1, keepdim=True) / x.shape[1]
+
+
+@torch.fx.wrap
 def avg_max(x: Tensor, weight: Tensor, dims: list[int]) -> Tensor:
     """ReLU of the weighted mean and maximum over ``dims``. weight: (2,)."""
-    avg, top = x.mean(dims, keepdim=True), x.amax(dims, keepdim=True)
+    avg, top = mean_max(x, dims)
     return narrow(torch.relu(mix(widen(avg), widen(top), widen(weight))), x)
 
 
@@ -47,4 +56,5 @@ def avg_skew(x: Tensor, weight: Tensor, dims: list[int]) -> Tensor:
 
 def avg_plus_max(x: Tensor, dims: list[int]) -> Tensor:
     """(mean + maximum) / 2 over ``dims``."""
-    return 0.5 * x.mean(dims, keepdim=True) + 0.5 * x.amax(dims, keepdim=True)
+    avg, top = mean_max(x, dims)
+    return 0.5 * avg + 0.5 * top

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sase_blocks.numerics import saturate
+from sase_blocks.numerics import narrow
 from sase_blocks.ops import (
     ChannelConv,
     ChannelConv3,
@@ -86,7 +86,8 @@ def convolved(q: Tensor, ops: Sequence[Any]) -> list[Tensor]:
         deeper = [i for i in left if len(kernels[i]) > depth + 1]
         further, last = out.split([len(deeper), len(left) - len(deeper)], 2)
         found.update(zip(left[len(deeper) :], last.unbind(2), strict=True))
-        z, left = saturate(torch.relu(further)).permute(2, 0, 1, 3), deeper
+        further = torch.relu(further)
+        z, left = narrow(further, further).permute(2, 0, 1, 3), deeper
     return [found[i] for i in range(len(ops))]
 
 
