@@ -22,7 +22,7 @@ from .strip import COLUMNS, ROWS, RowsTimesColumns
 
 
 def window_matrix(size: int, window: int, like: Tensor) -> Tensor:
-    """Means over windows, without the rest of less than a window, as a matrix with a row for each window and one of 0.
+    """Means over windows, without a rest of less than a window, as a matrix with a row for each window and one of 0.
 
     A size below ``window`` has one window. The row of 0 keeps their number above 1, which compilers and export would
     treat as a case of its own.

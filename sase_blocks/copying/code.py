@@ -102,5 +102,4 @@ def docstring(text: str, dropped: Iterable[str] = ()) -> str:
         text = re.sub(rf'\n    {name}: .*(?:\n        .*)*', '', text)
         text = re.sub(rf'(\n    (?:\w+, )*?){name}, (?=\w)', r'\1', text)
     text = re.sub(r'\n\nArgs:(?=\n\n|$)', '', text)
-    short = '\n' not in text and len(text) + 10 <= WIDTH  # in a class or function
-    return f'"""{text}"""' if short else f'"""{text}\n"""'
+    return f'"""{text}"""' if '\n' not in text else f'"""{text}\n"""'
