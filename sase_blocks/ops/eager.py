@@ -75,8 +75,10 @@ def _fourth_powers_gradients(x: Tensor, gate: Tensor | None, grad: Tensor) -> tu
 @torch.fx.wrap
 @with_gradients(_fourth_powers_gradients)
 def fourth_powers(x: Tensor, gate: Tensor | None) -> Tensor:
-    """Sum over C of (gate * x)^4, in fp32 for half inputs. gate: (B, C, 1, 1) -> (B, 1, H, W)."""
-    # The fourth power fits bf16's range, so only its sum needs fp32. fp16 needs fp32 throughout.
+    """Sum over C of (gate * x)^4, in fp32 for half inputs. gate: (B, C, 1, 1) -> (B, 1, H, W).
+
+    The fourth power fits bf16's range, so only its sum needs fp32. fp16 needs fp32 throughout.
+    """
     y = widen(x) if x.device.type == 'cpu' or x.dtype == torch.float16 else x
     if x.device.type == 'cpu' or torch.is_grad_enabled():  # general powers are slow there, and their gradients longer
         fourth = y.square().square()

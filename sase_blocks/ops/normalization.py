@@ -20,14 +20,15 @@ def batch_norm(
     per channel is then its own mean, and becomes the bias.
     """
     x, weight, bias = widen(x), widen(w), widen(b)
-    several = x.numel() > x.shape[1]
     if mean is None or var is None:
-        if several:
+        if x.numel() > x.shape[1]:
             return narrow(F.batch_norm(x, None, None, weight, bias, True, momentum, eps), w)
         return narrow(0 * weight.reshape(x.shape) * x + bias.reshape(x.shape), w)
     wide_mean, wide_var = widen(mean), widen(var)
-    y = F.batch_norm(x, wide_mean, wide_var, weight, bias, train and several, momentum, eps)
-    if train and several and mean.dtype != wide_mean.dtype:  # half statistics, of which only a copy was updated
+    if x.numel() <= x.shape[1]:
+        train = False
+    y = F.batch_norm(x, wide_mean, wide_var, weight, bias, train, momentum, eps)
+    if train and mean.dtype != wide_mean.dtype:  # half statistics, of which only a copy was updated
         mean.copy_(wide_mean)
         var.copy_(narrow(wide_var, var))
     return narrow(y, w)
