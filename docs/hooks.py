@@ -32,6 +32,10 @@ PAGES = {
     'benchmarks/README.md': 'benchmarks.md',
     **{f'examples/{path.name}': f'examples/{path.stem}.md' for path in sorted((ROOT / 'examples').glob('*.py'))},
 }
+PICTURES = {
+    str(path.relative_to(ROOT)): f'images/{path.parent.name}.png'
+    for path in sorted((ROOT / 'benchmarks' / 'results').glob('compare_*/comparison.png'))
+}
 COPIED = ('sase', 'cbam')  # the blocks whose copied files are pages
 CHANNELS = (64, 256, 1024)
 SIZE = 56  # height and width of the map for MACs and time
@@ -68,6 +72,8 @@ def on_files(files: Any, config: Any) -> Any:
         text = (ROOT / source).read_text(encoding='utf-8')
         content = example_page(source, text) if source.endswith('.py') else text
         files.append(File.generated(config, page, content=content))
+    for source, picture in PICTURES.items():
+        files.append(File.generated(config, picture, abs_src_path=str(ROOT / source)))
     files.append(File.generated(config, 'gallery.md', content=gallery(times())))
     for name in COPIED:
         content = example_page(f'{name}.py', copy_blocks([name], f'{name}.py'))
@@ -103,7 +109,7 @@ def site_links(markdown: str, page: str) -> str:
             return match[0]
         path, _, anchor = target.partition('#')
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
-        path = PAGES.get(path, path.removeprefix('docs/') if path.startswith('docs/') else '')
+        path = (PAGES | PICTURES).get(path, path.removeprefix('docs/') if path.startswith('docs/') else '')
         if not path:
             return text
         path = posixpath.relpath(path, posixpath.dirname(page) or '.')

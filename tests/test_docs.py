@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 # Pages without Python of their own, and the one whose Python needs other libraries.
-NO_PYTHON = {'reference.md', 'scaling.md', 'training.md'}
+NO_PYTHON = {'evidence.md', 'reference.md', 'scaling.md', 'training.md'}
 SLOW = ('README.md', 'export.md', 'insertion.md', 'models.md', 'network_search.md', 'pictures.md', 'search.md')
 MARKS = dict.fromkeys(SLOW, pytest.mark.slow)
 MARKS['ecosystem.md'] = pytest.mark.ecosystem
