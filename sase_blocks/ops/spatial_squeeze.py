@@ -36,9 +36,7 @@ torch.fx.wrap('avg_std')
 @torch.fx.wrap
 def apply_gate(x: Tensor, gate: Tensor | None) -> Tensor:
     """gate * x, or x without a gate. For fp16 the product is fp32, because an ungated excitation would overflow it."""
-    if gate is None:
-        return x
-    return gate.float() * x.float() if x.dtype == torch.float16 else gate * x
+    return x if gate is None else gate.float() * x.float() if x.dtype == torch.float16 else gate * x
 
 
 @torch.fx.wrap
