@@ -27,7 +27,12 @@ MODEL = 'tf_efficientnet_lite0'
 def write_images(cifar: Path, out: Path, split: str, per_class: int, download: bool) -> Counter[str]:
     """Copy the first ``per_class`` images of each class, in the order of the data set, to ``out/SPLIT/CLASS/``."""
     folder = cifar / split
-    data = ImageFolder(folder) if folder.is_dir() else CIFAR10(cifar, train=split == 'train', download=download)
+    try:
+        data = ImageFolder(folder) if folder.is_dir() else CIFAR10(cifar, train=split == 'train', download=download)
+    except RuntimeError as error:  # torchvision names an argument of its own
+        raise SystemExit(
+            f'{cifar}: expected CIFAR-10, or train/ and test/ with a folder per class; --download fetches it'
+        ) from error
     counts: Counter[str] = Counter()
     for index, target in enumerate(data.targets):
         name = data.classes[target]
